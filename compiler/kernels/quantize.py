@@ -1,0 +1,183 @@
+"""The quantizers of the reference: scales by group of tokens, integers, FP8 and FP16 values.
+
+Values are held in float32 tensors that contain exactly what a kernel's operand would contain.
+Formulas: SageAttention2 (arXiv 2411.10958), sections 3.1 to 3.3; the midpoint of V is ours.
+
+Non-finite input: an integer cannot hold a NaN, so the scale of its group does. A group with a
+NaN or an infinity in any reachable token, counted or not, has scale NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf, nan
+from types import MappingProxyType
+from typing import Final, assert_never
+
+import torch
+from torch import Tensor
+
+from sage_compiler.precision import Format, Granularity, Recipe, Tile
+
+E4M3_MAX: Final = 448.0
+FP16_MAX: Final = 65504.0
+FP16_TOP_EXPONENT: Final = 15  # 2**15 is the largest power of two below FP16_MAX
+SMALLEST_SCALE: Final = 2.0**-126  # smallest normal float32: a group of zeros is not 0/0
+
+P_FACTOR: Final[Mapping[Format, float]] = MappingProxyType(
+    {Format.FP8: E4M3_MAX, Format.FP16: 1.0, Format.INT8: 255.0, Format.INT16: 65535.0}
+)
+"""The static factor that makes P in [0, 1] fill the range of its format; the PV formats."""
+
+INTEGER_LIMIT: Final[Mapping[Format, int]] = MappingProxyType({Format.INT4: 7, Format.INT8: 127})
+"""The largest magnitude of quantized Q and K."""
+
+# The accumulator of mma m16n8: a lane holds rows lane/4 and lane/4 + 8 of every 16, and columns
+# 2*(lane%4) and 2*(lane%4) + 1 of every 8. So one scale of Q and one of K serve a whole thread.
+_ROWS_PER_LANE_GROUP: Final = 8
+_COLUMNS_PER_LANE: Final = 2
+_COLUMNS_PER_ATOM: Final = 8
+
+
+def query_groups(length: int, granularity: Granularity, tile: Tile, device: torch.device) -> Tensor:
+    """The scale group of every query token: int64 (length,)."""
+    token = torch.arange(length, device=device)
+    match granularity:
+        case Granularity.TENSOR:
+            return torch.zeros_like(token)
+        case Granularity.BLOCK:
+            return token // tile.q_block
+        case Granularity.WARP:
+            return token // tile.q_warp
+        case Granularity.THREAD:
+            lane_group = token % _ROWS_PER_LANE_GROUP
+            return token // tile.q_warp * _ROWS_PER_LANE_GROUP + lane_group
+        case Granularity.TOKEN:
+            return token
+        case _:
+            assert_never(granularity)
+
+
+def key_groups(length: int, granularity: Granularity, tile: Tile, device: torch.device) -> Tensor:
+    """The scale group of every key token: int64 (length,)."""
+    token = torch.arange(length, device=device)
+    match granularity:
+        case Granularity.TENSOR:
+            return torch.zeros_like(token)
+        case Granularity.BLOCK | Granularity.WARP:
+            return token // tile.kv_block
+        case Granularity.THREAD:
+            lane = token % _COLUMNS_PER_ATOM // _COLUMNS_PER_LANE
+            lanes = _COLUMNS_PER_ATOM // _COLUMNS_PER_LANE
+            return token // tile.kv_block * lanes + lane
+        case Granularity.TOKEN:
+            return token
+        case _:
+            assert_never(granularity)
+
+
+def quantize_tokens(
+    x: Tensor, counted: Tensor, groups: Tensor, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Round x to integers in [-limit, limit], one scale for each group of tokens.
+
+    Args:
+        x: float32 (..., L, D), zero in tokens that are not reachable.
+        counted: bool, broadcastable to (..., L): the tokens whose amax makes the scale.
+        groups: int64 (L,), the group of every token.
+        limit: 7 or 127.
+
+    Returns:
+        The integers, float32 (..., L, D), and the scale of every token, float32 (..., L).
+    """
+    # inf * 0 and NaN * 0 are NaN: tokens that do not count still report what is not finite.
+    amax = x.abs().amax(-1) * counted
+    per_group = amax.new_zeros(*amax.shape[:-1], int(groups.max()) + 1)
+    per_group = per_group.scatter_reduce(-1, groups.expand_as(amax), amax, "amax")
+    scale = _scale(per_group, limit)[..., groups]
+    return _to_range(x / scale.unsqueeze(-1), limit).round_(), scale
+
+
+def mean_over(x: Tensor, counted: Tensor) -> Tensor:
+    """Mean of x (..., L, D) over the counted tokens (bool, (..., L)): (..., 1, D); none: zero."""
+    weights = counted.unsqueeze(-1)
+    total = torch.where(weights, x, 0.0).sum(-2, keepdim=True)
+    return total / weights.sum(-2, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedValue:
+    """V = data * scale + offset, with data in the operand's format.
+
+    Attributes:
+        data: float32 (B, Hkv, Lk, Dv).
+        scale, offset: float32 (B, Hkv, 1, Dv), applied to the normalized output: the rows of P
+            sum to 1, sinks aside, so the offset returns as it is.
+    """
+
+    data: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def quantize_value(
+    value: Tensor, reachable: Tensor, counted: Tensor, recipe: Recipe
+) -> QuantizedValue:
+    """Quantize V (B, Hkv, Lk, Dv) per channel in the recipe's PV format.
+
+    Args:
+        value: float32, bfloat16 or float16.
+        reachable, counted: bool (B|1, Hkv|1, Lk), from ``visibility``.
+    """
+    v = torch.where(reachable.unsqueeze(-1), value.float(), 0.0)
+    offset = mean_over(v, counted) if recipe.smooth_v else v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    if recipe.smooth_v:
+        v = torch.where(reachable.unsqueeze(-1), v - offset, 0.0)
+    amax = (v.abs() * counted.unsqueeze(-1)).amax(-2, keepdim=True)
+    if recipe.pv is Format.FP8:
+        scale = _scale(amax, E4M3_MAX)
+        data = _to_range(v / scale, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    elif recipe.pv is Format.FP16:
+        if value.dtype == torch.float16 and not recipe.smooth_v:
+            scale, data = torch.ones_like(amax), v
+        else:
+            scale = _power_of_two_scale(amax)
+            data = _to_range(v / scale, FP16_MAX).half().float()
+    else:  # V in INT8, whatever the bits of P
+        middle, scale = _midpoint_and_scale(v, counted.unsqueeze(-1), amax)
+        data = _to_range((v - middle) / scale, 127).round_()
+        data = torch.where(reachable.unsqueeze(-1), data, 0.0)
+        offset = offset + middle
+    return QuantizedValue(data, scale, offset)
+
+
+def _scale(amax: Tensor, limit: float) -> Tensor:
+    """amax / limit; positive for a group of zeros, NaN for a group that is not finite."""
+    return torch.where(amax.isfinite(), (amax / limit).clamp(min=SMALLEST_SCALE), nan)
+
+
+def _to_range(x: Tensor, limit: float) -> Tensor:
+    """Clip to [-limit, limit]: only uncounted tokens reach beyond. NaN stays NaN.
+
+    Needed before a conversion to FP8 too: torch 2.13 saturates infinity, 2.11 makes it NaN.
+    """
+    return x.clamp(-limit, limit)
+
+
+def _power_of_two_scale(amax: Tensor) -> Tensor:
+    """The power of two that brings amax into [2**14, 2**15): room above, precision below."""
+    # frexp gives amax in [2**(e-1), 2**e). Below 2**-111 the inverse would leave float32.
+    exponent = torch.frexp(amax).exponent.clamp(min=FP16_TOP_EXPONENT - 126)
+    scale = torch.ldexp(torch.ones_like(amax), exponent - FP16_TOP_EXPONENT)
+    return torch.where(amax.isfinite(), scale, nan)
+
+
+def _midpoint_and_scale(v: Tensor, counted: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel (max + min) / 2 and (max - min) / 254, over the counted tokens."""
+    nothing = ~counted.any(-2, keepdim=True)
+    high = torch.where(counted, v, -inf).amax(-2, keepdim=True).masked_fill(nothing, 0.0)
+    low = torch.where(counted, v, inf).amin(-2, keepdim=True).masked_fill(nothing, 0.0)
+    # Halved first: the difference of two finite extremes may not be finite.
+    half_range = (high / 2 - low / 2).masked_fill(~amax.isfinite(), nan)
+    return high / 2 + low / 2, _scale(half_range, 127)

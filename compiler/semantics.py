@@ -1,0 +1,129 @@
+"""What one attention computes, besides its tensors: mask class, scale, softcap, dead rows.
+
+Shared by the operator, its kernels and the graph passes, so that all of them mean the same
+thing by the same word. Shapes: B batch, H query heads, Hkv key/value heads, Lq query length,
+Lk key length, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import torch
+
+from sage_compiler.errors import InvalidAttentionError
+
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)  # of query, key and value
+UNBOUNDED: Final = -1  # a side of a window that has no limit
+
+
+class MaskClass(StrEnum):
+    """Which keys a query position may see, before any explicit mask.
+
+    Query i and key j lie on the diagonal when j == i (top-left) or j == i + Lk - Lq
+    (bottom-right). The two differ only when Lq != Lk.
+    """
+
+    NONE = "none"
+    CAUSAL = "causal"  # top-left: what scaled_dot_product_attention means by is_causal
+    CAUSAL_BOTTOM_RIGHT = "causal_bottom_right"
+    WINDOW = "window"  # top-left, with window_left and window_right
+    WINDOW_BOTTOM_RIGHT = "window_bottom_right"
+
+
+class DeadRows(StrEnum):
+    """What a query row that sees no key yields (with Lk == 0 it is always zero)."""
+
+    ZERO = "zero"  # as scaled_dot_product_attention
+    NAN = "nan"  # as softmax over a row of -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Key j is visible to query i iff ``-left <= j - (i + offset) <= right``; None: no limit."""
+
+    left: int | None
+    right: int | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Semantics:
+    """The scalar part of one attention.
+
+    Attributes:
+        mask_class: the visible band; an explicit mask is applied on top of it.
+        window_left, window_right: keys before and after the diagonal that a window shows, the
+            diagonal not counted; ``UNBOUNDED`` for no limit. Only with a window class.
+        scale: factor of Q K^T; None means 1 / sqrt(D).
+        softcap: scores become ``softcap * tanh(score / softcap)`` before masks; None: off.
+        dead_rows: what a row without a visible key yields.
+
+    Raises:
+        InvalidAttentionError: a window without a window class, or a softcap that is not positive.
+    """
+
+    mask_class: MaskClass = MaskClass.NONE
+    window_left: int = UNBOUNDED
+    window_right: int = UNBOUNDED
+    scale: float | None = None
+    softcap: float | None = None
+    dead_rows: DeadRows = DeadRows.ZERO
+
+    def __post_init__(self) -> None:
+        windowed = self.mask_class in (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT)
+        if not windowed and (self.window_left, self.window_right) != (UNBOUNDED, UNBOUNDED):
+            raise InvalidAttentionError(
+                f"window=({self.window_left}, {self.window_right}) with mask class "
+                f"{self.mask_class}; use 'window' or 'window_bottom_right'"
+            )
+        if min(self.window_left, self.window_right) < UNBOUNDED:
+            raise InvalidAttentionError(
+                f"window=({self.window_left}, {self.window_right}); each side counts keys, "
+                f"{UNBOUNDED} means no limit"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise InvalidAttentionError(f"softcap={self.softcap}; it must be positive, or None")
+
+    def scale_for(self, head_dim: int) -> float:
+        """The factor of Q K^T for this head_dim (0 has no scores, hence no scale)."""
+        if self.scale is not None:
+            return self.scale
+        return 1.0 / float(head_dim) ** 0.5 if head_dim else 1.0
+
+    def band(self, query_length: int, key_length: int) -> Band | None:
+        """The visible band for these lengths; None when every key is visible."""
+        bottom_right = key_length - query_length
+        left = None if self.window_left == UNBOUNDED else self.window_left
+        right = None if self.window_right == UNBOUNDED else self.window_right
+        match self.mask_class:
+            case MaskClass.NONE:
+                return None
+            case MaskClass.CAUSAL:
+                return Band(None, 0, 0)
+            case MaskClass.CAUSAL_BOTTOM_RIGHT:
+                return Band(None, 0, bottom_right)
+            case MaskClass.WINDOW:
+                return Band(left, right, 0)
+            case MaskClass.WINDOW_BOTTOM_RIGHT:
+                return Band(left, right, bottom_right)
+
+
+def parse_mask_class(text: str) -> MaskClass:
+    """Raises InvalidAttentionError for an unknown mask class, listing the known ones."""
+    try:
+        return MaskClass(text)
+    except ValueError:
+        known = ", ".join(MaskClass)
+        raise InvalidAttentionError(f"unknown mask class {text!r}; known: {known}") from None
+
+
+def parse_dead_rows(text: str) -> DeadRows:
+    """Raises InvalidAttentionError for an unknown word, listing the known ones."""
+    try:
+        return DeadRows(text)
+    except ValueError:
+        known = ", ".join(DeadRows)
+        raise InvalidAttentionError(f"unknown dead_rows {text!r}; known: {known}") from None
