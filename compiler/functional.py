@@ -1,0 +1,112 @@
+"""``sage.attention``: the operator as a function, in the words of PyTorch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sage_compiler import ops as ops  # registers sage::attention
+from sage_compiler.errors import InvalidAttentionError
+from sage_compiler.precision import AUTO, check_precision
+from sage_compiler.semantics import UNBOUNDED, MaskClass
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: str = "top_left",
+    precision: str = AUTO,
+    softcap: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention, softmax(scale * Q K^T + mask) V, in the given precision.
+
+    A row that sees no key yields 0, as in scaled_dot_product_attention. Differentiable; the
+    gradient is that of exact attention at the same inputs.
+
+    Args:
+        query: (B, H, Lq, D), or (H, Lq, D); float32, bfloat16 or float16; any strides.
+        key: (B, Hkv, Lk, D), or (Hkv, Lk, D).
+        value: (B, Hkv, Lk, Dv), or (Hkv, Lk, Dv).
+        attn_mask: broadcastable to (B, H, Lq, Lk): bool (True = visible), or added to the scores.
+        is_causal: hide keys after the diagonal; applied on top of ``attn_mask``.
+        scale: factor of the scores; None: 1 / sqrt(D).
+        enable_gqa: allow H to be a multiple of Hkv.
+        causal: where the diagonal starts when Lq != Lk: "top_left" (key i for query i, what
+            scaled_dot_product_attention means) or "bottom_right" (the last key for the last
+            query, what decoding with a cache means).
+        precision: "auto", "exact", or a recipe such as "int8_fp8".
+        softcap: scores become softcap * tanh(score / softcap) before masks.
+        window: (left, right) keys visible around the diagonal, which is always visible; None
+            for an unbounded side.
+        sinks: (H,) logits that take part in the denominator only.
+        cu_seqlens: cumulative lengths (N + 1,), int32 or int64, of N sequences packed along the
+            length of a batch of 1; a pair (queries, keys) where they differ.
+        return_lse: also return the log-sum-exp of the scores, float32 (B, H, Lq).
+
+    Raises:
+        InvalidAttentionError: arguments that do not describe an attention.
+        InvalidOptionError: an unknown precision.
+    """
+    check_precision(precision)
+    if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
+        raise InvalidAttentionError(
+            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dims; all "
+            "must have 4 (batch, heads, length, head_dim), or 3 without the batch"
+        )
+    heads, kv_heads = query.shape[-3], key.shape[-3]
+    if heads != kv_heads and not enable_gqa:
+        raise InvalidAttentionError(
+            f"{heads} query heads and {kv_heads} key/value heads; pass enable_gqa=True for "
+            "grouped-query attention"
+        )
+    unbatched = query.dim() == 3
+    if unbatched:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    mask_class, left, right = _mask_class(is_causal, causal, window)
+    cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    arguments = (
+        query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
+        left, right, cu_q, cu_k,
+    )  # fmt: skip
+    if not return_lse:
+        output: Tensor = torch.ops.sage.attention.default(*arguments)
+        return output.squeeze(0) if unbatched else output
+    output, lse = torch.ops.sage.attention.lse(*arguments)
+    return (output.squeeze(0), lse.squeeze(0)) if unbatched else (output, lse)
+
+
+def _mask_class(
+    is_causal: bool, causal: str, window: tuple[int | None, int | None] | None
+) -> tuple[str, int, int]:
+    """The operator's mask class and window sides.
+
+    Raises:
+        InvalidAttentionError: an unknown alignment, or a window that is not two counts.
+    """
+    if causal not in ("top_left", "bottom_right"):
+        raise InvalidAttentionError(f"causal={causal!r}; known: top_left, bottom_right")
+    bottom_right = causal == "bottom_right"
+    if window is None:
+        if not is_causal:
+            return str(MaskClass.NONE), UNBOUNDED, UNBOUNDED
+        chosen = MaskClass.CAUSAL_BOTTOM_RIGHT if bottom_right else MaskClass.CAUSAL
+        return str(chosen), UNBOUNDED, UNBOUNDED
+    if len(window) != 2 or any(side is not None and side < 0 for side in window):
+        raise InvalidAttentionError(
+            f"window={window!r}; it must be (left, right), each a number of keys or None"
+        )
+    left, right = (UNBOUNDED if side is None else side for side in window)
+    if is_causal:
+        right = 0
+    chosen = MaskClass.WINDOW_BOTTOM_RIGHT if bottom_right else MaskClass.WINDOW
+    return str(chosen), left, right
