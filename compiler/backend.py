@@ -1,0 +1,179 @@
+"""The torch.compile backend: options -> find -> decide -> rewrite -> Inductor."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._logging._internal import trace_structured
+
+from sage_compiler import ops as ops  # registers sage::attention, which the rewrite inserts
+from sage_compiler import report as reporting
+from sage_compiler.config import Fallback, Options, parse_options
+from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
+from sage_compiler.kernels import registry
+from sage_compiler.passes import pipeline
+from sage_compiler.passes.normalize import tensor_of
+from sage_compiler.passes.pipeline import Decision
+from sage_compiler.passes.rewrite import copy_graph
+from sage_compiler.passes.site import AttentionSite
+from sage_compiler.precision import AUTO, EXACT
+from sage_compiler.report import Report
+
+log = logging.getLogger("sage_compiler")
+
+_last = Report()
+
+
+def sage(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one captured graph: attention by sage::attention, the rest by Inductor.
+
+    Registered as the torch.compile backend ``"sage"``.
+
+    Raises:
+        InvalidOptionError: an unknown option, or a value it cannot have.
+        KernelUnavailableError: an explicit recipe without a kernel here and fallback="error".
+    """
+    parsed = parse_options(options, mode)
+    patches = _inductor_patches(parsed)
+    report = transform(gm, parsed)
+    from torch._inductor.compile_fx import compile_fx
+
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    # Only now: Inductor may ask Dynamo to capture again, and then this graph never was.
+    _publish(report)
+    assert callable(compiled)  # an artifact only where ahead-of-time compilation asked for one
+    return compiled
+
+
+def transform(gm: fx.GraphModule, options: Options) -> Report:
+    """Rewrite the graph of ``gm`` in place, all or nothing, and report on it."""
+    before = gm.graph
+    outcome = pipeline.run(gm, functools.partial(decide, options=options))
+    report = reporting.describe(gm, before, outcome)
+    # Inductor edits the graph it is given; the report keeps the one that was checked.
+    gm.graph = copy_graph(outcome.graph)[0]
+    return report
+
+
+def decide(site: AttentionSite, options: Options) -> Decision:
+    """The recipe for one site, or why it is kept.
+
+    Raises:
+        KernelUnavailableError: no kernel serves the explicit recipe and fallback="error".
+    """
+    precision = options.precision
+    if precision == EXACT:
+        return Decision(EXACT, "precision='exact': the unquantized operator")
+    problem = _problem(site)
+    if precision == AUTO:
+        return _decide_auto(site, options, problem)
+    found = registry.find(precision, problem)
+    if isinstance(found, registry.Kernel):
+        return Decision(precision, f"precision={precision!r}, kernel {found.name}")
+    match options.fallback:
+        case Fallback.EMULATE:
+            return Decision(precision, f"emulated: {found.reason}")
+        case Fallback.SDPA:
+            return Decision(None, f"{found.reason}; fallback='sdpa'")
+        case Fallback.ERROR:
+            raise KernelUnavailableError(
+                f"{site.layer}: {found.reason}; use fallback='emulate', fallback='sdpa' or "
+                "precision='auto'"
+            )
+
+
+def _decide_auto(site: AttentionSite, options: Options, problem: registry.Problem) -> Decision:
+    default = registry.default(problem)
+    if default.recipe == EXACT:
+        return Decision(None, f"precision='auto': {default.reason}")
+    gate = options.min_seq_len
+    if gate is None:
+        gate = registry.MIN_SEQ_LEN.get(problem.device_type, 0)
+    lengths = (site.q_shape[2], site.kv_shape[2])
+    known = [length for length in lengths if isinstance(length, int)]
+    if known and min(known) < gate:
+        return Decision(None, f"length {min(known)} is below min_seq_len={gate}")
+    open_gate = gate if len(known) < len(lengths) else 0
+    return Decision(default.recipe, default.reason, open_gate)
+
+
+def _problem(site: AttentionSite) -> registry.Problem:
+    output, value = tensor_of(site.node), tensor_of(site.value)
+    assert output is not None and value is not None
+    heads, kv_heads = site.q_shape[1], site.kv_shape[1]
+    return registry.Problem(
+        device_type=output.device.type,
+        dtype=output.dtype,
+        head_dim=int(site.q_shape[3]),
+        value_head_dim=int(site.kv_shape[3]),
+        heads=heads if isinstance(heads, int) else 0,
+        kv_heads=kv_heads if isinstance(kv_heads, int) else 0,
+        mask_class=site.semantics.mask_class,
+        has_mask=site.mask.node is not None,
+    )
+
+
+def _inductor_patches(options: Options) -> dict[str, Any]:
+    """Configuration of this compilation: the mode's, the user's on top, and the fence.
+
+    Raises:
+        InvalidOptionError: an unknown mode or an unknown Inductor option.
+    """
+    from torch._inductor import config, list_mode_options
+
+    from sage_compiler import fence
+
+    modes = list_mode_options()
+    if options.mode not in (None, "default", *modes):
+        known = ", ".join(["default", *modes])
+        raise InvalidOptionError(f"mode={options.mode!r}; known: {known}")
+    chosen = dict(modes.get(options.mode, {})) if options.mode is not None else {}
+    known_options = config.get_config_copy() if options.inductor else {}
+    for name in options.inductor:
+        if name.replace("-", "_") not in known_options:
+            raise InvalidOptionError(
+                f"option inductor has {name!r}, which is no configuration of Inductor; "
+                "see torch._inductor.list_options()"
+            )
+    return fence.patches(
+        {**chosen, **{name.replace("-", "_"): v for name, v in options.inductor.items()}}
+    )
+
+
+def last_report() -> Report:
+    """All graphs compiled by this backend since the last ``torch._dynamo.reset()``, merged.
+
+    Empty when there are none, never None.
+    """
+    return Report(_last.sites, _last.graphs)
+
+
+def _publish(report: Report) -> None:
+    """Add to ``last_report()``, to the log, and to TORCH_TRACE where that is on."""
+    _last.extend(report)
+    log.info("%s", report)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "sage_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps(report.to_dict()),
+    )
+
+
+def _reset() -> None:
+    _last.sites.clear()
+    _last.graphs.clear()
+
+
+# torch._dynamo.reset() calls this attribute of every backend it has used.
+sage.reset = _reset  # type: ignore[attr-defined]

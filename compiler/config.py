@@ -1,0 +1,105 @@
+"""Options of the backend: parsed and validated once, at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, Final
+
+from sage_compiler.errors import InvalidOptionError
+from sage_compiler.precision import AUTO, check_precision
+
+
+class Fallback(StrEnum):
+    """What happens to an explicit recipe that has no real kernel on this device."""
+
+    EMULATE = "emulate"  # the reference computes it: right numerics, slow
+    SDPA = "sdpa"  # the site is kept
+    ERROR = "error"  # compiling raises
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What ``torch.compile(model, backend="sage", options={...})`` accepts.
+
+    Attributes:
+        precision: "auto", "exact" or a recipe's name, for every site.
+        min_seq_len: with "auto", attention with fewer queries or keys than this is kept; None
+            takes the device's default, 0 switches the gate off.
+        fallback: "emulate", "sdpa" or "error" for an explicit recipe without a kernel here.
+        inductor: configuration patches handed to Inductor.
+        mode: a mode of torch.compile, such as "reduce-overhead"; None: the default.
+    """
+
+    precision: str = AUTO
+    min_seq_len: int | None = None
+    fallback: Fallback = Fallback.EMULATE
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+
+
+KNOWN: Final = tuple(sorted(item.name for item in fields(Options)))
+
+
+def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+    """Check a user's options.
+
+    Args:
+        options: as given to torch.compile; None is the same as {}.
+        mode: torch.compile's own ``mode`` argument.
+
+    Raises:
+        InvalidOptionError: an unknown key (the message lists the known ones), or a value that
+            its key cannot have.
+    """
+    given = dict(options or {})
+    unknown = sorted(set(given) - set(KNOWN), key=str)
+    if unknown:
+        names = ", ".join(repr(name) for name in unknown)
+        raise InvalidOptionError(f"unknown option {names}; known: {', '.join(KNOWN)}")
+    if mode is not None and given.get("mode") not in (None, mode):
+        raise InvalidOptionError(f"mode={mode!r} and the option mode={given['mode']!r}; give one")
+    precision = check_precision(given.get("precision", AUTO))
+    return Options(
+        precision=precision,
+        min_seq_len=_min_seq_len(given.get("min_seq_len"), precision),
+        fallback=_fallback(given.get("fallback", Fallback.EMULATE)),
+        inductor=_inductor(given.get("inductor", {})),
+        mode=_mode(mode if mode is not None else given.get("mode")),
+    )
+
+
+def _min_seq_len(value: object, precision: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidOptionError(f"min_seq_len={value!r}; it must be an integer of at least 0")
+    if value and precision != AUTO:
+        raise InvalidOptionError(
+            f"min_seq_len={value} with precision={precision!r}; the gate belongs to 'auto': an "
+            "explicit precision applies to every length"
+        )
+    return value
+
+
+def _fallback(value: object) -> Fallback:
+    try:
+        return Fallback(value)  # type: ignore[arg-type]  # any object: the enum does the check
+    except ValueError:
+        known = ", ".join(Fallback)
+        raise InvalidOptionError(f"fallback={value!r}; known: {known}") from None
+
+
+def _inductor(value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidOptionError(
+            f"inductor={value!r}; it must be a dict of Inductor configuration names"
+        )
+    return dict(value)
+
+
+def _mode(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InvalidOptionError(f"mode={value!r}; it must be a mode of torch.compile, or None")
+    return value

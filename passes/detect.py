@@ -1,0 +1,407 @@
+"""Find every attention of a graph, and say of each what it computes or why it is kept.
+
+``RECOGNIZERS`` is the visible list: one entry per form, tried at every node in order. Adding a
+form means adding a recognizer and its tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from sage_compiler.passes.masks import Analysis, ConstantFolder, describe, root_cause
+from sage_compiler.passes.normalize import (
+    LayerNames,
+    argument,
+    may_mutate,
+    operation,
+    shape_of,
+    source_of,
+    tensor_of,
+)
+from sage_compiler.passes.site import AttentionSite, Finding, Mask, Rejected, Shape
+from sage_compiler.semantics import DTYPES, MaskClass, Semantics
+
+
+@dataclass(slots=True)
+class Context:
+    """What recognizers share while one graph is searched."""
+
+    names: LayerNames = field(default_factory=LayerNames)
+    folder: ConstantFolder = field(default_factory=ConstantFolder)
+    pinned: bool = False  # inside a region where the user chose SDPA's backend
+
+
+@dataclass(frozen=True, slots=True)
+class Recognizer:
+    """One form of attention.
+
+    Attributes:
+        form: its name in reports.
+        operations: bare names of the operations to look at.
+        recognize: the proof, or the reason why the node is kept; None when the node is no
+            attention at all.
+    """
+
+    form: str
+    operations: frozenset[str]
+    recognize: Callable[[fx.Node, Context], Proof | str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a recognizer proved of a node; ``detect`` adds the layer and the source."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: Mask
+    semantics: Semantics
+    q_shape: Shape
+    kv_shape: Shape
+
+
+def detect(gm: fx.GraphModule) -> list[Finding]:
+    """Every attention in the graph, in order: proved sites, and the rest with reasons."""
+    context = Context()
+    findings: list[Finding] = []
+    for node in gm.graph.nodes:
+        _track_backend_choice(node, context)
+        if node.op not in ("call_function", "call_method"):
+            continue
+        for recognizer in RECOGNIZERS:
+            if operation(node) not in recognizer.operations:
+                continue
+            result = recognizer.recognize(node, context)
+            if result is not None:
+                findings.append(_finding(node, recognizer.form, result, context))
+                break
+    findings.extend(_nested(gm, context))
+    return findings
+
+
+def _finding(node: fx.Node, form: str, result: Proof | str, context: Context) -> Finding:
+    layer, source = context.names.next(node), source_of(node)
+    if isinstance(result, str):
+        return Rejected(node, layer, form, source, result, *_known_shapes(node))
+    return AttentionSite(
+        node=node,
+        layer=layer,
+        form=form,
+        source=source,
+        query=result.query,
+        key=result.key,
+        value=result.value,
+        mask=result.mask,
+        semantics=result.semantics,
+        q_shape=result.q_shape,
+        kv_shape=result.kv_shape,
+    )
+
+
+def _known_shapes(node: fx.Node) -> tuple[Shape, Shape]:
+    """Shapes of a kept call's query and value, for the report."""
+    query, value = tensor_of(argument(node, 0, "query")), tensor_of(argument(node, 2, "value"))
+    return (
+        () if query is None else shape_of(query),
+        () if value is None else shape_of(value),
+    )
+
+
+# --- scaled_dot_product_attention -----------------------------------------------------------
+
+
+def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
+    """scaled_dot_product_attention in all spellings: F., torch.ops.aten, positional, keyword."""
+    if context.pinned:
+        return "inside sdpa_kernel(...): the user chose a backend of scaled_dot_product_attention"
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    is_causal = argument(node, 5, "is_causal", False)
+    scale = argument(node, 6, "scale")
+    enable_gqa = argument(node, 7, "enable_gqa", False)
+    for name, given in (("dropout_p", dropout), ("is_causal", is_causal), ("scale", scale)):
+        if isinstance(given, fx.Node):
+            return f"{name} is computed at run time; a constant is needed"
+    if dropout != 0.0:
+        return f"dropout_p={dropout}: scaled_dot_product_attention drops whenever it is positive"
+    inputs = _inputs(node, bool(enable_gqa))
+    if isinstance(inputs, str):
+        return inputs
+    query, key, value, q_shape, kv_shape = inputs
+    if scale is not None and not math.isfinite(scale):
+        return f"scale={scale} is not finite"
+    mask = _mask_argument(node, bool(is_causal), q_shape, kv_shape, context)
+    if isinstance(mask, str):
+        return mask
+    semantics = Semantics(
+        mask_class=mask.mask_class,
+        window_left=mask.window_left,
+        window_right=mask.window_right,
+        scale=None if scale is None else float(scale),
+    )
+    return Proof(query, key, value, mask.mask, semantics, q_shape, kv_shape)
+
+
+def _inputs(
+    node: fx.Node, enable_gqa: bool
+) -> tuple[fx.Node, fx.Node, fx.Node, Shape, Shape] | str:
+    """Q, K, V and their 4-D shapes, repeats of K and V undone; or why they do not qualify."""
+    nodes = [argument(node, at, name) for at, name in enumerate(("query", "key", "value"))]
+    tensors = [tensor_of(given) for given in nodes]
+    output = tensor_of(node)
+    if output is None or any(tensor is None for tensor in tensors):
+        return "shapes and dtypes of query, key and value are not recorded in the graph"
+    q, k, v = (tensor for tensor in tensors if tensor is not None)
+    if output.dtype not in DTYPES:
+        return f"{output.dtype}: the operator takes float32, bfloat16 and float16"
+    if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
+        return f"query, key, value are {q.dtype}, {k.dtype}, {v.dtype}; floating point is needed"
+    if q.dim() not in (3, 4) or k.dim() != q.dim() or v.dim() != q.dim():
+        return f"{q.dim()}-D query, {k.dim()}-D key, {v.dim()}-D value; 3-D or 4-D is needed"
+    if q.device != k.device or q.device != v.device:
+        return f"query on {q.device}, key on {k.device}, value on {v.device}"
+    query, key, value = nodes
+    if q.dim() == 4:
+        key, value = _undo_repeats(node, key, value)
+        k, v = _known(key), _known(value)
+    lead = ((1,) if q.dim() == 3 else ()) + tuple(q.shape)
+    lead_k = ((1,) if q.dim() == 3 else ()) + tuple(k.shape)
+    lead_v = ((1,) if q.dim() == 3 else ()) + tuple(v.shape)
+    reason = _disagreement(lead, lead_k, lead_v, enable_gqa or k is not tensors[1])
+    if reason is not None:
+        return reason
+    q_shape = shape_of(q.unsqueeze(0) if q.dim() == 3 else q)
+    kv_shape = shape_of(v.unsqueeze(0) if v.dim() == 3 else v)
+    return query, key, value, q_shape, kv_shape
+
+
+def _disagreement(
+    q: tuple[Any, ...], k: tuple[Any, ...], v: tuple[Any, ...], grouped: bool
+) -> str | None:
+    """Why (B, heads, length, head_dim) of Q, K, V are not one attention, or None."""
+
+    def same(a: Any, b: Any) -> bool:
+        return a is b or statically_known_true(a == b)
+
+    if not same(k[0], v[0]):
+        return f"key has batch {k[0]} and value {v[0]}"
+    if not (same(q[0], k[0]) or same(q[0], 1) or same(k[0], 1)):
+        return f"query has batch {q[0]} and key {k[0]}; they are not provably equal"
+    if not same(k[1], v[1]):
+        return f"key has {k[1]} heads and value {v[1]}"
+    if not same(q[1], k[1]):
+        if not (isinstance(q[1], int) and isinstance(k[1], int)):
+            return f"query has {q[1]} heads and key {k[1]}; they are not provably equal"
+        if not (grouped or k[1] == 1) or k[1] == 0 or q[1] % k[1]:
+            return f"query has {q[1]} heads and key {k[1]}"
+    if not same(q[3], k[3]) or not isinstance(q[3], int) or not isinstance(v[3], int):
+        return f"query has head_dim {q[3]}, key {k[3]}, value {v[3]}"
+    if q[3] == 0:
+        return "head_dim 0"
+    return None
+
+
+def _mask_argument(
+    node: fx.Node, is_causal: bool, q_shape: Shape, kv_shape: Shape, context: Context
+) -> Analysis | str:
+    mask = argument(node, 3, "attn_mask")
+    if mask is None:
+        if is_causal:
+            proof = "is_causal=True: top-left by definition"
+            return Analysis(Mask(None, "causal", proof), MaskClass.CAUSAL)
+        return Analysis(Mask(None, "none", "no mask is given"))
+    if is_causal:
+        return "attn_mask together with is_causal: the backends of SDPA disagree on it"
+    tensor = tensor_of(mask)
+    if tensor is None:
+        return "the mask's shape is not recorded in the graph"
+    if tensor.dim() > len(q_shape) or (tensor.dim() == 4 and _rank(node) == 3):
+        return f"{tensor.dim()}-D mask for a {_rank(node)}-D query"
+    query_length, key_length = q_shape[2], kv_shape[2]
+    if not isinstance(query_length, int) or not isinstance(key_length, int):
+        why = f"lengths ({query_length}, {key_length}) vary, so it is not folded"
+    else:
+        found = context.folder.analyze(mask, query_length, key_length)
+        if found is not None:
+            return found
+        constant = context.folder.cone(mask) is not None
+        why = "constant, but no band of diagonals" if constant else root_cause(mask)
+    return Analysis(describe(mask, why))
+
+
+def _rank(node: fx.Node) -> int:
+    return _known(argument(node, 0, "query")).dim()
+
+
+def _known(node: fx.Node) -> Tensor:
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return tensor
+
+
+# --- repeated key/value heads ---------------------------------------------------------------
+
+
+def _undo_repeats(attention: fx.Node, key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """K and V before their heads were repeated, when both were, equally and unmutated since."""
+    before_key, before_value = _before_repeat(key), _before_repeat(value)
+    if before_key is None or before_value is None:
+        return key, value
+    if _known(before_key).shape[1] != _known(before_value).shape[1]:
+        return key, value
+    for start in (before_key, before_value):
+        node = start.next
+        while node is not attention:
+            if may_mutate(node):
+                return key, value
+            node = node.next
+    return before_key, before_value
+
+
+def _before_repeat(node: fx.Node) -> fx.Node | None:
+    """x of (B, Hkv, L, D) where ``node`` is x with every head repeated n times in a row."""
+    if operation(node) == "repeat_interleave":
+        source, dim = argument(node, 0, "input"), argument(node, 2, "dim")
+        if isinstance(argument(node, 1, "repeats"), int) and dim in (1, -3):
+            return _whole(source, node)
+        return None
+    # reshape(expand(x[:, :, None], (B, Hkv, n, L, D)), (B, Hkv * n, L, D))
+    if operation(node) not in ("reshape", "flatten", "view", "_unsafe_view"):
+        return None
+    expand = node.args[0]
+    if not isinstance(expand, fx.Node) or operation(expand) != "expand":
+        return None
+    new_axis = expand.args[0]
+    if not isinstance(new_axis, fx.Node) or not new_axis.args:
+        return None
+    source = new_axis.args[0]
+    if operation(new_axis) == "getitem":
+        full = slice(None)
+        index = new_axis.args[1]
+        inserted = isinstance(index, tuple) and index in (
+            (full, full, None),
+            (full, full, None, full, full),
+        )
+    else:
+        inserted = operation(new_axis) == "unsqueeze" and argument(new_axis, 1, "dim") in (2, -3)
+    wide = tensor_of(expand)
+    if not inserted or wide is None or wide.dim() != 5:
+        return None
+    return _whole(source, node)
+
+
+def _whole(source: object, repeated: fx.Node) -> fx.Node | None:
+    """``source`` when its shape times a number of heads is the repeated shape."""
+    before, after = tensor_of(source), tensor_of(repeated)
+    if before is None or after is None or before.dim() != 4 or after.dim() != 4:
+        return None
+    static = isinstance(before.shape[1], int) and isinstance(after.shape[1], int)
+    if not static or before.shape[1] == 0 or after.shape[1] % before.shape[1]:
+        return None
+    kept = all(statically_known_true(before.shape[at] == after.shape[at]) for at in (0, 2, 3))
+    assert isinstance(source, fx.Node)
+    return source if kept else None
+
+
+# --- attention that is kept -----------------------------------------------------------------
+
+
+def _keep(reason: str) -> Callable[[fx.Node, Context], str]:
+    def recognize(node: fx.Node, context: Context) -> str:
+        return reason
+
+    return recognize
+
+
+def recognize_softmax(node: fx.Node, context: Context) -> str | None:
+    """A softmax outside SDPA. Whether it is attention is the next recognizer's business."""
+    tensor = tensor_of(node)
+    shape = "" if tensor is None else f" over {shape_of(tensor)}"
+    return f"a softmax{shape} written out; attention composed of single operations is not rewritten"
+
+
+def recognize_operator(node: fx.Node, context: Context) -> str | None:
+    """sage::attention that the model already calls."""
+    return "already sage::attention, called by the model" if _is_ours(node) else None
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", None) == "sage" or str(node.target).startswith("sage.")
+
+
+RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
+    Recognizer("sdpa", frozenset({"scaled_dot_product_attention"}), recognize_sdpa),
+    Recognizer("softmax", frozenset({"softmax", "_softmax"}), recognize_softmax),
+    Recognizer("sage::attention", frozenset({"attention"}), recognize_operator),
+    Recognizer(
+        "multi_head_attention_forward",
+        frozenset({"multi_head_attention_forward", "_native_multi_head_attention"}),
+        _keep("nn.MultiheadAttention is one opaque call in this graph"),
+    ),
+    Recognizer(
+        "transformer encoder layer",
+        frozenset({"_transformer_encoder_layer_fwd"}),
+        _keep(
+            "nn.TransformerEncoder's fast path is one opaque call; "
+            "torch.backends.mha.set_fastpath_enabled(False) opens it"
+        ),
+    ),
+    Recognizer(
+        "flex_attention",
+        frozenset({"flex_attention"}),
+        _keep("flex_attention is a higher-order operator with a kernel of its own"),
+    ),
+)
+
+# --- regions --------------------------------------------------------------------------------
+
+_ALL_BACKENDS: Final = frozenset({"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"})
+
+
+def _track_backend_choice(node: fx.Node, context: Context) -> None:
+    """``with sdpa_kernel(...)`` appears as a call with the chosen backends, later one with all."""
+    if operation(node) != "_sdpa_kernel" or not node.args:
+        return
+    chosen = node.args[0]
+    listed = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+    names = {
+        str(entry.args[0]) if isinstance(entry, fx.Node) and entry.args else str(entry)
+        for entry in listed
+    }
+    context.pinned = not names >= _ALL_BACKENDS
+
+
+def _nested(gm: fx.GraphModule, context: Context) -> list[Finding]:
+    """Attention inside the bodies of higher-order operators: kept, and said so."""
+    findings: list[Finding] = []
+    attention = frozenset().union(*(recognizer.operations for recognizer in RECOGNIZERS))
+    for node in gm.graph.nodes:
+        if not isinstance(node.target, HigherOrderOperator):
+            continue
+        bodies = [
+            getattr(gm, str(source.target), None)
+            for source in node.all_input_nodes
+            if source.op == "get_attr"
+        ]
+        for body in bodies:
+            if not isinstance(body, fx.GraphModule):
+                continue
+            for inner in body.graph.nodes:
+                if inner.op in ("call_function", "call_method") and operation(inner) in attention:
+                    findings.append(
+                        Rejected(
+                            inner,
+                            context.names.next(inner),
+                            operation(inner),
+                            source_of(inner),
+                            f"inside the body of the higher-order operator {operation(node)}",
+                            *_known_shapes(inner),
+                        )
+                    )
+    return findings
