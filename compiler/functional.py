@@ -73,7 +73,7 @@ def attention(
     if unbatched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     mask_class, left, right = _mask_class(is_causal, causal, window)
-    cu_q, cu_k = cu_seqlens if isinstance(cu_seqlens, tuple) else (cu_seqlens, cu_seqlens)
+    cu_q, cu_k = _both_sides(cu_seqlens)
     arguments = (
         query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
         left, right, cu_q, cu_k,
@@ -101,12 +101,34 @@ def _mask_class(
             return str(MaskClass.NONE), UNBOUNDED, UNBOUNDED
         chosen = MaskClass.CAUSAL_BOTTOM_RIGHT if bottom_right else MaskClass.CAUSAL
         return str(chosen), UNBOUNDED, UNBOUNDED
-    if len(window) != 2 or any(side is not None and side < 0 for side in window):
+    sides = window if isinstance(window, tuple | list) else ()
+    if len(sides) != 2 or not all(
+        side is None or (isinstance(side, int | torch.SymInt) and side >= 0) for side in sides
+    ):
         raise InvalidAttentionError(
             f"window={window!r}; it must be (left, right), each a number of keys or None"
         )
-    left, right = (UNBOUNDED if side is None else side for side in window)
+    left, right = (UNBOUNDED if side is None else side for side in sides)
     if is_causal:
         right = 0
     chosen = MaskClass.WINDOW_BOTTOM_RIGHT if bottom_right else MaskClass.WINDOW
     return str(chosen), left, right
+
+
+def _both_sides(
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The cumulative lengths of queries and of keys.
+
+    Raises:
+        InvalidAttentionError: neither a tensor nor a pair of tensors.
+    """
+    if cu_seqlens is None or isinstance(cu_seqlens, Tensor):
+        return cu_seqlens, cu_seqlens
+    if len(cu_seqlens) != 2 or not all(isinstance(side, Tensor) for side in cu_seqlens):
+        raise InvalidAttentionError(
+            f"cu_seqlens={cu_seqlens!r}; it must be a tensor (sequences + 1,), or a pair of them: "
+            "(queries, keys)"
+        )
+    cu_q, cu_k = cu_seqlens
+    return cu_q, cu_k

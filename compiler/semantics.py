@@ -7,8 +7,10 @@ Lk key length, D head_dim.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import StrEnum
+from math import inf
 from typing import Final
 
 import torch
@@ -62,7 +64,8 @@ class Semantics:
         dead_rows: what a row without a visible key yields.
 
     Raises:
-        InvalidAttentionError: a window without a window class, or a softcap that is not positive.
+        InvalidAttentionError: a window without a window class, a softcap that is not positive, or a
+            softcap or scale that is not finite.
     """
 
     mask_class: MaskClass = MaskClass.NONE
@@ -84,8 +87,12 @@ class Semantics:
                 f"window=({self.window_left}, {self.window_right}); each side counts keys, "
                 f"{UNBOUNDED} means no limit"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise InvalidAttentionError(f"softcap={self.softcap}; it must be positive, or None")
+        if self.softcap is not None and not 0 < self.softcap < inf:
+            raise InvalidAttentionError(
+                f"softcap={self.softcap}; it must be positive and finite, or None"
+            )
+        if self.scale is not None and not -inf < self.scale < inf:
+            raise InvalidAttentionError(f"scale={self.scale}; it must be finite, or None")
 
     def scale_for(self, head_dim: int) -> float:
         """The factor of Q K^T for this head_dim (0 has no scores, hence no scale)."""
@@ -127,3 +134,27 @@ def parse_dead_rows(text: str) -> DeadRows:
     except ValueError:
         known = ", ".join(DeadRows)
         raise InvalidAttentionError(f"unknown dead_rows {text!r}; known: {known}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_semantics(
+    mask_class: str,
+    scale: float | None,
+    dead_rows: str,
+    softcap: float | None,
+    window_left: int,
+    window_right: int,
+) -> Semantics:
+    """The operator's scalar arguments as one object.
+
+    Raises:
+        InvalidAttentionError: an unknown word or values that contradict each other.
+    """
+    return Semantics(
+        parse_mask_class(mask_class),
+        window_left,
+        window_right,
+        scale,
+        softcap,
+        parse_dead_rows(dead_rows),
+    )

@@ -6,8 +6,6 @@ known, so tracing adds no guard of ours.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,7 +15,7 @@ from sage_compiler.semantics import DTYPES
 
 
 def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(str(size) for size in tensor.shape) + ")"
+    return str(tuple(tensor.shape))
 
 
 def _differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
@@ -142,6 +140,10 @@ def check_varlen(
                 f"{name} is {offsets.dtype} of shape {_shape(offsets)}; it must be int32 or int64 "
                 "of shape (sequences + 1,)"
             )
+        if offsets.device != query.device and offsets.device.type != "cpu":
+            raise InvalidAttentionError(
+                f"{name} is on {offsets.device}; it must be on {query.device} or the CPU"
+            )
     if _differ(cu_q.shape[0], cu_k.shape[0]):
         raise InvalidAttentionError(
             f"cu_seqlens_q describes {cu_q.shape[0] - 1} sequences and cu_seqlens_k "
@@ -156,17 +158,35 @@ def check_varlen(
         raise InvalidAttentionError("attn_mask with cu_seqlens; a packed batch takes none")
 
 
-def sequence_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
-    """Read cumulative lengths: 0 = o[0] <= o[1] <= ... <= o[N] = total tokens.
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    step: Tensor | None = None,
+    step_recipes: list[str] | None = None,
+) -> None:
+    """Check everything about the tensors of a call.
 
     Raises:
-        InvalidAttentionError: otherwise.
+        InvalidAttentionError: tensors that do not describe an attention.
     """
-    values: list[int] = offsets.tolist()
-    ascending = all(a <= b for a, b in itertools.pairwise(values))
-    if not values or values[0] != 0 or values[-1] != total or not ascending:
+    check_tensors(query, key, value)
+    if attn_mask is not None:
+        check_mask(attn_mask, query, key)
+    if sinks is not None:
+        check_sinks(sinks, query)
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        check_varlen(query, key, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    if (step is None) != (step_recipes is None):
+        raise InvalidAttentionError("step and step_recipes belong together; give both or neither")
+    if step is not None and (
+        step.dim() != 0 or step.dtype != torch.int64 or step.device.type != "cpu"
+    ):
         raise InvalidAttentionError(
-            f"{name} = {values[:8]}{'...' if len(values) > 8 else ''}; it must ascend from 0 to "
-            f"the packed length {total}"
+            f"step is {step.dtype} of {step.dim()} dims on {step.device}; it must be a 0-d int64 "
+            "tensor on the CPU, so that reading it never waits for a device"
         )
-    return values

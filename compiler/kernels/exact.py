@@ -34,6 +34,8 @@ def attention(
     if semantics.softcap is not None or sinks is not None:
         return attention_with_lse(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)[0]
     query_length, key_length = query.shape[2], key.shape[2]
+    if query.shape[1] == 0:  # scaled_dot_product_attention of torch 2.11 divides by the heads
+        return query.new_zeros(*query.shape[:3], value.shape[3])
     is_causal = attn_mask is None and (
         semantics.mask_class is MaskClass.CAUSAL
         or (semantics.mask_class is MaskClass.CAUSAL_BOTTOM_RIGHT and query_length == key_length)
@@ -71,7 +73,7 @@ def attention_with_lse(
     """
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length = key.shape[1], key.shape[2]
-    if key_length == 0:
+    if min(heads, key_length) == 0:
         return _without_keys(query, value, sinks)
     group = heads // kv_heads
     mask = _with_band(attn_mask, semantics, query, key)
@@ -96,11 +98,12 @@ def attention_with_lse(
         if sink is not None:
             scores = torch.cat([scores, sink.expand(*scores.shape[:-1], 1)], dim=-1)
         dead = (scores == -math.inf).all(-1, keepdim=True)
-        # The softmax of a row of -inf is NaN, and so would be its gradient.
-        weights = scores.masked_fill(dead, 0.0).softmax(-1)[..., :key_length]
+        # The softmax of a row of -inf is NaN, and so would be its gradient and that of the LSE.
+        scores = scores.masked_fill(dead, 0.0)
+        weights = scores.softmax(-1)[..., :key_length]
         empty = math.nan if semantics.dead_rows is DeadRows.NAN else 0.0
         outputs.append((weights @ values).masked_fill(dead, empty))
-        lses.append(scores.logsumexp(-1))
+        lses.append(scores.logsumexp(-1).masked_fill(dead.squeeze(-1), -math.inf))
     output = torch.cat(outputs, dim=-2).flatten(1, 2).to(query.dtype)
     return output, torch.cat(lses, dim=-1).flatten(1, 2)
 

@@ -17,7 +17,7 @@ from tests.packaging.layout import PACKAGE_DIRS, ROOT, modules
 PACKAGE: Final = "sage_compiler"
 
 VOCABULARY: Final = ("errors", "precision", "semantics")
-RUNTIME: Final = (*VOCABULARY, "validate", "kernels", "ops", "functional")
+RUNTIME: Final = (*VOCABULARY, "validate", "packed", "kernels", "gradient", "ops", "functional")
 DECISION: Final = (*VOCABULARY, "config", "passes", "policy", "report")
 ANYTHING: Final = (*RUNTIME, *DECISION, "fence", "backend", "explain", "cli", "")
 
@@ -32,8 +32,10 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "cutlass_templates": (),
     "validate": VOCABULARY,
     "kernels": (*VOCABULARY, "cutlass_templates"),
-    "ops": (*VOCABULARY, "validate", "kernels"),
-    "functional": (*VOCABULARY, "validate", "kernels", "ops"),
+    "packed": VOCABULARY,
+    "gradient": (*VOCABULARY, "packed", "kernels"),
+    "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient"),
+    "functional": (*VOCABULARY, "ops"),
     # the graph: what is found and decided
     "passes": VOCABULARY,
     "policy": (*VOCABULARY, "passes"),
