@@ -19,7 +19,6 @@ from sage_compiler.kernels import registry
 from sage_compiler.passes import pipeline
 from sage_compiler.passes.normalize import tensor_of
 from sage_compiler.passes.pipeline import Decision
-from sage_compiler.passes.rewrite import copy_graph
 from sage_compiler.passes.site import AttentionSite
 from sage_compiler.precision import AUTO, EXACT
 from sage_compiler.report import Report
@@ -58,12 +57,9 @@ def sage(
 
 def transform(gm: fx.GraphModule, options: Options) -> Report:
     """Rewrite the graph of ``gm`` in place, all or nothing, and report on it."""
-    before = gm.graph
     outcome = pipeline.run(gm, functools.partial(decide, options=options))
-    report = reporting.describe(gm, before, outcome)
-    # Inductor edits the graph it is given; the report keeps the one that was checked.
-    gm.graph = copy_graph(outcome.graph)[0]
-    return report
+    gm.recompile()
+    return reporting.describe(gm, outcome)
 
 
 def decide(site: AttentionSite, options: Options) -> Decision:

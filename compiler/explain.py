@@ -37,10 +37,9 @@ def explain(
     report = Report()
 
     def look(gm: fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graph = gm.graph
-        report.extend(transform(gm, parsed))
-        gm.graph = graph
-        return gm.forward
+        found = transform(gm, parsed)
+        report.extend(found)
+        return found.graphs[0].before.forward
 
     def call() -> Any:
         return model(*args, **kwargs)

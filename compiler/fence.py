@@ -10,6 +10,7 @@ configuration of one compilation: other backends are not touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 _EXP: Final = torch.ops.aten.exp.default
+
+# What compiled code in Inductor's cache depends on: this pass, and the operator's promises.
+_SOURCES: Final = (
+    __file__,
+    *(str(Path(__file__).with_name(name)) for name in ("ops.py", "gradient.py")),
+)
 
 
 def hidden_exp(x: Tensor) -> Tensor:
@@ -46,7 +53,7 @@ class _Retarget(CustomGraphPass):
 
     def uuid(self) -> Any | None:
         """Part of Inductor's cache key; None, which disables caching, if another pass has none."""
-        parts: list[Any] = [get_hash_for_files((__file__,)), str(self._new)]
+        parts: list[Any] = [get_hash_for_files(_SOURCES), self._new.__name__]
         for configured in (*self._first, *self._then):
             found = configured.uuid() if isinstance(configured, CustomGraphPass) else None
             if found is None:

@@ -14,6 +14,7 @@ from torch import fx
 
 from sage_compiler.passes.pipeline import Outcome
 from sage_compiler.passes.site import AttentionSite, Shape
+from sage_compiler.passes.snapshot import Snapshot
 
 VERSION: Final = 1  # of the JSON form
 REWRITE: Final = "rewrite"
@@ -52,7 +53,7 @@ class Site:
 class GraphPair:
     """One captured graph before and after rewriting."""
 
-    def __init__(self, root: fx.GraphModule, before: fx.Graph, after: fx.Graph) -> None:
+    def __init__(self, root: fx.GraphModule, before: Snapshot, after: Snapshot) -> None:
         self._root = root
         self._before = before
         self._after = after
@@ -60,12 +61,12 @@ class GraphPair:
     @property
     def before(self) -> fx.GraphModule:
         """The graph as it was captured."""
-        return fx.GraphModule(self._root, self._before)
+        return fx.GraphModule(self._root, self._before.build())
 
     @property
     def after(self) -> fx.GraphModule:
         """The graph that was handed to Inductor."""
-        return fx.GraphModule(self._root, self._after)
+        return fx.GraphModule(self._root, self._after.build())
 
 
 class Report:
@@ -122,15 +123,14 @@ class Report:
             f"sage: {found} in {graphs}: {len(self.rewritten)} rewritten, {len(self.kept)} kept"
         ]
         lines += _table(self.rewritten)
-        lines += [line for site in self.kept for line in _kept_lines(site)]
-        return "\n".join(lines)
+        return "\n".join(lines + _kept(self.kept))
 
     def __repr__(self) -> str:
         return f"Report({len(self.rewritten)} rewritten, {len(self.kept)} kept)"
 
 
-def describe(root: fx.GraphModule, before: fx.Graph, outcome: Outcome) -> Report:
-    """The report of one graph."""
+def describe(gm: fx.GraphModule, outcome: Outcome) -> Report:
+    """The report of one graph, which the passes have just left."""
     sites = []
     for finding, decision in outcome.findings:
         mask = finding.mask if isinstance(finding, AttentionSite) else None
@@ -149,7 +149,7 @@ def describe(root: fx.GraphModule, before: fx.Graph, outcome: Outcome) -> Report
                 source=finding.source,
             )
         )
-    return Report(sites, [GraphPair(root, before, outcome.graph)])
+    return Report(sites, [GraphPair(gm, outcome.before, Snapshot(gm.graph))])
 
 
 def _heads(q_shape: Shape, kv_shape: Shape) -> str:
@@ -197,10 +197,18 @@ def _table(sites: list[Site]) -> list[str]:
     return lines
 
 
-def _kept_lines(site: Site) -> list[str]:
-    shape = f" {_shape(site.q_shape)}" if site.q_shape else ""
-    lines = [f"kept: {site.layer} ({site.form}){shape}"]
-    lines += textwrap.wrap(site.reason, 96, initial_indent="  ", subsequent_indent="  ")
-    if site.source:
-        lines.append(f"  at {site.source}")
+def _kept(sites: list[Site]) -> list[str]:
+    """Kept sites by what they have in common: form, reason and source."""
+    groups: dict[tuple[str, str, str], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((site.form, site.reason, site.source), []).append(site)
+    lines = []
+    for (form, reason, source), members in groups.items():
+        lines.append(f"kept, {_count(len(members), 'site')} ({form}):")
+        lines += textwrap.wrap(reason, 96, initial_indent="  ", subsequent_indent="  ")
+        lines += [
+            f"  - {site.layer} {_shape(site.q_shape)}".removesuffix(" ()") for site in members
+        ]
+        if source:
+            lines.append(f"  at {source}")
     return lines

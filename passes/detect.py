@@ -19,6 +19,7 @@ from sage_compiler.passes.masks import Analysis, ConstantFolder, describe, root_
 from sage_compiler.passes.normalize import (
     LayerNames,
     argument,
+    is_plain,
     may_mutate,
     operation,
     shape_of,
@@ -36,6 +37,7 @@ class Context:
     names: LayerNames = field(default_factory=LayerNames)
     folder: ConstantFolder = field(default_factory=ConstantFolder)
     pinned: bool = False  # inside a region where the user chose SDPA's backend
+    transforms: int = 0  # how many of torch.func's transforms are open
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +71,43 @@ class Proof:
 
 def detect(gm: fx.GraphModule) -> list[Finding]:
     """Every attention in the graph, in order: proved sites, and the rest with reasons."""
-    context = Context()
+    return _search(gm, Context())
+
+
+def _search(gm: fx.GraphModule, context: Context, body_of: str = "") -> list[Finding]:
+    """The attentions of a graph and of the bodies of its higher-order operators.
+
+    ``body_of`` names the operator to which this graph is a body: attention there is kept.
+    """
     findings: list[Finding] = []
     for node in gm.graph.nodes:
-        _track_backend_choice(node, context)
         if node.op not in ("call_function", "call_method"):
             continue
+        _track_regions(node, context)
         for recognizer in RECOGNIZERS:
             if operation(node) not in recognizer.operations:
                 continue
             result = recognizer.recognize(node, context)
+            if body_of and isinstance(result, Proof):
+                result = f"inside the body of the higher-order operator {body_of}"
             if result is not None:
                 findings.append(_finding(node, recognizer.form, result, context))
                 break
-    findings.extend(_nested(gm, context))
+        for body in _bodies(gm, node):
+            findings.extend(_search(body, context, operation(node)))
     return findings
+
+
+def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order operator is given."""
+    if not isinstance(node.target, HigherOrderOperator):
+        return []
+    given = [
+        getattr(gm, str(source.target), None)
+        for source in node.all_input_nodes
+        if source.op == "get_attr"
+    ]
+    return [body for body in given if isinstance(body, fx.GraphModule)]
 
 
 def _finding(node: fx.Node, form: str, result: Proof | str, context: Context) -> Finding:
@@ -121,11 +145,19 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
     """scaled_dot_product_attention in all spellings: F., torch.ops.aten, positional, keyword."""
     if context.pinned:
         return "inside sdpa_kernel(...): the user chose a backend of scaled_dot_product_attention"
+    if context.transforms:
+        return "inside a transform of torch.func (vmap, grad, ...): the operator has no rule for it"
     dropout = argument(node, 4, "dropout_p", 0.0)
     is_causal = argument(node, 5, "is_causal", False)
     scale = argument(node, 6, "scale")
     enable_gqa = argument(node, 7, "enable_gqa", False)
-    for name, given in (("dropout_p", dropout), ("is_causal", is_causal), ("scale", scale)):
+    scalars = {
+        "dropout_p": dropout,
+        "is_causal": is_causal,
+        "scale": scale,
+        "enable_gqa": enable_gqa,
+    }
+    for name, given in scalars.items():
         if isinstance(given, fx.Node):
             return f"{name} is computed at run time; a constant is needed"
     if dropout != 0.0:
@@ -158,6 +190,8 @@ def _inputs(
     if output is None or any(tensor is None for tensor in tensors):
         return "shapes and dtypes of query, key and value are not recorded in the graph"
     q, k, v = (tensor for tensor in tensors if tensor is not None)
+    if not all(is_plain(tensor) for tensor in (q, k, v, output)):
+        return "query, key or value is nested, sparse or of a tensor subclass"
     if output.dtype not in DTYPES:
         return f"{output.dtype}: the operator takes float32, bfloat16 and float16"
     if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
@@ -221,6 +255,8 @@ def _mask_argument(
     tensor = tensor_of(mask)
     if tensor is None:
         return "the mask's shape is not recorded in the graph"
+    if not is_plain(tensor):
+        return "the mask is nested, sparse or of a tensor subclass"
     if tensor.dim() > len(q_shape) or (tensor.dim() == 4 and _rank(node) == 3):
         return f"{tensor.dim()}-D mask for a {_rank(node)}-D query"
     query_length, key_length = q_shape[2], kv_shape[2]
@@ -274,13 +310,13 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
     # reshape(expand(x[:, :, None], (B, Hkv, n, L, D)), (B, Hkv * n, L, D))
     if operation(node) not in ("reshape", "flatten", "view", "_unsafe_view"):
         return None
-    expand = node.args[0]
+    expand = argument(node, 0, "input")
     if not isinstance(expand, fx.Node) or operation(expand) != "expand":
         return None
     new_axis = expand.args[0]
-    if not isinstance(new_axis, fx.Node) or not new_axis.args:
+    if not isinstance(new_axis, fx.Node):
         return None
-    source = new_axis.args[0]
+    source = argument(new_axis, 0, "input")
     if operation(new_axis) == "getitem":
         full = slice(None)
         index = new_axis.args[1]
@@ -290,8 +326,11 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
         )
     else:
         inserted = operation(new_axis) == "unsqueeze" and argument(new_axis, 1, "dim") in (2, -3)
-    wide = tensor_of(expand)
-    if not inserted or wide is None or wide.dim() != 5:
+    before, wide = tensor_of(new_axis), tensor_of(expand)
+    if not inserted or before is None or wide is None or wide.dim() != 5 or before.dim() != 5:
+        return None
+    # Only the new axis may have grown: the others would change the order of heads and tokens.
+    if not all(statically_known_true(before.shape[at] == wide.shape[at]) for at in (0, 1, 3, 4)):
         return None
     return _whole(source, node)
 
@@ -326,19 +365,29 @@ def recognize_softmax(node: fx.Node, context: Context) -> str | None:
     return f"a softmax{shape} written out; attention composed of single operations is not rewritten"
 
 
-def recognize_operator(node: fx.Node, context: Context) -> str | None:
+def recognize_operator(node: fx.Node, context: Context) -> str:
     """sage::attention that the model already calls."""
-    return "already sage::attention, called by the model" if _is_ours(node) else None
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return getattr(node.target, "namespace", None) == "sage" or str(node.target).startswith("sage.")
+    return "already sage::attention, called by the model"
 
 
 RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
     Recognizer("sdpa", frozenset({"scaled_dot_product_attention"}), recognize_sdpa),
     Recognizer("softmax", frozenset({"softmax", "_softmax"}), recognize_softmax),
-    Recognizer("sage::attention", frozenset({"attention"}), recognize_operator),
+    Recognizer("sage::attention", frozenset({"sage::attention"}), recognize_operator),
+    Recognizer(
+        "sdpa kernel",
+        frozenset(
+            [
+                "_scaled_dot_product_attention_math",
+                "_scaled_dot_product_cudnn_attention",
+                "_scaled_dot_product_efficient_attention",
+                "_scaled_dot_product_flash_attention",
+                "_scaled_dot_product_flash_attention_for_cpu",
+                "_scaled_dot_product_fused_attention_overrideable",
+            ]
+        ),
+        _keep("scaled_dot_product_attention is already lowered to one of its kernels here"),
+    ),
     Recognizer(
         "multi_head_attention_forward",
         frozenset({"multi_head_attention_forward", "_native_multi_head_attention"}),
@@ -361,12 +410,24 @@ RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
 
 # --- regions --------------------------------------------------------------------------------
 
+_TRANSFORMS: Final = {
+    f"_{transform}_{step}_nesting": change
+    for transform in ("vmap", "grad", "jvp", "func")
+    for step, change in (("increment", 1), ("decrement", -1))
+}
 _ALL_BACKENDS: Final = frozenset({"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"})
 
 
-def _track_backend_choice(node: fx.Node, context: Context) -> None:
-    """``with sdpa_kernel(...)`` appears as a call with the chosen backends, later one with all."""
-    if operation(node) != "_sdpa_kernel" or not node.args:
+def _track_regions(node: fx.Node, context: Context) -> None:
+    """Enter and leave the regions in which nothing is rewritten.
+
+    ``with sdpa_kernel(...)`` appears as a call with the chosen backends, later one with all;
+    vmap, grad and jvp as a call at either end.
+    """
+    name = operation(node)
+    if name in _TRANSFORMS:
+        context.transforms += _TRANSFORMS[name]
+    if name != "_sdpa_kernel" or not node.args:
         return
     chosen = node.args[0]
     listed = chosen if isinstance(chosen, (list, tuple)) else [chosen]
@@ -375,33 +436,3 @@ def _track_backend_choice(node: fx.Node, context: Context) -> None:
         for entry in listed
     }
     context.pinned = not names >= _ALL_BACKENDS
-
-
-def _nested(gm: fx.GraphModule, context: Context) -> list[Finding]:
-    """Attention inside the bodies of higher-order operators: kept, and said so."""
-    findings: list[Finding] = []
-    attention = frozenset().union(*(recognizer.operations for recognizer in RECOGNIZERS))
-    for node in gm.graph.nodes:
-        if not isinstance(node.target, HigherOrderOperator):
-            continue
-        bodies = [
-            getattr(gm, str(source.target), None)
-            for source in node.all_input_nodes
-            if source.op == "get_attr"
-        ]
-        for body in bodies:
-            if not isinstance(body, fx.GraphModule):
-                continue
-            for inner in body.graph.nodes:
-                if inner.op in ("call_function", "call_method") and operation(inner) in attention:
-                    findings.append(
-                        Rejected(
-                            inner,
-                            context.names.next(inner),
-                            operation(inner),
-                            source_of(inner),
-                            f"inside the body of the higher-order operator {operation(node)}",
-                            *_known_shapes(inner),
-                        )
-                    )
-    return findings

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sage_compiler.passes.normalize import may_alias, may_mutate, operation, tensor_of
+from sage_compiler.passes.normalize import is_plain, may_alias, may_mutate, operation, tensor_of
 from sage_compiler.passes.site import Mask, Shape
 from sage_compiler.semantics import UNBOUNDED, MaskClass
 
@@ -118,10 +118,23 @@ _PURE: Final = frozenset(
         "xor",
         "zeros",
         "zeros_like",
+        "__add__",
         "__and__",
-        "__or__",
-        "__xor__",
+        "__eq__",
+        "__ge__",
+        "__getitem__",
+        "__gt__",
         "__invert__",
+        "__le__",
+        "__lt__",
+        "__mul__",
+        "__ne__",
+        "__neg__",
+        "__or__",
+        "__radd__",
+        "__rsub__",
+        "__sub__",
+        "__xor__",
         "_to_copy",
         "lift_fresh_copy",
     ]
@@ -167,15 +180,20 @@ class ConstantFolder:
             return None
         return list(found)
 
-    def value(self, cone: list[fx.Node]) -> Tensor:
-        """The value of the cone's last node, computed with real tensors."""
+    def value(self, cone: list[fx.Node]) -> Tensor | None:
+        """The value of the cone's last node, computed with real tensors.
+
+        None when it is not of the dtype and shape that the tracer saw, which happens where
+        autocast was on.
+        """
         with _real_tensors():
             for node in cone:
                 if node not in self._values:
                     self._values[node] = self._run(node)
-        result = self._values[cone[-1]]
-        assert isinstance(result, Tensor)
-        return result
+        result, traced = self._values[cone[-1]], tensor_of(cone[-1])
+        assert isinstance(result, Tensor) and traced is not None
+        same = result.dtype == traced.dtype and result.shape == traced.shape
+        return result if same else None
 
     def analyze(self, node: fx.Node, query_length: int, key_length: int) -> Analysis | None:
         """The proved class of a constant mask, or None when it is none of those known."""
@@ -183,9 +201,10 @@ class ConstantFolder:
         if key not in self._verdicts:
             cone = self.cone(node)
             found = None
-            if cone is not None:
+            value = None if cone is None else self.value(cone)
+            if cone is not None and value is not None:
                 origin = f"folded from {len(cone)} constant nodes"
-                found = classify(self.value(cone), query_length, key_length, origin)
+                found = classify(value, query_length, key_length, origin)
             self._verdicts[key] = found
         return self._verdicts[key]
 
@@ -241,8 +260,9 @@ def _foldable(node: fx.Node) -> bool:
     if tensor is None:
         # A tuple (meshgrid, split) or a number; its tensors are checked where they are taken.
         return operation(node) in ("meshgrid", "split", "max", "min")
-    sizes = tensor.shape
-    return all(isinstance(size, int) for size in sizes) and tensor.numel() <= FOLD_LIMIT
+    if tensor.requires_grad or not is_plain(tensor):
+        return False
+    return all(isinstance(size, int) for size in tensor.shape) and tensor.numel() <= FOLD_LIMIT
 
 
 def _mutated(node: fx.Node) -> bool:
@@ -250,10 +270,11 @@ def _mutated(node: fx.Node) -> bool:
     seen = {node}
     stack = [node]
     while stack:
-        for user in stack.pop().users:
+        current = stack.pop()
+        for user in current.users:
             if may_mutate(user):
                 return True
-            if may_alias(user) and user not in seen:
+            if user not in seen and user.op != "output" and may_alias(user, current):
                 seen.add(user)
                 stack.append(user)
     return False
@@ -288,13 +309,18 @@ def classify(mask: Tensor, query_length: int, key_length: int, origin: str) -> A
 
 
 def _band(low: int, high: int, query_length: int, key_length: int, origin: str) -> Analysis | None:
-    """The band of visible diagonals low..high (key minus query) in the operator's words."""
+    """The band of visible diagonals low..high (key minus query) in the operator's words.
+
+    Both corners can often say it; the one in whose words the mask ends at the diagonal, as
+    causal ones do, comes first.
+    """
     size = (query_length, key_length)
     bounded_left, bounded_right = low > 1 - query_length, high < key_length - 1
-    for offset, windowed, causal in (
+    corners = [
         (0, MaskClass.WINDOW, MaskClass.CAUSAL),
         (key_length - query_length, MaskClass.WINDOW_BOTTOM_RIGHT, MaskClass.CAUSAL_BOTTOM_RIGHT),
-    ):
+    ]
+    for offset, windowed, causal in sorted(corners, key=lambda corner: corner[0] != high):
         if (bounded_left and low > offset) or (bounded_right and high < offset):
             continue  # the diagonal itself is hidden: a window from this corner cannot say that
         left = offset - low if bounded_left else UNBOUNDED

@@ -1,4 +1,4 @@
-"""The passes in order: detect, decide, rewrite. One call, no side effect on the input graph."""
+"""The passes in order: detect, decide, rewrite."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from sage_compiler.errors import RewriteError
 from sage_compiler.passes.detect import detect
 from sage_compiler.passes.rewrite import Replacement, rewrite
 from sage_compiler.passes.site import AttentionSite, Finding
+from sage_compiler.passes.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +31,29 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Findings in graph order, each with its decision, and the graph to compile."""
+    """What the passes did.
+
+    Attributes:
+        findings: every attention in graph order, with its decision.
+        before: the graph as it was.
+    """
 
     findings: list[tuple[Finding, Decision]]
-    graph: fx.Graph
+    before: Snapshot
 
 
 def run(gm: fx.GraphModule, decide: Callable[[AttentionSite], Decision]) -> Outcome:
-    """Find every attention of ``gm``, decide on each, and rewrite a copy of its graph.
+    """Find every attention of ``gm``, decide on each, and rewrite its graph in place.
 
     ``decide`` may raise to refuse the whole graph; then nothing has happened. A rewrite that
-    fails its checks leaves the original graph and says so in the reasons.
+    fails its checks is taken back, and the reasons say so.
     """
-    found = detect(gm)
+    before = Snapshot(gm.graph)
     decided: list[tuple[Finding, Decision]] = [
         (finding, decide(finding))
         if isinstance(finding, AttentionSite)
         else (finding, Decision(None, finding.reason))
-        for finding in found
+        for finding in detect(gm)
     ]
     replacements = [
         Replacement(finding, decision.recipe, decision.min_seq_len)
@@ -55,18 +61,19 @@ def run(gm: fx.GraphModule, decide: Callable[[AttentionSite], Decision]) -> Outc
         if isinstance(finding, AttentionSite) and decision.recipe is not None
     ]
     if not replacements:
-        return Outcome(decided, gm.graph)
+        return Outcome(decided, before)
     try:
-        graph, failures = rewrite(gm.graph, replacements)
+        failures = rewrite(gm.graph, replacements)
     except RewriteError as error:
-        kept: list[tuple[Finding, Decision]] = [
-            (finding, Decision(None, f"not rewritten: {error}")) for finding, _ in decided
-        ]
-        return Outcome(kept, gm.graph)
+        gm.graph = before.build()
+        failures = {replacement.site: str(error) for replacement in replacements}
+    except Exception:
+        gm.graph = before.build()
+        raise
     checked: list[tuple[Finding, Decision]] = [
         (finding, Decision(None, failures[finding]))
         if isinstance(finding, AttentionSite) and finding in failures
         else (finding, decision)
         for finding, decision in decided
     ]
-    return Outcome(checked, graph)
+    return Outcome(checked, before)

@@ -1,4 +1,4 @@
-"""Replace proved sites by sage::attention, on a copy of the graph.
+"""Replace proved sites by sage::attention.
 
 Every replacement is checked by running it on fake tensors: shape, dtype and strides must be
 those of the value it replaces, because what comes after was traced with them.
@@ -7,6 +7,7 @@ those of the value it replaces, because what comes after was traced with them.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sage_compiler.errors import InvalidAttentionError, RewriteError
 from sage_compiler.passes.masks import is_pure
@@ -41,62 +43,42 @@ class Replacement:
     min_seq_len: int = 0
 
 
-def rewrite(
-    graph: fx.Graph, replacements: list[Replacement]
-) -> tuple[fx.Graph, dict[AttentionSite, str]]:
-    """A copy of the graph with the sites replaced, and why some could not be.
+def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionSite, str]:
+    """Replace sites in place; each one wholly, or not at all.
 
     Args:
-        graph: left untouched.
-        replacements: sites of this graph.
+        graph: edited.
+        replacements: sites of this graph, in its order.
 
     Returns:
-        The new graph, and for each site whose replacement failed its check, the reason; such a
-        site keeps its original nodes.
+        For each site whose replacement failed its check, the reason; it keeps its nodes.
 
     Raises:
-        RewriteError: the new graph is not well formed.
+        RewriteError: the edited graph is not well formed; the caller takes the edit back.
     """
-    copied, twin = copy_graph(graph)
     failures: dict[AttentionSite, str] = {}
+    now: dict[fx.Node, fx.Node] = {}  # replaced nodes, and what replaced them
     for replacement in replacements:
-        reason = _replace(copied, replacement, twin)
+        reason = _replace(graph, replacement, now)
         if reason is not None:
             failures[replacement.site] = reason
     try:
-        copied.lint()
+        graph.lint()
     except RuntimeError as error:
-        raise RewriteError(f"the rewritten graph is not well formed: {error}") from error
-    return copied, failures
+        first_line = str(error).partition("\n")[0]
+        raise RewriteError(f"the rewritten graph is not well formed: {first_line}") from error
+    return failures
 
 
-def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """A copy of a graph with its code generator, and each node's twin in it."""
-    twin: dict[fx.Node, fx.Node] = {}
-    copied = fx.Graph(tracer_cls=graph._tracer_cls)
-    result: Any = copied.graph_copy(graph, val_map=twin, return_output_node=True)
-    if result is None:
-        raise RewriteError("the graph has no output")
-    for node, copy in twin.items():
-        # Dynamo tells AOTAutograd through this attribute which input is a parameter.
-        if hasattr(node, "_dynamo_source"):
-            copy._dynamo_source = node._dynamo_source
-    value, output = result
-    copied.output(value, type_expr=getattr(output, "type", None)).meta.update(output.meta)
-    copied.set_codegen(graph._codegen)
-    return copied, twin
-
-
-def _replace(
-    graph: fx.Graph, replacement: Replacement, twin: Mapping[fx.Node, fx.Node]
-) -> str | None:
+def _replace(graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.Node]) -> str | None:
     """Insert the operator before the site's node and let it take its place; or say why not."""
     site = replacement.site
-    old = twin[site.node]
+    old = site.node
+    inputs = [tensor_of(now.get(node, node)) for node in (site.query, site.key, site.value)]
     inserted: list[fx.Node] = []
     expected = tensor_of(old)
     assert expected is not None
-    with graph.inserting_before(old), _tracing(expected, tensor_of(twin[site.query])):
+    with graph.inserting_before(old), _tracing(expected, inputs):
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             node = graph.call_function(target, args, kwargs)
@@ -107,11 +89,11 @@ def _replace(
             return node
 
         try:
-            new = _call_operator(call, replacement, twin)
+            new = _call_operator(call, replacement, now)
             if expected.dim() == 3:
                 new = call(_aten.squeeze.dim, new, 0)
             if not _same_strides(_value(new), expected):
-                new = call(_aten.clone.default, new, memory_format=torch.contiguous_format)
+                new = _lay_out(call, new, expected)
             reason = _difference(_value(new), expected)
         except InvalidAttentionError as error:
             reason = str(error)
@@ -121,6 +103,7 @@ def _replace(
         return f"the replacement failed its check: {reason}"
     new.meta = {**old.meta, **{_value_key(old): _value(new)}}
     old.replace_all_uses_with(new)
+    now[old] = new  # a later site may read this one
     sources = old.all_input_nodes
     graph.erase_node(old)
     _erase_unused(graph, sources)
@@ -131,16 +114,17 @@ def _replace(
 _INHERITED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
-def _call_operator(call: Any, replacement: Replacement, twin: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _call_operator(call: Any, replacement: Replacement, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
     site = replacement.site
     semantics = site.semantics
-    query, key, value = (twin[node] for node in (site.query, site.key, site.value))
+    query, key, value = (now.get(node, node) for node in (site.query, site.key, site.value))
     if _value(query).dim() == 3:
         query, key, value = (call(_aten.unsqueeze.default, node, 0) for node in (query, key, value))
     query, key, value = _share_batch(call, query, key, value)
+    mask = site.mask.node
     # In the order of the operator's schema; trailing defaults are left out.
     arguments: list[tuple[Any, Any]] = [
-        (None if site.mask.node is None else twin[site.mask.node], None),
+        (None if mask is None else now.get(mask, mask), None),
         (str(semantics.mask_class), "none"),
         (semantics.scale, None),
         (replacement.recipe, EXACT),
@@ -177,6 +161,23 @@ def _share_batch(
     return query, key, value
 
 
+def _lay_out(call: Any, node: fx.Node, like: Tensor) -> fx.Node:
+    """A copy whose dims follow each other in memory as those of ``like`` do."""
+
+    def outer_first(a: int, b: int) -> int:
+        outer, inner = like.stride(a), like.stride(b)
+        return statically_known_true(outer < inner) - statically_known_true(outer > inner)
+
+    order = sorted(range(like.dim()), key=functools.cmp_to_key(outer_first))
+    ordered = order == list(range(like.dim()))
+    if not ordered:
+        node = call(_aten.permute.default, node, order)
+    node = call(_aten.clone.default, node, memory_format=torch.contiguous_format)
+    if not ordered:
+        node = call(_aten.permute.default, node, [order.index(dim) for dim in range(like.dim())])
+    return node
+
+
 def _is_one(size: int | torch.SymInt) -> bool:
     return isinstance(size, int) and size == 1
 
@@ -196,7 +197,7 @@ def _value(node: fx.Node) -> Any:
 
 
 @contextlib.contextmanager
-def _tracing(output: Tensor, query: Tensor | None) -> Iterator[None]:
+def _tracing(output: Tensor, inputs: list[Tensor | None]) -> Iterator[None]:
     """The modes under which the site was traced: its fake mode, and autocast where it cast."""
     fake_mode = maybe_get_fake_mode(output)
     device = output.device.type
@@ -204,7 +205,7 @@ def _tracing(output: Tensor, query: Tensor | None) -> Iterator[None]:
         if fake_mode is not None:
             stack.enter_context(fake_mode)
         stack.enter_context(torch.no_grad())
-        if query is not None and query.dtype != output.dtype:
+        if any(tensor is not None and tensor.dtype != output.dtype for tensor in inputs):
             stack.enter_context(torch.autocast(device, dtype=output.dtype))
         elif torch.amp.is_autocast_available(device):
             stack.enter_context(torch.autocast(device, enabled=False))

@@ -1,0 +1,328 @@
+"""torch.compile(model, backend="sage") for real, Inductor included."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sage_compiler as sage
+from sage_compiler.kernels import reference, registry
+from sage_compiler.precision import RECIPES
+from tests import tolerances
+
+EXACT = {"precision": "exact"}
+ABSOLUTE = 1e-5
+
+
+class Layer(nn.Module):
+    """Projections around one attention, as models write it."""
+
+    def __init__(self, width: int = 32, heads: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        p = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Layer(dropout=dropout) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 24, 32)
+
+
+def check(model: nn.Module, x: Tensor, **arguments: Any) -> sage.Report:
+    """Compiled with these arguments, the model equals eager; returns the report."""
+    with torch.no_grad():
+        expected = model(x)
+        actual = torch.compile(model, backend="sage", **arguments)(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=ABSOLUTE)
+    return sage.last_report()
+
+
+def test_found_by_name_without_an_import() -> None:
+    assert "sage" in torch._dynamo.list_backends()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"fullgraph": True, "options": EXACT},
+        {"dynamic": True, "options": EXACT},
+        {"options": {**EXACT, "mode": "max-autotune-no-cudagraphs"}},
+        {"options": {**EXACT, "mode": "default"}},
+        {"options": {**EXACT, "inductor": {"max-autotune": False, "epilogue_fusion": False}}},
+    ],
+    ids=str,
+)
+def test_ways_to_call(x: Tensor, arguments: dict[str, Any]) -> None:
+    report = check(Model(), x, **arguments)
+    assert [site.layer for site in report.rewritten] == ["layers.0#0", "layers.1#0"]
+    assert report.kept == []
+
+
+def test_mode_alone_is_auto(x: Tensor) -> None:
+    report = check(Model(), x, mode="reduce-overhead")
+    assert len(report.kept) == 2
+    assert "no int8_int8 kernel" in report.kept[0].reason
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"options": {"precison": "exact"}}, "unknown option 'precison'; known: fallback"),
+        ({"options": {"precision": "int2_fp8"}}, "unknown precision 'int2_fp8'; known: auto"),
+        ({"options": {"mode": "fastest"}}, "mode='fastest'; known: default"),
+        ({"options": {"inductor": {"max_autotun": True}}}, "'max_autotun'"),
+        ({"options": {"precision": "int4_fp8", "fallback": "error"}}, "no int4_fp8 kernel"),
+    ],
+    ids=str,
+)
+def test_bad_options_raise_and_nothing_is_reported(
+    x: Tensor, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=words):
+        torch.compile(Model(), backend="sage", **arguments)(x)
+    assert sage.last_report().graphs == []
+
+
+@pytest.mark.parametrize("name", ["int8_fp8", "int4_fp16", "int8_int8"])
+def test_recipes_are_computed(x: Tensor, name: str) -> None:
+    model = Model(layers=1)
+    with torch.no_grad():
+        expected = model(x) - x
+        actual = torch.compile(model, backend="sage", options={"precision": name})(x) - x
+    # The projection after the attention mixes its errors; it does not enlarge them.
+    assert tolerances.rel_l1(actual, expected) < tolerances.TOLERANCES[name].rel_l1
+    assert not torch.equal(actual, expected)
+    (site,) = sage.last_report().rewritten
+    assert site.recipe == name
+    assert site.reason == f"emulated: no {name} kernel for device 'cpu'"
+
+
+def test_training(x: Tensor) -> None:
+    model = Model().train()
+    model(x).sin().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    for name, limit in (("exact", 1e-5), ("int8_fp16", 2e-2)):
+        model.zero_grad()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="sage", options={"precision": name})
+        compiled(x).sin().sum().backward()
+        assert len(sage.last_report().rewritten) == 2
+        for wanted, parameter in zip(expected, model.parameters(), strict=True):
+            size = float(wanted.abs().max())
+            torch.testing.assert_close(parameter.grad, wanted, rtol=0, atol=limit * max(size, 1))
+
+
+def test_dropout_in_training_is_kept_and_rewritten_in_evaluation(x: Tensor) -> None:
+    model = Model(layers=1, dropout=0.3).train()
+    compiled = torch.compile(model, backend="sage", options=EXACT)
+    compiled(x)
+    assert "dropout_p=0.3" in sage.last_report().kept[0].reason
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=ABSOLUTE)
+    assert len(sage.last_report().rewritten) == 1
+
+
+@pytest.mark.parametrize("where", ["around", "inside"])
+def test_autocast(x: Tensor, where: str) -> None:
+    inner = Model(layers=1)
+
+    def inside(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return inner(x) * 1.0
+
+    def around(x: Tensor) -> Tensor:
+        return inner(x) * 1.0
+
+    function = {"inside": inside, "around": around}[where]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=where == "around"):
+        expected = function(x)
+        actual = torch.compile(function, backend="sage", options=EXACT)(x)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.05)
+    (site,) = sage.last_report().rewritten
+    assert site.recipe == "exact"
+
+
+def test_graph_breaks_and_recompilations_are_merged(x: Tensor) -> None:
+    model = Model(layers=1)
+
+    def function(x: Tensor) -> Tensor:
+        y = model(x)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(y, y, y)
+
+    with torch.no_grad():
+        compiled = torch.compile(function, backend="sage", options=EXACT, dynamic=False)
+        for batch in (1, 2):
+            data = x[:batch].contiguous()
+            torch.testing.assert_close(compiled(data), function(data), rtol=0, atol=ABSOLUTE)
+    report = sage.last_report()
+    assert len(report.graphs) == 4
+    assert [site.q_shape[0] for site in report.rewritten if site.layer == "layers.0#0"] == [1, 2]
+
+
+def test_dynamic_lengths_are_right_at_every_length() -> None:
+    model = Model(layers=1)
+    compiled = torch.compile(model, backend="sage", options=EXACT, dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((2, 24), (3, 7), (5, 130)):
+            x = torch.randn(batch, length, 32)
+            torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=ABSOLUTE)
+    report = sage.last_report()
+    assert len(report.graphs) == 1
+    assert all(isinstance(size, str) for size in (report.sites[0].q_shape[i] for i in (0, 2)))
+
+
+def test_exported_programs(x: Tensor) -> None:
+    model = Model(layers=1)
+    module = torch.export.export(model, (x,)).module()
+    report = check(module, x, options=EXACT)
+    assert [site.layer for site in report.rewritten] == ["layers.0#0"]
+
+
+def test_last_report_is_empty_until_something_is_compiled(x: Tensor) -> None:
+    assert sage.last_report().sites == [] and str(sage.last_report())
+    check(Model(), x, options=EXACT)
+    kept = sage.last_report()
+    torch._dynamo.reset()
+    assert sage.last_report().sites == []
+    assert len(kept.sites) == 2  # what was handed out stays
+
+
+SECOND_PROCESS = textwrap.dedent("""
+    import json, sys
+    import torch
+    import torch.nn.functional as F
+    from torch._dynamo.utils import counters
+
+    def model(x):
+        y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return (y @ y.mT * 0.2).softmax(-2) @ y
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 16, 16)
+    y = torch.compile(model, backend="sage", options={"precision": "int8_fp8"})(x)
+    import sage_compiler
+    report = sage_compiler.last_report().to_dict()
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    print(json.dumps([report, y.double().sum().item(), hits]))
+""")
+
+
+def test_a_warm_cache_gives_the_same_result_and_report(tmp_path: Path) -> None:
+    script = tmp_path / "second.py"
+    script.write_text(SECOND_PROCESS)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    runs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    (cold_report, cold, cold_hits), (warm_report, warm, warm_hits) = runs
+    assert cold_hits == 0 and warm_hits > 0
+    assert warm_report == cold_report
+    assert warm == cold
+    assert (warm_report["rewritten"], warm_report["kept"]) == (1, 1)
+
+
+# --- auto, with a kernel to choose ----------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A stand-in for a native kernel; yields the calls it served."""
+    served: list[str] = []
+
+    def run(query: Tensor, key: Tensor, value: Tensor, semantics: Any, **masks: Any) -> Any:
+        served.append(str(tuple(query.shape)))
+        return reference.attention(query, key, value, RECIPES["int8_int8"], semantics, **masks)
+
+    def refuse(problem: registry.Problem) -> str | None:
+        return None if problem.head_dim == 8 else f"head_dim {problem.head_dim} is not 8"
+
+    stand_in = registry.Kernel("stand-in", "cpu", "int8_int8", refuse, run)
+    monkeypatch.setattr(registry, "KERNELS", [stand_in])
+    yield served
+
+
+def test_auto_takes_the_default_where_a_kernel_serves_it(kernel: list[str]) -> None:
+    model, x = Model(), torch.randn(1, 80, 32)
+    with torch.no_grad():
+        torch.compile(model, backend="sage")(x)
+    report = sage.last_report()
+    assert [site.recipe for site in report.rewritten] == ["int8_int8"] * 2
+    assert "kernel stand-in" in report.rewritten[0].reason
+    assert kernel == ["(1, 4, 80, 8)"] * 2
+
+
+def test_auto_keeps_what_no_kernel_serves(kernel: list[str]) -> None:
+    x = torch.randn(1, 2, 80, 16)
+    torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x), backend="sage")(x)
+    (site,) = sage.last_report().kept
+    assert "stand-in: head_dim 16 is not 8" in site.reason
+    assert kernel == []
+
+
+@pytest.mark.parametrize("gate, rewritten", [(None, 0), (24, 2), (25, 0), (0, 2)])
+def test_short_attention_is_kept(kernel: list[str], gate: int | None, rewritten: int) -> None:
+    x = torch.randn(1, 24, 32)
+    options = {} if gate is None else {"min_seq_len": gate}
+    with torch.no_grad():
+        torch.compile(Model(), backend="sage", options=options)(x)
+    report = sage.last_report()
+    assert len(report.rewritten) == rewritten == len(kernel)
+    if not rewritten:
+        assert f"length 24 is below min_seq_len={gate or 64}" in report.kept[0].reason
+
+
+def test_the_gate_works_at_run_time_for_dynamic_lengths(kernel: list[str]) -> None:
+    model = Model(layers=1)
+    compiled = torch.compile(model, backend="sage", dynamic=True)
+    with torch.no_grad():
+        for length in (80, 40, 70):
+            x = torch.randn(2, length, 32)
+            compiled(x)
+    assert kernel == ["(2, 4, 80, 8)", "(2, 4, 70, 8)"]
+    assert len(sage.last_report().graphs) == 1

@@ -1,0 +1,66 @@
+"""Options are checked at the edge, with errors that list what is known."""
+
+from typing import Any
+
+import pytest
+
+from sage_compiler.config import KNOWN, Fallback, Options, parse_options
+from sage_compiler.errors import InvalidOptionError
+
+
+def test_nothing_given_is_the_default() -> None:
+    assert parse_options(None) == parse_options({}) == Options()
+
+
+def test_every_option_is_read() -> None:
+    parsed = parse_options(
+        {
+            "precision": "auto",
+            "min_seq_len": 7,
+            "fallback": "sdpa",
+            "inductor": {"max_autotune": True},
+            "mode": "reduce-overhead",
+        }
+    )
+    assert parsed == Options("auto", 7, Fallback.SDPA, {"max_autotune": True}, "reduce-overhead")
+
+
+def test_unknown_options_list_the_known_ones() -> None:
+    with pytest.raises(InvalidOptionError) as error:
+        parse_options({"precison": "exact", "zz": 1})
+    assert "'precison', 'zz'" in str(error.value)
+    assert all(name in str(error.value) for name in KNOWN)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"precision": "int3_fp8"}, ["'int3_fp8'", "int8_fp8", "exact", "auto"]),
+        ({"precision": None}, ["None", "known"]),
+        ({"min_seq_len": -1}, ["-1", "at least 0"]),
+        ({"min_seq_len": 1.5}, ["1.5", "integer"]),
+        ({"min_seq_len": True}, ["True", "integer"]),
+        ({"min_seq_len": 64, "precision": "int8_fp8"}, ["64", "'int8_fp8'", "auto"]),
+        ({"fallback": "eager"}, ["'eager'", "emulate, sdpa, error"]),
+        ({"fallback": ["sdpa"]}, ["sdpa", "emulate"]),
+        ({"inductor": "max_autotune"}, ["'max_autotune'", "dict"]),
+        ({"inductor": {1: 2}}, ["dict"]),
+        ({"mode": 3}, ["3", "mode"]),
+    ],
+    ids=str,
+)
+def test_bad_values_say_what_is_possible(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(InvalidOptionError) as error:
+        parse_options(options)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_an_open_gate_goes_with_every_precision() -> None:
+    assert parse_options({"min_seq_len": 0, "precision": "int8_fp8"}).min_seq_len == 0
+
+
+def test_mode_has_two_spellings_that_must_agree() -> None:
+    assert parse_options(None, "max-autotune").mode == "max-autotune"
+    assert parse_options({"mode": "max-autotune"}, "max-autotune").mode == "max-autotune"
+    with pytest.raises(InvalidOptionError, match="give one"):
+        parse_options({"mode": "default"}, "max-autotune")
