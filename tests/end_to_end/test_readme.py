@@ -1,0 +1,27 @@
+"""The README's Python, by copy and paste, in one process from top to bottom."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    # The first block is the one line that the page opens with; it has no model.
+    tour = [code for language, code in blocks if language == "python"][1:]
+    assert len(tour) == 3
+    script = tmp_path / "tour.py"
+    script.write_text("\n".join(tour))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (shown,) = [code for language, code in blocks if language == "text"]
+    assert done.stdout.startswith(shown)
+    assert "2 rewritten; []" in done.stdout
+    assert "sage.attention.default" in done.stdout
+    assert (tmp_path / "report.json").is_file()
