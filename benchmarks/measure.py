@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -20,18 +21,24 @@ def microseconds(
 ) -> dict[str, float]:
     """Median time of one call of each candidate.
 
-    The candidates take turns, so that a change of the machine's speed hits all of them.
+    The candidates take turns, so that a change of the machine's speed hits all of them. As in
+    timeit, the garbage collector is off: it would charge one candidate for everybody's objects.
     """
     for function in candidates.values():
         for _ in range(max(1, calls // 10)):
             function()
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, function in candidates.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            samples[name].append((time.perf_counter() - start) / calls * 1e6)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name, function in candidates.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    function()
+                samples[name].append((time.perf_counter() - start) / calls * 1e6)
+    finally:
+        gc.enable()
     return {name: statistics.median(found) for name, found in samples.items()}
 
 

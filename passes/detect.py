@@ -36,6 +36,7 @@ class Context:
 
     names: LayerNames = field(default_factory=LayerNames)
     folder: ConstantFolder = field(default_factory=ConstantFolder)
+    explicit: dict[fx.Node, Mask] = field(default_factory=dict)
     pinned: bool = False  # inside a region where the user chose SDPA's backend
     transforms: int = 0  # how many of torch.func's transforms are open
 
@@ -83,9 +84,10 @@ def _search(gm: fx.GraphModule, context: Context, body_of: str = "") -> list[Fin
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        _track_regions(node, context)
+        name = operation(node)
+        _track_regions(node, name, context)
         for recognizer in RECOGNIZERS:
-            if operation(node) not in recognizer.operations:
+            if name not in recognizer.operations:
                 continue
             result = recognizer.recognize(node, context)
             if body_of and isinstance(result, Proof):
@@ -94,7 +96,7 @@ def _search(gm: fx.GraphModule, context: Context, body_of: str = "") -> list[Fin
                 findings.append(_finding(node, recognizer.form, result, context))
                 break
         for body in _bodies(gm, node):
-            findings.extend(_search(body, context, operation(node)))
+            findings.extend(_search(body, context, name))
     return findings
 
 
@@ -260,15 +262,15 @@ def _mask_argument(
     if tensor.dim() > len(q_shape) or (tensor.dim() == 4 and _rank(node) == 3):
         return f"{tensor.dim()}-D mask for a {_rank(node)}-D query"
     query_length, key_length = q_shape[2], kv_shape[2]
-    if not isinstance(query_length, int) or not isinstance(key_length, int):
-        why = f"lengths ({query_length}, {key_length}) vary, so it is not folded"
-    else:
+    if isinstance(query_length, int) and isinstance(key_length, int):
         found = context.folder.analyze(mask, query_length, key_length)
         if found is not None:
             return found
+    if mask not in context.explicit:  # the layers of a model share their mask
         constant = context.folder.cone(mask) is not None
         why = "constant, but no band of diagonals" if constant else root_cause(mask)
-    return Analysis(describe(mask, why))
+        context.explicit[mask] = describe(mask, why)
+    return Analysis(context.explicit[mask])
 
 
 def _rank(node: fx.Node) -> int:
@@ -418,13 +420,12 @@ _TRANSFORMS: Final = {
 _ALL_BACKENDS: Final = frozenset({"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"})
 
 
-def _track_regions(node: fx.Node, context: Context) -> None:
+def _track_regions(node: fx.Node, name: str, context: Context) -> None:
     """Enter and leave the regions in which nothing is rewritten.
 
     ``with sdpa_kernel(...)`` appears as a call with the chosen backends, later one with all;
     vmap, grad and jvp as a call at either end.
     """
-    name = operation(node)
     if name in _TRANSFORMS:
         context.transforms += _TRANSFORMS[name]
     if name != "_sdpa_kernel" or not node.args:

@@ -364,7 +364,7 @@ def describe(node: fx.Node, why: str) -> Mask:
 
 
 def root_cause(node: fx.Node) -> str:
-    """The first graph input, in definition order, that a node depends on."""
+    """Why a mask is no constant: the first tensor input that it depends on, or what else."""
     seen: set[fx.Node] = set()
     stack = [node]
     inputs = []
@@ -378,5 +378,7 @@ def root_cause(node: fx.Node) -> str:
         stack.extend(current.all_input_nodes)
     if not inputs:
         return "it is computed by operations that are not folded"
-    data = [found for found in inputs if tensor_of(found) is not None] or inputs
+    data = [found for found in inputs if found.op == "get_attr" or tensor_of(found) is not None]
+    if not data:
+        return "it depends on sizes that vary"
     return f"it depends on the input {min(data).target}"

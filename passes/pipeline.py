@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -63,13 +64,10 @@ def run(gm: fx.GraphModule, decide: Callable[[AttentionSite], Decision]) -> Outc
     if not replacements:
         return Outcome(decided, before)
     try:
-        failures = rewrite(gm.graph, replacements)
+        with _taken_back_on_failure(gm, before):
+            failures = rewrite(gm.graph, replacements)
     except RewriteError as error:
-        gm.graph = before.build()
         failures = {replacement.site: str(error) for replacement in replacements}
-    except Exception:
-        gm.graph = before.build()
-        raise
     checked: list[tuple[Finding, Decision]] = [
         (finding, Decision(None, failures[finding]))
         if isinstance(finding, AttentionSite) and finding in failures
@@ -77,3 +75,12 @@ def run(gm: fx.GraphModule, decide: Callable[[AttentionSite], Decision]) -> Outc
         for finding, decision in decided
     ]
     return Outcome(checked, before)
+
+
+@contextlib.contextmanager
+def _taken_back_on_failure(gm: fx.GraphModule, before: Snapshot) -> Iterator[None]:
+    """Return the graph to what it was when the block raises."""
+    with contextlib.ExitStack() as undo:
+        undo.callback(lambda: setattr(gm, "graph", before.build()))
+        yield
+        undo.pop_all()

@@ -58,8 +58,9 @@ def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionS
     """
     failures: dict[AttentionSite, str] = {}
     now: dict[fx.Node, fx.Node] = {}  # replaced nodes, and what replaced them
+    trial = _Trial()
     for replacement in replacements:
-        reason = _replace(graph, replacement, now)
+        reason = _replace(graph, replacement, now, trial)
         if reason is not None:
             failures[replacement.site] = reason
     try:
@@ -70,7 +71,9 @@ def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionS
     return failures
 
 
-def _replace(graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.Node]) -> str | None:
+def _replace(
+    graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.Node], trial: _Trial
+) -> str | None:
     """Insert the operator before the site's node and let it take its place; or say why not."""
     site = replacement.site
     old = site.node
@@ -78,13 +81,14 @@ def _replace(graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.No
     inserted: list[fx.Node] = []
     expected = tensor_of(old)
     assert expected is not None
-    with graph.inserting_before(old), _tracing(expected, inputs):
+    casts = any(tensor is not None and tensor.dtype != expected.dtype for tensor in inputs)
+    with graph.inserting_before(old):
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
             node = graph.call_function(target, args, kwargs)
             values = fx.map_arg((args, kwargs), _value)
             node.meta = {key: old.meta[key] for key in _INHERITED if key in old.meta}
-            node.meta[_value_key(old)] = target(*values[0], **values[1])
+            node.meta[_value_key(old)] = trial.run(target, *values, expected, casts)
             inserted.append(node)
             return node
 
@@ -101,7 +105,7 @@ def _replace(graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.No
         for node in reversed(inserted):
             graph.erase_node(node)
         return f"the replacement failed its check: {reason}"
-    new.meta = {**old.meta, **{_value_key(old): _value(new)}}
+    new.meta = dict(old.meta)  # its example value too: just checked to be alike
     old.replace_all_uses_with(new)
     now[old] = new  # a later site may read this one
     sources = old.all_input_nodes
@@ -196,8 +200,43 @@ def _value(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+class _Trial:
+    """Runs inserted calls on fake tensors. The layers of a model are alike: each once."""
+
+    def __init__(self) -> None:
+        self._results: dict[Any, Any] = {}
+
+    def run(self, target: Any, args: Any, kwargs: Any, output: Tensor, casts: bool) -> Any:
+        """The result of a call at a site with this output, where autocast cast or did not."""
+        key = _description((target, args, kwargs, output, casts))
+        if key is not None and key in self._results:
+            return self._results[key]
+        with _tracing(output, casts):
+            result = target(*args, **kwargs)
+        if key is not None:
+            self._results[key] = result
+        return result
+
+
+def _description(value: Any) -> Any:
+    """What the fake result of a call depends on, hashable; None where symbols are involved."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride())
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        return (sizes, value.dtype, value.device, maybe_get_fake_mode(value))
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_description(part) for part in value)
+        return None if None in parts else parts
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return None
+    return (type(value), value)
+
+
 @contextlib.contextmanager
-def _tracing(output: Tensor, inputs: list[Tensor | None]) -> Iterator[None]:
+def _tracing(output: Tensor, casts: bool) -> Iterator[None]:
     """The modes under which the site was traced: its fake mode, and autocast where it cast."""
     fake_mode = maybe_get_fake_mode(output)
     device = output.device.type
@@ -205,7 +244,7 @@ def _tracing(output: Tensor, inputs: list[Tensor | None]) -> Iterator[None]:
         if fake_mode is not None:
             stack.enter_context(fake_mode)
         stack.enter_context(torch.no_grad())
-        if any(tensor is not None and tensor.dtype != output.dtype for tensor in inputs):
+        if casts:
             stack.enter_context(torch.autocast(device, dtype=output.dtype))
         elif torch.amp.is_autocast_available(device):
             stack.enter_context(torch.autocast(device, enabled=False))

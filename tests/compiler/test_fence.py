@@ -70,14 +70,11 @@ class Recorder(CustomGraphPass):
 
 def test_passes_of_others_run_outside_the_fence() -> None:
     first, last = Recorder("first"), Recorder("last")
+    passes = {"joint_custom_pre_pass": first, "joint_custom_post_pass": last}
     torch._dynamo.reset()
-    torch.compile(
-        softmax_over(-1),
-        backend="sage",
-        options={
-            "inductor": {"joint_custom_pre_pass": first, "joint_custom_post_pass": last},
-        },
-    )(*torch.randn(3, 2, 4, 8, 8).unbind())
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(softmax_over(-1), backend="sage", options={"inductor": passes})
+        compiled(*torch.randn(3, 2, 4, 8, 8).unbind())
     assert first.seen == last.seen == [False]
 
 

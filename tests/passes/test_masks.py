@@ -19,6 +19,7 @@ from sage_compiler.kernels.masking import visible_band
 from sage_compiler.passes import masks
 from sage_compiler.passes.masks import Analysis, classify
 from sage_compiler.semantics import MaskClass, Semantics
+from tests.capture import rewritten
 from tests.passes.checks import Compiled, check, normal, same, sdpa
 
 L = 6
@@ -282,6 +283,16 @@ def test_a_closure_is_an_input() -> None:
     text, proof = mask_of(lambda: mask)
     assert text == "explicit bool (6, 6)"
     assert proof.startswith("it depends on the input ")
+
+
+def test_lengths_that_vary_are_named_as_the_reason() -> None:
+    def model(q: Tensor) -> Tensor:
+        position = torch.arange(q.shape[2])
+        return sdpa(q, q, q, position[:, None] >= position)
+
+    _, report = rewritten(model, Q, dynamic=True, precision="exact")
+    (site,) = report.rewritten
+    assert site.proof == "it depends on sizes that vary"
 
 
 def test_numpy_masks_are_not_folded() -> None:

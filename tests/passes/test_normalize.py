@@ -34,6 +34,12 @@ def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return graph.call_function(target, (x, y, *args), kwargs)
 
 
+def spelled(value: Any) -> str:
+    """A test id that is the same in every process."""
+    target = value.target if isinstance(value, fx.Node) else value
+    return target if isinstance(target, str) else getattr(target, "__name__", type(target).__name__)
+
+
 # --- names ----------------------------------------------------------------------------------
 
 
@@ -56,7 +62,7 @@ def softmax(x: Tensor) -> Tensor:
         torch.ops.aten.softmax.int,
         torch.Tensor.softmax,
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_every_spelling_has_one_name(target: Any) -> None:
     assert operation(call(target)) == "softmax"
@@ -74,7 +80,7 @@ def test_every_spelling_has_one_name(target: Any) -> None:
         (getattr, "getattr"),
         (torch.ops.higher_order.cond, "cond"),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_what_others_define_is_qualified(target: Any, name: str) -> None:
     assert operation(call(target)) == name
@@ -250,7 +256,7 @@ def test_every_mutable_schema_mutates() -> None:
         call(setattr),
         fx.Graph().call_module("block"),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_what_may_mutate(node: fx.Node) -> None:
     assert may_mutate(node)
@@ -268,7 +274,7 @@ def test_what_may_mutate(node: fx.Node) -> None:
         call(torch.ops.passes_test.softmax.default),
         call(torch.add, out=None),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_what_does_not_mutate(node: fx.Node) -> None:
     assert not may_mutate(node)
@@ -352,7 +358,7 @@ def test_aliasing_is_that_of_eager(name: str) -> None:
         (torch.ops.aten.clone.default, False),
         (torch.ops.aten.scaled_dot_product_attention.default, False),
     ],
-    ids=str,
+    ids=spelled,
 )
 def test_aliasing_of_overloads(target: Any, expected: bool) -> None:
     node = call(target)
