@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_int, statically_known_true
 
 from sage_compiler.passes.masks import Analysis, ConstantFolder, describe, root_cause
 from sage_compiler.passes.normalize import (
@@ -135,8 +135,8 @@ def _known_shapes(node: fx.Node) -> tuple[Shape, Shape]:
     """Shapes of a kept call's query and value, for the report."""
     query, value = tensor_of(argument(node, 0, "query")), tensor_of(argument(node, 2, "value"))
     return (
-        () if query is None else shape_of(query),
-        () if value is None else shape_of(value),
+        () if query is None else shape_of(query.shape),
+        () if value is None else shape_of(value.shape),
     )
 
 
@@ -206,15 +206,31 @@ def _inputs(
     if q.dim() == 4:
         key, value = _undo_repeats(node, key, value)
         k, v = _known(key), _known(value)
-    lead = ((1,) if q.dim() == 3 else ()) + tuple(q.shape)
-    lead_k = ((1,) if q.dim() == 3 else ()) + tuple(k.shape)
-    lead_v = ((1,) if q.dim() == 3 else ()) + tuple(v.shape)
-    reason = _disagreement(lead, lead_k, lead_v, enable_gqa or k is not tensors[1])
+    q_sizes, k_sizes, v_sizes = _sizes(q), _sizes(k), _sizes(v)
+    reason = _disagreement(q_sizes, k_sizes, v_sizes, enable_gqa or k is not tensors[1])
     if reason is not None:
         return reason
-    q_shape = shape_of(q.unsqueeze(0) if q.dim() == 3 else q)
-    kv_shape = shape_of(v.unsqueeze(0) if v.dim() == 3 else v)
-    return query, key, value, q_shape, kv_shape
+    return query, key, value, shape_of(q_sizes), shape_of(v_sizes)
+
+
+def _sizes(tensor: Tensor) -> tuple[Any, ...]:
+    """(B, heads, length, head_dim); a 3-D tensor's first dim serves as heads.
+
+    Head counts and head_dim choose the kernel: where a model was traced with symbols for them,
+    they become constants of the compiled graph, which another model width compiles anew.
+    """
+    if tensor.dim() == 3:
+        batch, length, head_dim = tensor.shape
+        return 1, batch, length, _constant(head_dim)
+    batch, heads, length, head_dim = tensor.shape
+    return batch, _constant(heads), length, _constant(head_dim)
+
+
+def _constant(size: int | SymInt) -> int | SymInt:
+    """The size as a number, guarded, unless it is only known at run time."""
+    if isinstance(size, int) or not size.node.has_hint():
+        return size
+    return guard_int(size)
 
 
 def _disagreement(
@@ -363,7 +379,7 @@ def _keep(reason: str) -> Callable[[fx.Node, Context], str]:
 def recognize_softmax(node: fx.Node, context: Context) -> str | None:
     """A softmax outside SDPA. Whether it is attention is the next recognizer's business."""
     tensor = tensor_of(node)
-    shape = "" if tensor is None else f" over {shape_of(tensor)}"
+    shape = "" if tensor is None else f" over {shape_of(tensor.shape)}"
     return f"a softmax{shape} written out; attention composed of single operations is not rewritten"
 
 

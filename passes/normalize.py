@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch._C import DispatchKey
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.utils import _pytree as pytree
@@ -58,9 +58,9 @@ def tensor_of(node: object) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def shape_of(tensor: Tensor) -> Shape:
+def shape_of(sizes: Iterable[int | SymInt]) -> Shape:
     """Sizes as numbers, symbolic ones as text."""
-    return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
 
 
 def argument(

@@ -326,3 +326,27 @@ def test_the_gate_works_at_run_time_for_dynamic_lengths(kernel: list[str]) -> No
             compiled(x)
     assert kernel == ["(2, 4, 80, 8)", "(2, 4, 70, 8)"]
     assert len(sage.last_report().graphs) == 1
+
+
+def test_symbols_for_heads_and_head_dim_become_constants_that_are_guarded() -> None:
+    """dynamic=True on bare tensors makes every size a symbol; the kernel needs two as numbers."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    compiled = torch.compile(function, backend="sage", options=EXACT, dynamic=True)
+    graphs = []
+    for heads, kv_heads, head_dim, length in (
+        (4, 2, 8, 24),
+        (4, 2, 8, 51),
+        (6, 3, 8, 24),
+        (6, 3, 16, 9),
+    ):
+        q = torch.randn(2, heads, length, head_dim)
+        k, v = torch.randn(2, 2, kv_heads, length + 3, head_dim).unbind()
+        torch.testing.assert_close(compiled(q, k, v), function(q, k, v), rtol=0, atol=ABSOLUTE)
+        graphs.append(len(sage.last_report().graphs))
+    assert graphs == [1, 1, 2, 3]
+    report = sage.last_report()
+    assert [site.q_shape[1::2] for site in report.rewritten] == [(4, 8), (6, 8), (6, 16)]
+    assert [site.heads for site in report.rewritten] == ["4 over 2", "6 over 3", "6 over 3"]
