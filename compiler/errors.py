@@ -17,5 +17,9 @@ class KernelUnavailableError(SageError, RuntimeError):
     """No kernel serves the requested recipe on this device, and emulation was refused."""
 
 
+class UsageError(SageError):
+    """A command line that names something that is not there."""
+
+
 class RewriteError(SageError, RuntimeError):
     """A graph rewrite failed a check; the graph it started from is untouched."""

@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.exc import BackendCompilerFailed
 
 from sage_compiler.backend import transform
 from sage_compiler.config import parse_options
+from sage_compiler.errors import SageError
 from sage_compiler.report import Report
 
 
@@ -44,7 +49,37 @@ def explain(
     def call() -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo caches by code object: one of our own keeps the model's cache out of this.
+    # Dynamo caches by code object, and this one is the same in every call of explain.
     call.__code__ = call.__code__.replace(co_name=f"explain_{id(report)}")
-    torch.compile(call, backend=look)()
+    try:
+        torch.compile(call, backend=look)()
+    except BackendCompilerFailed as error:
+        if isinstance(error.inner_exception, SageError):
+            raise error.inner_exception from None
+        raise
+    finally:
+        _forget(look)
     return report
+
+
+def _forget(backend: Callable[..., Any]) -> None:
+    """Drop what Dynamo has cached for a backend.
+
+    After a graph break the model's own functions are compiled too. Left in place, the entries
+    would count toward the limit of recompilations, and the model would silently run in eager.
+    Entries can only be dropped all together: where others have compiled the same code, ours stay
+    until they take half of the limit, and then the others compile once more.
+    """
+    for reference in list(input_codes.seen):
+        code = reference()
+        if code is None:
+            continue
+        entries = _debug_get_cache_entry_list(code)
+        ours = [
+            entry
+            for entry in entries
+            if getattr(entry.backend, "compiler_fn", entry.backend) is backend
+        ]
+        alone = len(ours) == len(entries)
+        if ours and (alone or 2 * len(entries) >= dynamo_config.recompile_limit):
+            reset_code(code)

@@ -1,7 +1,7 @@
 """Keep Inductor's fuse_attention pass off the graphs of this backend.
 
 That pass rewrites attention-like code that is rightly kept into something else: with torch 2.13
-``(q @ k.mT * s).softmax(-2) @ v`` comes out wrong by 0.6. It has no switch of its own, and
+``(q @ k.mT * s).softmax(-2) @ v`` comes out wrong by 0.6 and more. It has no switch of its own, and
 switching the pattern matcher off would take good patterns with it. All of its patterns contain
 the exponential of a softmax, so that is hidden from the matcher while the joint passes run, by
 configuration of one compilation: other backends are not touched.

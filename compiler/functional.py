@@ -58,6 +58,7 @@ def attention(
         InvalidOptionError: an unknown precision.
     """
     check_precision(precision)
+    _check_types(query, key, value, is_causal, scale)
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         raise InvalidAttentionError(
             f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dims; all "
@@ -132,3 +133,20 @@ def _both_sides(
         )
     cu_q, cu_k = cu_seqlens
     return cu_q, cu_k
+
+
+def _check_types(
+    query: object, key: object, value: object, is_causal: object, scale: object
+) -> None:
+    """Check what the dispatcher would convert or fail on in words of its own.
+
+    Raises:
+        InvalidAttentionError: an argument of another type.
+    """
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(given, Tensor):
+            raise InvalidAttentionError(f"{name} is a {type(given).__name__}; it must be a tensor")
+    if not isinstance(is_causal, bool | torch.SymBool):
+        raise InvalidAttentionError(f"is_causal={is_causal!r}; it must be True or False")
+    if scale is not None and not isinstance(scale, float | int | torch.SymFloat | torch.SymInt):
+        raise InvalidAttentionError(f"scale={scale!r}; it must be a number, or None")

@@ -53,7 +53,7 @@ _PLAIN: Final = {"none": False, "causal": True}  # mask class -> is_causal
 
 
 @functools.cache
-def _warn_emulated(recipe: str, reason: str) -> None:
+def _warn_emulated(reason: str) -> None:
     warnings.warn(
         f"sage: {reason}; the reference emulates it: the right numerics, but slow",
         stacklevel=2,
@@ -215,7 +215,7 @@ def _serve(
     found = registry.find(recipe, problem)
     if isinstance(found, registry.Kernel):
         return found.run(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
-    _warn_emulated(recipe, found.reason)
+    _warn_emulated(found.reason)
     return reference.attention(
         query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
     )

@@ -33,6 +33,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
+        if tensor.layout != torch.strided:
+            raise InvalidAttentionError(f"{name} is {tensor.layout}; it must be strided")
         if tensor.dim() != 4:
             raise InvalidAttentionError(
                 f"{name} has shape {_shape(tensor)}; it must be 4-D: (batch, heads, length, "
@@ -123,7 +125,7 @@ def check_sinks(sinks: Tensor, query: Tensor) -> None:
 
 
 def check_varlen(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None
+    query: Tensor, attn_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None
 ) -> None:
     """Check a packed batch of sequences: batch 1, both offsets, no explicit mask.
 
@@ -180,7 +182,7 @@ def check_arguments(
     if sinks is not None:
         check_sinks(sinks, query)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        check_varlen(query, key, attn_mask, cu_seqlens_q, cu_seqlens_k)
+        check_varlen(query, attn_mask, cu_seqlens_q, cu_seqlens_k)
     if (step is None) != (step_recipes is None):
         raise InvalidAttentionError("step and step_recipes belong together; give both or neither")
     if step is not None and (

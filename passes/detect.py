@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch import SymInt, Tensor, fx
+from torch import SymFloat, SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.fx.experimental.symbolic_shapes import guard_int, statically_known_true
 
@@ -59,8 +59,13 @@ class Recognizer:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a recognizer proved of a node; ``detect`` adds the layer and the source."""
+    """What a recognizer proved; ``detect`` adds the layer and the source.
 
+    ``output`` is the node whose value the operator replaces: for attention that is composed of
+    single operations another one than the node where recognition starts.
+    """
+
+    output: fx.Node
     query: fx.Node
     key: fx.Node
     value: fx.Node
@@ -117,7 +122,7 @@ def _finding(node: fx.Node, form: str, result: Proof | str, context: Context) ->
     if isinstance(result, str):
         return Rejected(node, layer, form, source, result, *_known_shapes(node))
     return AttentionSite(
-        node=node,
+        node=result.output,
         layer=layer,
         form=form,
         source=source,
@@ -149,25 +154,22 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
         return "inside sdpa_kernel(...): the user chose a backend of scaled_dot_product_attention"
     if context.transforms:
         return "inside a transform of torch.func (vmap, grad, ...): the operator has no rule for it"
-    dropout = argument(node, 4, "dropout_p", 0.0)
-    is_causal = argument(node, 5, "is_causal", False)
-    scale = argument(node, 6, "scale")
-    enable_gqa = argument(node, 7, "enable_gqa", False)
+    inputs = _inputs(node, argument(node, 7, "enable_gqa", False) is True)
+    if isinstance(inputs, str):
+        return inputs
+    query, key, value, q_shape, kv_shape = inputs
     scalars = {
-        "dropout_p": dropout,
-        "is_causal": is_causal,
-        "scale": scale,
-        "enable_gqa": enable_gqa,
+        "dropout_p": _number(argument(node, 4, "dropout_p", 0.0)),
+        "is_causal": _number(argument(node, 5, "is_causal", False)),
+        "scale": _number(argument(node, 6, "scale")),
+        "enable_gqa": argument(node, 7, "enable_gqa", False),
     }
     for name, given in scalars.items():
         if isinstance(given, fx.Node):
             return f"{name} is computed at run time; a constant is needed"
+    dropout, is_causal, scale, _ = scalars.values()
     if dropout != 0.0:
         return f"dropout_p={dropout}: scaled_dot_product_attention drops whenever it is positive"
-    inputs = _inputs(node, bool(enable_gqa))
-    if isinstance(inputs, str):
-        return inputs
-    query, key, value, q_shape, kv_shape = inputs
     if scale is not None and not math.isfinite(scale):
         return f"scale={scale} is not finite"
     mask = _mask_argument(node, bool(is_causal), q_shape, kv_shape, context)
@@ -179,7 +181,7 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
         window_right=mask.window_right,
         scale=None if scale is None else float(scale),
     )
-    return Proof(query, key, value, mask.mask, semantics, q_shape, kv_shape)
+    return Proof(node, query, key, value, mask.mask, semantics, q_shape, kv_shape)
 
 
 def _inputs(
@@ -211,6 +213,14 @@ def _inputs(
     if reason is not None:
         return reason
     return query, key, value, shape_of(q_sizes), shape_of(v_sizes)
+
+
+def _number(given: Any) -> Any:
+    """A scalar argument; computed from sizes that are constants by now, as a number."""
+    value = given.meta.get("example_value") if isinstance(given, fx.Node) else given
+    if isinstance(value, (SymFloat, SymInt)):
+        return given if value.node.expr.free_symbols else float(value.node.expr)
+    return given
 
 
 def _sizes(tensor: Tensor) -> tuple[Any, ...]:
@@ -377,7 +387,7 @@ def _keep(reason: str) -> Callable[[fx.Node, Context], str]:
 
 
 def recognize_softmax(node: fx.Node, context: Context) -> str | None:
-    """A softmax outside SDPA. Whether it is attention is the next recognizer's business."""
+    """A softmax outside SDPA: attention written out, or something else; kept either way."""
     tensor = tensor_of(node)
     shape = "" if tensor is None else f" over {shape_of(tensor.shape)}"
     return f"a softmax{shape} written out; attention composed of single operations is not rewritten"

@@ -6,12 +6,14 @@ Whatever is not proved stays an explicit mask, which is correct and still fused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sage_compiler.passes.normalize import is_plain, may_alias, may_mutate, operation, tensor_of
@@ -160,7 +162,6 @@ class ConstantFolder:
 
     def __init__(self) -> None:
         self._constant: dict[fx.Node, bool] = {}
-        self._values: dict[fx.Node, Any] = {}
         self._verdicts: dict[tuple[fx.Node, Shape], Analysis | None] = {}
 
     def cone(self, node: fx.Node) -> list[fx.Node] | None:
@@ -186,11 +187,16 @@ class ConstantFolder:
         None when it is not of the dtype and shape that the tracer saw, which happens where
         autocast was on.
         """
+        waiting = Counter(source for node in cone for source in node.all_input_nodes)
+        values: dict[fx.Node, Any] = {}
         with _real_tensors():
             for node in cone:
-                if node not in self._values:
-                    self._values[node] = self._run(node)
-        result, traced = self._values[cone[-1]], tensor_of(cone[-1])
+                values[node] = _run(node, values)
+                for source in node.all_input_nodes:
+                    waiting[source] -= 1
+                    if not waiting[source]:
+                        del values[source]  # masks of long sequences are large
+        result, traced = values[cone[-1]], tensor_of(cone[-1])
         assert isinstance(result, Tensor) and traced is not None
         same = result.dtype == traced.dtype and result.shape == traced.shape
         return result if same else None
@@ -225,14 +231,26 @@ class ConstantFolder:
             self._constant[node] = all(self._constant[s] for s in node.all_input_nodes)
         return self._constant[root]
 
-    def _run(self, node: fx.Node) -> Any:
-        args = fx.map_arg(node.args, self._values.__getitem__)
-        kwargs = fx.map_arg(node.kwargs, self._values.__getitem__)
-        if node.op == "call_method":
-            owner, *rest = args
-            return getattr(owner, str(node.target))(*rest, **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+
+def _run(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """One operation on real tensors, on the CPU: a constant is the same on every device."""
+
+    def real(part: Any) -> Any:
+        if isinstance(part, fx.Node):
+            return values[part]
+        return torch.device("cpu") if isinstance(part, torch.device) else part
+
+    args: Any = map_aggregate(node.args, real)
+    kwargs: Any = map_aggregate(node.kwargs, real)
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if operation(node) == "to":
+        args = tuple("cpu" if isinstance(part, str) else part for part in args)
+    if node.op == "call_method":
+        owner, *rest = args
+        return getattr(owner, str(node.target))(*rest, **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -290,22 +308,40 @@ def classify(mask: Tensor, query_length: int, key_length: int, origin: str) -> A
     visible = _as_bool(mask)
     if visible is None:
         return None
-    rows = visible.flatten(0, -3) if visible.dim() > 2 else visible.unsqueeze(0)
-    if rows.shape[0] == 0 or not bool((rows == rows[:1]).all()):
+    for dim in range(visible.dim() - 2):
+        if visible.stride(dim) == 0:  # expanded: one is all
+            visible = visible.narrow(dim, 0, min(1, visible.shape[dim]))
+    planes = visible.flatten(0, -3) if visible.dim() > 2 else visible.unsqueeze(0)
+    if planes.shape[0] == 0 or not bool((planes[1:] == planes[:1]).all()):
         return None
     size = (query_length, key_length)
-    plane = rows[0].expand(size)
+    plane = planes[0].expand(size)
     if bool(plane.all()):
         return Analysis(Mask(None, "none", f"{origin}: every entry of {size} is visible"))
-    query = torch.arange(query_length, device=plane.device).unsqueeze(1)
-    key = torch.arange(key_length, device=plane.device).unsqueeze(0)
-    diagonals = (key - query)[plane]
-    if diagonals.numel() == 0:
+    diagonals = _diagonals(plane)
+    return None if diagonals is None else _band(*diagonals, query_length, key_length, origin)
+
+
+def _diagonals(plane: Tensor) -> tuple[int, int] | None:
+    """low, high when bool (Lq, Lk) is exactly ``low <= key - query <= high``; else None.
+
+    Row by row from the first and the last visible key, without an integer matrix.
+    """
+    query_length, key_length = plane.shape
+    count = plane.sum(1)
+    live = count > 0
+    if not bool(live.any()):
         return None
-    low, high = int(diagonals.min()), int(diagonals.max())
-    if not torch.equal(plane, (key - query >= low) & (key - query <= high)):
-        return None
-    return _band(low, high, query_length, key_length, origin)
+    query = torch.arange(query_length)
+    bytes_ = plane.contiguous().view(torch.uint8)
+    first = bytes_.argmax(1)
+    last = key_length - 1 - bytes_.flip(1).argmax(1)
+    low, high = int((first - query)[live].min()), int((last - query)[live].max())
+    band_first = (query + low).clamp(min=0)
+    band_last = (query + high).clamp(max=key_length - 1)
+    whole = bool((count == (band_last - band_first + 1).clamp(min=0)).all())
+    inside = (first == band_first) & (last == band_last)
+    return (low, high) if whole and bool(inside[live].all()) else None
 
 
 def _band(low: int, high: int, query_length: int, key_length: int, origin: str) -> Analysis | None:

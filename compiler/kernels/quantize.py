@@ -93,7 +93,8 @@ def quantize_tokens(
     """
     # inf * 0 and NaN * 0 are NaN: tokens that do not count still report what is not finite.
     amax = x.abs().amax(-1) * counted
-    per_group = amax.new_zeros(*amax.shape[:-1], int(groups.max()) + 1)
+    # Groups are numbered below the number of tokens; asking for the largest would wait for a GPU.
+    per_group = torch.zeros_like(amax)
     per_group = per_group.scatter_reduce(-1, groups.expand_as(amax), amax, "amax")
     scale = _scale(per_group, limit)[..., groups]
     return _to_range(x / scale.unsqueeze(-1), limit).round_(), scale

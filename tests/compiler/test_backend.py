@@ -107,6 +107,10 @@ def test_mode_alone_is_auto(x: Tensor) -> None:
         ({"options": {"precision": "int2_fp8"}}, "unknown precision 'int2_fp8'; known: auto"),
         ({"options": {"mode": "fastest"}}, "mode='fastest'; known: default"),
         ({"options": {"inductor": {"max_autotun": True}}}, "'max_autotun'"),
+        (
+            {"options": {"inductor": {"max_autotune": "yes"}}},
+            "'yes'; its type is bool",
+        ),
         ({"options": {"precision": "int4_fp8", "fallback": "error"}}, "no int4_fp8 kernel"),
     ],
     ids=str,
@@ -297,6 +301,14 @@ def test_auto_takes_the_default_where_a_kernel_serves_it(kernel: list[str]) -> N
     assert kernel == ["(1, 4, 80, 8)"] * 2
 
 
+def test_mode_with_a_rewritten_model(kernel: list[str]) -> None:
+    model, x = Model(layers=1), torch.randn(1, 80, 32)
+    with torch.no_grad():
+        torch.compile(model, backend="sage", mode="max-autotune-no-cudagraphs")(x)
+    assert len(sage.last_report().rewritten) == 1
+    assert kernel == ["(1, 4, 80, 8)"]
+
+
 def test_auto_keeps_what_no_kernel_serves(kernel: list[str]) -> None:
     x = torch.randn(1, 2, 80, 16)
     torch.compile(lambda x: F.scaled_dot_product_attention(x, x, x), backend="sage")(x)
@@ -332,7 +344,8 @@ def test_symbols_for_heads_and_head_dim_become_constants_that_are_guarded() -> N
     """dynamic=True on bare tensors makes every size a symbol; the kernel needs two as numbers."""
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        scale = q.shape[-1] ** -0.5  # a symbol too, until head_dim is a number
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
 
     compiled = torch.compile(function, backend="sage", options=EXACT, dynamic=True)
     graphs = []

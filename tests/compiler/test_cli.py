@@ -68,6 +68,7 @@ def test_options_reach_the_decision(model: str, capsys: pytest.CaptureFixture[st
         (["{model}:number"], "no function 'number'"),
         (["{model}:wrong"], "must return (model, args)"),
         (["{model}:build", "--precision", "int3"], "unknown precision 'int3'; known: auto"),
+        (["{model}:build", "--precision", "int4_fp8", "--fallback", "error"], "no int4_fp8 kernel"),
         (["{model}:build", "--fallback", "x"], "fallback='x'; known: emulate"),
         (["{model}:build", "--min-seq-len", "-2"], "at least 0"),
     ],

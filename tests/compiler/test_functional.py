@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -329,3 +330,27 @@ def test_export_keeps_the_operator() -> None:
     longer = make_call(33)
     tensors = (longer.query, longer.key, longer.value)
     torch.testing.assert_close(program.module()(*tensors), exact(*tensors, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"key": None}, "key is a NoneType; it must be a tensor"),
+        ({"value": [1.0]}, "value is a list"),
+        ({"is_causal": "yes"}, "is_causal='yes'; it must be True or False"),
+        ({"scale": "0.5"}, "scale='0.5'; it must be a number"),
+        ({"scale": torch.tensor(0.5)}, "it must be a number, or None"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_type(change: dict[str, object], words: str) -> None:
+    x = torch.randn(1, 2, 3, 8)
+    arguments: dict[str, object] = {"query": x, "key": x, "value": x, **change}
+    with pytest.raises(InvalidAttentionError, match=re.escape(words)):
+        sage.attention(**arguments)
+
+
+def test_sparse_tensors_are_refused() -> None:
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(InvalidAttentionError, match=r"key is torch\.sparse_coo; it must be"):
+        sage.attention(x, x.to_sparse(), x, precision="int8_fp8")

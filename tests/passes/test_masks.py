@@ -487,11 +487,19 @@ def test_folding_ignores_the_modes_around_it() -> None:
 def test_a_value_of_another_dtype_than_traced_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = masks.ConstantFolder._run
-    monkeypatch.setattr(
-        masks.ConstantFolder, "_run", lambda self, node: run(self, node).to(torch.uint8)
-    )
+    run = masks._run
+    monkeypatch.setattr(masks, "_run", lambda node, values: run(node, values).to(torch.uint8))
     assert mask_of(lambda: ones())[0] == "explicit bool (6, 6)"
+
+
+def test_constants_of_another_device_are_evaluated_on_the_cpu() -> None:
+    def model(q: Tensor) -> Tensor:
+        position = torch.arange(L, device=q.device)
+        mask = (position[:, None] >= position).to("meta") & torch.ones(1, dtype=bool).to(q.device)
+        return sdpa(q, q, q, mask)
+
+    _, report = rewritten(model, torch.empty(1, 1, L, 8, device="meta"), precision="exact")
+    assert [site.mask for site in report.rewritten] == ["causal"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
