@@ -118,3 +118,7 @@ def build(name: str) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, 
             "(model, args, kwargs), args a tuple and kwargs a dict"
         )
     return made[0], made[1], made[2] if len(made) == 3 else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,3 +25,19 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     assert "2 rewritten; []" in done.stdout
     assert "sage.attention.default" in done.stdout
     assert (tmp_path / "report.json").is_file()
+
+
+def test_the_commands_run() -> None:
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    lines = [line for language, code in blocks if language == "sh" for line in code.splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith(".venv/bin/sagec ")]
+    assert len(commands) == 2
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "sage_compiler.cli", *command],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "layer" in done.stdout
