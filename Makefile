@@ -12,7 +12,8 @@ BENCH ?= $(filter-out %/__init__.py %/measure.py,$(sort $(wildcard benchmarks/*.
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# Not quiet: downloads take minutes, and pip shows how far they are.
 PINNED_INSTALL := $(PIP_INSTALL) --constraint constraints.txt
 HAS_NVIDIA := $(shell command -v nvidia-smi 2>/dev/null)
 SOURCES := compiler passes cutlass_templates
@@ -96,5 +97,5 @@ $(DEMO): $(ENVIRONMENT) | $(PACKAGE)
 
 $(PACKAGE): $(ENVIRONMENT)
 	@rm -rf build/__editable__.* $(VENV)/.stamp-package-*
-	$(PIP_INSTALL) --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
 	@touch $@

@@ -116,7 +116,8 @@ def main() -> int:
     sentences = arguments.sentences.read_text(encoding="utf-8").splitlines()
     sentences.sort(key=len)  # little padding
     data = batches(tokenizer, sentences, arguments.batch)
-    precision = arguments.precision or choose_precision(model, data[0])
+    with tqdm(total=1, desc="looking at the model", leave=False) as bar, ticking(bar):
+        precision = arguments.precision or choose_precision(model, data[0])
 
     print(f"all-MiniLM-L6-v2, {len(sentences)} sentences in {len(data)} batches")
     print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads")
