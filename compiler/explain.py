@@ -27,7 +27,8 @@ def explain(
     """Find, decide and rewrite as ``torch.compile(model, backend="sage")`` would; compile nothing.
 
     The model runs once, eagerly, on these arguments, so that every graph it consists of is
-    seen. ``last_report()`` and other compilations of the model are not affected.
+    seen. ``last_report()`` is not affected, nor are the results of other compilations of the
+    model; where it has graph breaks, they may have to compile once more (see ``_forget``).
 
     Args:
         model: an nn.Module or a function.
