@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import pi
 from types import MappingProxyType
 from typing import Final
 
@@ -21,11 +22,13 @@ from torch import Tensor
 from sage_compiler.kernels.reference import attention
 from sage_compiler.precision import (
     RECIPES,
+    TILE_CPU,
     TILE_WGMMA,
     Accumulator,
     Format,
     Granularity,
     Recipe,
+    Statistics,
     Tile,
 )
 from tests.compiler.kernels.dense import Call, channel_outliers, dense
@@ -57,6 +60,32 @@ def long_tailed() -> Call:
     return Call(torch.randn(key.shape, generator=generator) + 0.9 * key, key, call.value)
 
 
+def first_key_heavy() -> Call:
+    """The first key takes about half of every row and has a small V: an attention sink."""
+    call = channel_outliers(length=4096, heads=2)
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(call.query.shape, generator=generator)
+    key = torch.randn(call.key.shape, generator=generator)
+    value = call.value.clone()
+    # The others' scores have a variance of 1: together they weigh some 4096 * exp(1/2) = exp(8.8).
+    query[..., 0], key[..., 0] = 8.0, 0.0
+    key[:, :, 0] = 0.0
+    key[:, :, 0, 0] = 8.8
+    value[:, :, 0] *= 0.02
+    return Call(query, key, value)
+
+
+def drifting() -> Call:
+    """K and V with channel offsets that change sign along the sequence."""
+    call = channel_outliers(length=4096, heads=2)
+    generator = torch.Generator().manual_seed(3)
+    phase = torch.linspace(0.0, 2.0 * pi, 4096).view(1, 1, -1, 1)
+    offset = 3.0 * torch.randn(1, 2, 1, 64, generator=generator)
+    return replace(
+        call, key=call.key + offset * phase.cos(), value=call.value + offset * phase.sin()
+    )
+
+
 ABLATIONS: Final[Mapping[str, Recipe]] = MappingProxyType(
     {
         "INT4 QK, no smoothing": replace(BASE, smooth_q=False, smooth_k=False),
@@ -84,12 +113,29 @@ ACCUMULATION: Final[Mapping[str, Recipe]] = MappingProxyType(
         ),
     }
 )
+STATISTICS: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {
+        f"{name}, {label}": replace(
+            RECIPES[name], statistics=statistics, tile=replace(TILE_CPU, kv_block=kv_block)
+        )
+        for name in ("int8_int8", "int8_int16")
+        for label, statistics, kv_block in (
+            ("of the head", Statistics.HEAD, TILE_CPU.kv_block),
+            *((f"of {keys} keys", Statistics.KV_BLOCK, keys) for keys in (512, 256, 128)),
+        )
+    }
+)
 
 SECTIONS: Final[tuple[tuple[str, Callable[[], Call], Mapping[str, Recipe]], ...]] = (
     ("Channel offsets in Q and K", channel_outliers, ABLATIONS),
     ("The recipes, same inputs", channel_outliers, RECIPES),
     ("The recipes, V with outliers", value_outliers, RECIPES),
     ("The recipes, long-tailed rows of 4096 keys", long_tailed, RECIPES),
+    ("The recipes, a first key of 4096 with half the weight", first_key_heavy, RECIPES),
+    ("The recipes, K and V drifting along 4096 keys", drifting, RECIPES),
+    ("Statistics, long-tailed rows", long_tailed, STATISTICS),
+    ("Statistics, a first key with half the weight", first_key_heavy, STATISTICS),
+    ("Statistics, K and V drifting", drifting, STATISTICS),
     ("Accumulators, V with an offset", value_offset, ACCUMULATION),
 )
 

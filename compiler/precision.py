@@ -36,6 +36,23 @@ class Granularity(StrEnum):
     TOKEN = "token"
 
 
+class Statistics(StrEnum):
+    """Which keys share a mean of K, a scale and offset of V, and the maximum that P is relative to.
+
+    HEAD: all keys of the head, and P is relative to the running maximum of its row. What smoothing
+    takes from the scores of a row is one number, which only the LSE and a softcap notice, and the
+    scale and offset of V are applied once, to the normalized output.
+
+    KV_BLOCK: the ``kv_block`` keys of a tile, and P is relative to the maximum of its row in the
+    tile. The tile is self-contained: smoothing gives back to its scores what it took, its P @ V has
+    its own scale and offset, and only then joins the other tiles. So P has all the levels of its
+    format in every tile, however low the tile's scores are. Combines with all other options.
+    """
+
+    HEAD = "head"
+    KV_BLOCK = "kv_block"
+
+
 class Accumulator(StrEnum):
     """The accumulator of one K tile's P @ V, before it is added to the FP32 output."""
 
@@ -54,7 +71,7 @@ class Tile:
 
 TILE_MMA: Final = Tile(q_block=128, q_warp=32, kv_block=64)  # mma.sync: sm_80, 86, 89, 120
 TILE_WGMMA: Final = Tile(q_block=64, q_warp=16, kv_block=128)  # wgmma: sm_90
-TILE_CPU: Final = Tile(q_block=64, q_warp=64, kv_block=512)
+TILE_CPU: Final = Tile(q_block=64, q_warp=64, kv_block=256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +89,7 @@ class Recipe:
     smooth_k: bool
     granularity: Granularity
     tile: Tile
+    statistics: Statistics = Statistics.HEAD
     smooth_v: bool = False
     accumulator: Accumulator = Accumulator.FP32
 
@@ -110,6 +128,7 @@ def _recipes() -> Mapping[str, Recipe]:
             smooth_k=True,
             granularity=Granularity.TOKEN,
             tile=TILE_CPU,
+            statistics=Statistics.KV_BLOCK,
         )
         found[recipe.name] = recipe
     return MappingProxyType(found)

@@ -35,14 +35,16 @@ class Tolerance:
 # Q, K, V gaussian with standard deviation 1, K with a channel bias of up to 3 standard deviations,
 # a scale of at most 1 / sqrt(D), so scores with a standard deviation of about 1 beside the bias.
 # Sharper scores have larger errors: an error of a score is relative to the amax of Q and K.
-# Worst measured of 1800 calls of `dense.random_call`, lengths 1 to 200, and 40 up to 1500:
+# Worst measured of 1800 calls of `dense.random_call`, lengths 1 to 200, and 40 up to 1500; of
+# int8_int8 and int8_int16, which have an error of their own in each block of 256 keys, of 5400
+# and 160:
 #               cosine   rel_l1  max_abs  lse
 #   int4_fp8    .9781    .210    .28      .76
 #   int4_fp16   .9788    .207    .27      .76
 #   int8_fp8    .9985    .055    .036     .042    (few keys, or sinks: the E4M3 of V unaveraged)
 #   int8_fp16   .99993   .011    .014     .042
-#   int8_int8   .9998    .017    .026     .084    (lse: its denominator is the rounded P)
-#   int8_int16  .99993   .012    .014     .036
+#   int8_int8   .99985   .016    .020     .058    (lse: its denominator is the rounded P)
+#   int8_int16  .99992   .012    .016     .042
 #   exact       float32 SDPA: max_abs 5.3e-7; 3e-6 is 1e-5 absolute for V of unit variance
 TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
     {
@@ -50,7 +52,7 @@ TOLERANCES: Final[Mapping[str, Tolerance]] = MappingProxyType(
         "int4_fp16": Tolerance(cosine=0.965, rel_l1=0.28, max_abs=0.42, lse=1.1),
         "int8_fp8": Tolerance(cosine=0.997, rel_l1=0.08, max_abs=0.055, lse=0.065),
         "int8_fp16": Tolerance(cosine=0.9998, rel_l1=0.018, max_abs=0.022, lse=0.065),
-        "int8_int8": Tolerance(cosine=0.9993, rel_l1=0.03, max_abs=0.04, lse=0.15),
+        "int8_int8": Tolerance(cosine=0.9995, rel_l1=0.027, max_abs=0.04, lse=0.1),
         "int8_int16": Tolerance(cosine=0.9998, rel_l1=0.018, max_abs=0.022, lse=0.065),
         "exact": Tolerance(cosine=0.999999, rel_l1=1e-5, max_abs=3e-6, lse=1e-5),
     }

@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Final, assert_never
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sage_compiler.precision import Format, Granularity, Recipe, Tile
+from sage_compiler.precision import Format, Granularity, Recipe, Statistics, Tile
 
 E4M3_MAX: Final = 448.0
 FP16_MAX: Final = 65504.0
@@ -77,6 +78,31 @@ def key_groups(length: int, granularity: Granularity, tile: Tile, device: torch.
             assert_never(granularity)
 
 
+def statistics_width(key_length: int, recipe: Recipe) -> int:
+    """How many keys, from key 0 on, make one block of statistics."""
+    match recipe.statistics:
+        case Statistics.HEAD:
+            return key_length
+        case Statistics.KV_BLOCK:
+            return recipe.tile.kv_block
+        case _:
+            assert_never(recipe.statistics)
+
+
+def in_blocks(x: Tensor, width: int) -> Tensor:
+    """Cut the tokens of x (..., L, D), filled up with zeros: (..., blocks, width, D)."""
+    blocks = -(-x.shape[-2] // width)
+    missing = blocks * width - x.shape[-2]
+    return torch.unflatten(F.pad(x, (0, 0, 0, missing)), -2, (blocks, width))
+
+
+def for_tokens(blocks: Tensor, width: int, length: int) -> Tensor:
+    """What belongs to blocks (..., blocks, D), for each of their tokens: (..., length|1, D)."""
+    if blocks.shape[-2] == 1:
+        return blocks
+    return blocks.repeat_interleave(width, dim=-2)[..., :length, :]
+
+
 def quantize_tokens(
     x: Tensor, counted: Tensor, groups: Tensor, limit: int
 ) -> tuple[Tensor, Tensor]:
@@ -107,35 +133,57 @@ def mean_over(x: Tensor, counted: Tensor) -> Tensor:
     return total / weights.sum(-2, keepdim=True).clamp(min=1)
 
 
+def block_means(x: Tensor, counted: Tensor, width: int) -> Tensor:
+    """Means of x (..., L, D) over the counted tokens of each block: (..., blocks, D)."""
+    counts = in_blocks(counted.unsqueeze(-1), width).squeeze(-1)
+    return mean_over(in_blocks(x, width), counts).squeeze(-2)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedValue:
     """V = data * scale + offset, with data in the operand's format.
 
     Attributes:
         data: float32 (B, Hkv, Lk, Dv).
-        scale, offset: float32 (B, Hkv, 1, Dv), applied to the normalized output: the rows of P
-            sum to 1, sinks aside, so the offset returns as it is.
+        scale, offset: float32 (B, Hkv, blocks, Dv), one for each block of ``width`` keys.
     """
 
     data: Tensor
     scale: Tensor
     offset: Tensor
+    width: int
+
+    def tile(self, start: int, stop: int) -> QuantizedValue:
+        """Keys start..stop-1, which lie in one block."""
+        block = start // self.width
+        return QuantizedValue(
+            self.data[..., start:stop, :],
+            self.scale[:, :, block : block + 1],
+            self.offset[:, :, block : block + 1],
+            self.width,
+        )
 
 
 def quantize_value(
     value: Tensor, reachable: Tensor, counted: Tensor, recipe: Recipe
 ) -> QuantizedValue:
-    """Quantize V (B, Hkv, Lk, Dv) per channel in the recipe's PV format.
+    """Quantize V (B, Hkv, Lk, Dv) in the recipe's PV format, per channel and block of statistics.
 
     Args:
         value: float32, bfloat16 or float16.
         reachable, counted: bool (B|1, Hkv|1, Lk), from ``visibility``.
     """
-    v = torch.where(reachable.unsqueeze(-1), value.float(), 0.0)
-    offset = mean_over(v, counted) if recipe.smooth_v else v.new_zeros(*v.shape[:2], 1, v.shape[3])
+    key_length = value.shape[2]
+    width = statistics_width(key_length, recipe)
+    # Tokens are (..., blocks, width, Dv) from here on, statistics (..., blocks, 1, Dv).
+    reachable = in_blocks(reachable.unsqueeze(-1), width)
+    counted = in_blocks(counted.unsqueeze(-1), width)
+    v = torch.where(reachable, in_blocks(value.float(), width), 0.0)
+    offset = v.new_zeros(*v.shape[:3], 1, v.shape[4])
     if recipe.smooth_v:
-        v = torch.where(reachable.unsqueeze(-1), v - offset, 0.0)
-    amax = (v.abs() * counted.unsqueeze(-1)).amax(-2, keepdim=True)
+        offset = mean_over(v, counted.squeeze(-1))
+        v = torch.where(reachable, v - offset, 0.0)
+    amax = (v.abs() * counted).amax(-2, keepdim=True)
     if recipe.pv is Format.FP8:
         scale = _scale(amax, E4M3_MAX)
         data = _to_range(v / scale, E4M3_MAX).to(torch.float8_e4m3fn).float()
@@ -146,11 +194,12 @@ def quantize_value(
             scale = _power_of_two_scale(amax)
             data = _to_range(v / scale, FP16_MAX).half().float()
     else:  # V in INT8, whatever the bits of P
-        middle, scale = _midpoint_and_scale(v, counted.unsqueeze(-1), amax)
+        middle, scale = _midpoint_and_scale(v, counted, amax)
         data = _to_range((v - middle) / scale, 127).round_()
-        data = torch.where(reachable.unsqueeze(-1), data, 0.0)
+        data = torch.where(reachable, data, 0.0)
         offset = offset + middle
-    return QuantizedValue(data, scale, offset)
+    data = data.flatten(2, 3)[:, :, :key_length]
+    return QuantizedValue(data, scale.squeeze(-2), offset.squeeze(-2), width)
 
 
 def _scale(amax: Tensor, limit: float) -> Tensor:

@@ -5,8 +5,9 @@ and two-level accumulation; SageAttention (arXiv 2410.02367) for K smoothing and
 FlashAttention-2 (arXiv 2307.08691) for the online softmax. docs/numerics.md states the rules.
 
 Shapes: B batch, H query heads, Hkv key/value heads, G = H / Hkv, Lq and Lk lengths, D head_dim,
-Dv value head_dim, n keys of one tile. Query heads are kept as (Hkv, G), so that K and V of a group
-are never repeated. All arithmetic is float32; products of integers are exact in it.
+Dv value head_dim, n keys of one tile; blocks of statistics: one for all keys, or one for each tile.
+Query heads are kept as (Hkv, G), so that K and V of a group are never repeated. All arithmetic is
+float32; products of integers are exact in it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,23 @@ from sage_compiler.kernels.quantize import (
     E4M3_MAX,
     INTEGER_LIMIT,
     P_FACTOR,
+    QuantizedValue,
+    block_means,
+    for_tokens,
     key_groups,
-    mean_over,
     quantize_tokens,
     quantize_value,
     query_groups,
+    statistics_width,
 )
-from sage_compiler.kernels.visibility import Visibility, group_mask, visibility, visible_tiles
-from sage_compiler.precision import Accumulator, Format, Recipe
+from sage_compiler.kernels.visibility import (
+    Visibility,
+    count_in_blocks,
+    group_mask,
+    visibility,
+    visible_tiles,
+)
+from sage_compiler.precision import Accumulator, Format, Recipe, Statistics
 from sage_compiler.semantics import Band, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
@@ -62,7 +72,7 @@ def attention(
     Args:
         query: (B, H, Lq, D), float32, bfloat16 or float16; any strides.
         key, value: (B, Hkv, Lk, D) and (B, Hkv, Lk, Dv), H a multiple of Hkv.
-        recipe: formats, smoothing, granularity, tile; any combination, not only the named ones.
+        recipe: any combination of its fields, not only the named ones.
         semantics: band, scale, softcap, dead rows.
         attn_mask: bool (True: visible) or float (added to the scores, natural-log units),
             broadcastable to (B, H, Lq, Lk).
@@ -84,24 +94,24 @@ def attention(
     mask = None if attn_mask is None else group_mask(attn_mask, kv_heads, group)
     width = recipe.tile.kv_block
     seen = visibility(mask, band, query_length, key_length, width, query.device)
+    seen = count_in_blocks(seen, statistics_width(key_length, recipe))
 
     query = torch.unflatten(query, 1, (kv_heads, group))
     scores = _quantize_scores(query, key, seen, recipe, semantics, mask, band)
     v = quantize_value(value, seen.reachable, seen.counted, recipe)
 
-    state = _start(scores.row_term, value_dim)
+    state = _start(query, value_dim)
     for start, stop in visible_tiles(band, query_length, key_length, width):
-        state = _step(state, scores.tile(start, stop), v.data[..., start:stop, :], recipe)
+        state = _step(state, scores.tile(start, stop), v.tile(start, stop), recipe)
 
     output = state.output / state.total.unsqueeze(-1)
-    output = output * v.scale.unsqueeze(2) + v.offset.unsqueeze(2)
+    if recipe.statistics is Statistics.HEAD:
+        # The rows of P now sum to 1, so the offset returns as it is.
+        output = output * v.scale.unsqueeze(2) + v.offset.unsqueeze(2)
     output = output.masked_fill((state.maximum == -inf).unsqueeze(-1), 0.0)
     lse = state.maximum + torch.log2(state.total / P_FACTOR[recipe.pv])
-
-    # Without softcap K smoothing has moved every score of a row by -row_term, and the LSE moves
-    # back. Under softcap the row term is inside the scores.
-    if semantics.softcap is None:
-        lse = lse + scores.row_term * LOG2_E
+    if not scores.row_term_inside:  # every score of a row is too low by it, and so is the LSE
+        lse = lse + scores.row_term.squeeze(-1)
     # The sink joins here: in the running maximum a large sink would cost P its range.
     if sinks is not None:
         sink = to_log2(sinks.reshape(kv_heads, group, 1))
@@ -132,7 +142,10 @@ class _Scores:
         key: integers (B, Hkv, Lk, D).
         key_scale: (B, Hkv, Lk).
         smooth_key: (B, Hkv, Lk, D), K' before quantization.
-        row_term: (B, Hkv, G, Lq), scale * (q . mean K); zero without K smoothing.
+        row_term: (B, Hkv, G, Lq, blocks), q . mean K times the factor of the scores: what K
+            smoothing takes from the scores of a row in a block; zero without it.
+        row_term_inside: whether the scores have it back; if not, there is one block.
+        block_width: keys of a block.
         softcap, mask, band: what is done to the scores; the mask as from ``group_mask``.
     """
 
@@ -144,6 +157,8 @@ class _Scores:
     key_scale: Tensor
     smooth_key: Tensor
     row_term: Tensor
+    row_term_inside: bool
+    block_width: int
     softcap: float | None
     mask: Tensor | None
     band: Band | None
@@ -156,9 +171,11 @@ class _Scores:
         scores *= self.key_scale[:, :, None, None, start:stop]
         if self.block_mean is not None:
             mean_scores = _times_keys(self.block_mean, self.smooth_key[..., start:stop, :])
-            scores += _to_rows(mean_scores, self.q_block, query_length)
+            scores += for_tokens(mean_scores, self.q_block, query_length)
+        if self.row_term_inside:
+            block = start // self.block_width
+            scores += self.row_term[..., block : block + 1]
         if self.softcap is not None:
-            scores += self.row_term.unsqueeze(-1)
             scores = torch.tanh(scores / self.softcap) * (self.softcap * LOG2_E)
         if self.mask is not None:
             tile = mask_tile(self.mask, start, stop)
@@ -190,18 +207,22 @@ def _quantize_scores(
     k = torch.where(reachable, key.float(), 0.0)
     q = torch.where(live, query.float(), 0.0)
 
-    row_term = q.new_zeros(q.shape[:-1])
+    width = statistics_width(k.shape[2], recipe)
+    key_mean = k.new_zeros(*k.shape[:2], -(-k.shape[2] // width), k.shape[3])
     if recipe.smooth_k:
-        key_mean = mean_over(k, seen.counted)
-        k = torch.where(reachable, k - key_mean, 0.0)
-        row_term = _times_keys(q, key_mean).squeeze(-1) * scale
+        key_mean = block_means(k, seen.counted, width)
+        k = torch.where(reachable, k - for_tokens(key_mean, width, k.shape[2]), 0.0)
+    row_term = _times_keys(q, key_mean) * scale
 
     # exp2 needs scores in units of log 2; a softcap needs them in natural units first.
-    factor = scale * LOG2_E if semantics.softcap is None else scale
+    factor = scale
+    if semantics.softcap is None:
+        factor, row_term = scale * LOG2_E, row_term * LOG2_E
     block_mean = None
     if recipe.smooth_q:
-        mean = _block_means(q, seen.live, tile.q_block)
-        q = torch.where(live, q - _to_rows(mean, tile.q_block, q.shape[3]), 0.0)
+        lives = seen.live.expand(*seen.live.shape[:-1], q.shape[3])
+        mean = block_means(q, lives, tile.q_block)
+        q = torch.where(live, q - for_tokens(mean, tile.q_block, q.shape[3]), 0.0)
         block_mean = mean * factor
 
     q_groups = query_groups(q.shape[3], recipe.granularity, tile, device)
@@ -217,28 +238,13 @@ def _quantize_scores(
         key_scale=k_scale,
         smooth_key=k,
         row_term=row_term,
+        # A term that all scores of a row share changes nothing but the LSE and the softcap.
+        row_term_inside=recipe.statistics is Statistics.KV_BLOCK or semantics.softcap is not None,
+        block_width=width,
         softcap=semantics.softcap,
         mask=mask,
         band=band,
     )
-
-
-def _block_means(q: Tensor, live: Tensor, q_block: int) -> Tensor:
-    """Means over the live rows of each block: q (..., Lq, D) -> (..., blocks, D)."""
-    blocks = -(-q.shape[-2] // q_block)
-    missing = blocks * q_block - q.shape[-2]
-    rows = F.pad(q, (0, 0, 0, missing))
-    lives = F.pad(live.expand(*live.shape[:-1], q.shape[-2]), (0, missing))
-    return mean_over(
-        torch.unflatten(rows, -2, (blocks, q_block)), torch.unflatten(lives, -1, (blocks, q_block))
-    ).squeeze(-2)
-
-
-def _to_rows(blocks: Tensor, q_block: int, query_length: int) -> Tensor:
-    """What belongs to query blocks (..., blocks, x), for every row: (..., Lq, x)."""
-    if blocks.shape[-2] == 1:
-        return blocks
-    return blocks.repeat_interleave(q_block, dim=-2)[..., :query_length, :]
 
 
 def _times_keys(rows: Tensor, keys: Tensor) -> Tensor:
@@ -259,7 +265,8 @@ class _State:
     Attributes:
         maximum: (B, Hkv, G, Lq), units of log 2; -inf until a key is seen.
         total: same shape, the denominator times the static factor of P.
-        output: (B, Hkv, G, Lq, Dv), the numerator times that factor.
+        output: (B, Hkv, G, Lq, Dv), the numerator times that factor; with statistics of the head,
+            of the quantized V.
     """
 
     maximum: Tensor
@@ -267,20 +274,32 @@ class _State:
     output: Tensor
 
 
-def _start(row_term: Tensor, value_dim: int) -> _State:
-    """Before the first key; row_term (B, Hkv, G, Lq) gives shape and device."""
-    zeros = torch.zeros_like(row_term)
-    return _State(zeros - inf, zeros, row_term.new_zeros(*row_term.shape, value_dim))
+def _start(query: Tensor, value_dim: int) -> _State:
+    """Before the first key; query (B, Hkv, G, Lq, D) gives shape and device."""
+    rows = query.shape[:-1]
+    zeros = query.new_zeros(rows, dtype=torch.float32)
+    return _State(zeros - inf, zeros, zeros.new_zeros(*rows, value_dim))
 
 
-def _step(state: _State, scores: Tensor, value: Tensor, recipe: Recipe) -> _State:
-    """Add one tile: scores (B, Hkv, G, Lq, n), which are overwritten; value (B, Hkv, n, Dv)."""
-    maximum = torch.maximum(state.maximum, scores.amax(-1))
-    origin = _origin(maximum)
-    decay = torch.exp2(state.maximum - origin)
-    weights, row_sum = _quantize_weights(scores.sub_(origin.unsqueeze(-1)), recipe.pv)
-    product = _product(weights.flatten(2, 3), value, recipe)
+def _step(state: _State, scores: Tensor, value: QuantizedValue, recipe: Recipe) -> _State:
+    """Add one tile: scores (B, Hkv, G, Lq, n), which are overwritten, and its n keys of V."""
+    highest = scores.amax(-1)
+    maximum = torch.maximum(state.maximum, highest)
+    by_block = recipe.statistics is Statistics.KV_BLOCK
+    relative_to = highest if by_block else maximum
+    exponents = scores.sub_(_origin(relative_to).unsqueeze(-1))
+    weights, row_sum = _quantize_weights(exponents, recipe.pv)
+    product = _product(weights.flatten(2, 3), value.data, recipe)
     product = torch.unflatten(product, 2, weights.shape[2:4])
+
+    # Make the tile and the sums so far relative to the new maximum; the tile before its V returns
+    # to its size, so that a tile without weight adds zero however large its V is.
+    share = torch.exp2(relative_to - _origin(maximum))
+    decay = torch.exp2(state.maximum - _origin(maximum))
+    row_sum, product = row_sum * share, product * share.unsqueeze(-1)
+    if by_block:
+        product = product * value.scale.unsqueeze(2)
+        product += row_sum.unsqueeze(-1) * value.offset.unsqueeze(2)
     return _State(
         maximum,
         state.total * decay + row_sum,

@@ -10,7 +10,7 @@ dim that a mask broadcasts keeps size 1 throughout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Final
 
@@ -91,6 +91,15 @@ def visibility(
         reachable[..., start:stop] = seen.any(-2).any(-2)
         counted[..., start:stop] = counts.any(-2).any(-2)
     return Visibility(reachable, counted, live)
+
+
+def count_in_blocks(seen: Visibility, width: int) -> Visibility:
+    """Let every reachable key count in a block of ``width`` keys where none would."""
+    counted = seen.counted.clone()
+    blocks = zip(counted.split(width, -1), seen.reachable.split(width, -1), strict=True)
+    for counted_here, reachable_here in blocks:
+        counted_here |= reachable_here & ~counted_here.any(-1, keepdim=True)
+    return replace(seen, counted=counted)
 
 
 def _seen(

@@ -16,6 +16,7 @@ from sage_compiler.errors import InvalidOptionError
 from sage_compiler.kernels import reference
 from sage_compiler.kernels.quantize import key_groups, quantize_tokens, query_groups
 from sage_compiler.kernels.reference import attention
+from sage_compiler.kernels.visibility import Visibility, count_in_blocks
 from sage_compiler.precision import (
     RECIPES,
     TILE_CPU,
@@ -25,6 +26,7 @@ from sage_compiler.precision import (
     Format,
     Granularity,
     Recipe,
+    Statistics,
     Tile,
 )
 from sage_compiler.semantics import DeadRows, MaskClass, Semantics
@@ -35,6 +37,10 @@ FINFO_MIN = torch.finfo(torch.float32).min
 CPU = torch.device("cpu")
 
 every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+BY_BLOCK = {
+    name: recipe for name, recipe in RECIPES.items() if recipe.statistics is Statistics.KV_BLOCK
+}
+every_recipe_by_block = pytest.mark.parametrize("recipe", BY_BLOCK.values(), ids=BY_BLOCK)
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +68,16 @@ def gaussian(*lengths: int, heads: int = 2, head_dim: int = 64, seed: int = 0) -
         for length in (lengths[0], lengths[-1], lengths[-1])
     )
     return Call(query, key, value)
+
+
+def several_blocks(length: int, width: int, queries: int = 50) -> Call:
+    """Keys and values with another channel offset in every block of ``width`` keys."""
+    call = gaussian(queries, length)
+    key, value = call.key.clone(), call.value.clone()
+    for key_block, value_block in zip(key.split(width, 2), value.split(width, 2), strict=True):
+        key_block += torch.randn(1, 2, 1, 64)
+        value_block += 2 * torch.randn(1, 2, 1, 64)
+    return replace(call, key=key, value=value)
 
 
 # --- against the formula
@@ -172,12 +188,212 @@ def test_exact_uniform_rows(name: str) -> None:
     """With scale 0 every P is 1, and V in -127..127 is its own quantization."""
     generator = torch.Generator().manual_seed(0)
     value = torch.randint(-127, 128, (1, 2, 600, 16), generator=generator).float()
-    value[:, :, 0], value[:, :, 1] = 127.0, -127.0
+    value[:, :, ::256], value[:, :, 1::256] = 127.0, -127.0  # the extremes of every block
     call = replace(gaussian(50, 600, head_dim=16), value=value, semantics=Semantics(scale=0.0))
     output, lse = run(call, RECIPES[name])
     expected, expected_lse = dense(call)
     torch.testing.assert_close(output.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+
+
+# --- statistics of a block of keys
+
+
+def test_which_recipes_have_self_contained_blocks() -> None:
+    assert set(BY_BLOCK) == {"int8_int8", "int8_int16"}
+    assert all(recipe.tile.kv_block == 256 for recipe in BY_BLOCK.values())
+
+
+@every_recipe
+@pytest.mark.parametrize("smooth_v", [False, True])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_block_knows_nothing_of_the_others(
+    recipe: Recipe, smooth_v: bool, softcap: float | None
+) -> None:
+    """Blocks on their own, weighted by their LSE, are the whole: true of no other statistics."""
+    recipe = replace(recipe, statistics=Statistics.KV_BLOCK, smooth_v=smooth_v)
+    width = recipe.tile.kv_block
+    call = several_blocks(2 * width + width // 3, width)
+    call = replace(call, semantics=Semantics(softcap=softcap))
+    whole, lse = run(call, recipe)
+    parts = [
+        run(replace(call, key=key, value=value), recipe)
+        for key, value in zip(call.key.split(width, 2), call.value.split(width, 2), strict=True)
+    ]
+    lses = torch.stack([part_lse for _, part_lse in parts])
+    shares = torch.softmax(lses, 0).unsqueeze(-1)
+    together = (shares * torch.stack([output for output, _ in parts])).sum(0)
+    torch.testing.assert_close(whole, together, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, torch.logsumexp(lses, 0), rtol=1e-5, atol=1e-5)
+
+    of_the_head, _ = run(call, replace(recipe, statistics=Statistics.HEAD))
+    assert rel_l1(of_the_head, together) > 10 * rel_l1(whole, together)
+
+
+@every_recipe_by_block
+def test_random_calls_of_several_blocks(recipe: Recipe) -> None:
+    for seed in range(10):
+        call = random_call(seed, longest=1200)
+        output, lse = run(call, recipe)
+        expected, expected_lse = dense(call)
+        check(output, expected, call.value, recipe.name)
+        check_lse(lse, expected_lse, recipe.name)
+
+
+@every_recipe_by_block
+def test_keys_and_values_that_differ_by_block(recipe: Recipe) -> None:
+    """Offsets of K and V that move along the sequence: rows, softcap, sinks and LSE."""
+    call = several_blocks(700, 256)
+    for softcap, scale in ((None, None), (4.0, None), (None, -0.1), (4.0, -0.1)):
+        for sinks in (None, torch.tensor([3.0, -1.0])):
+            semantics = Semantics(MaskClass.CAUSAL_BOTTOM_RIGHT, softcap=softcap, scale=scale)
+            some = replace(call, semantics=semantics, sinks=sinks)
+            output, lse = run(some, recipe)
+            expected, expected_lse = dense(some)
+            check(output, expected, call.value, recipe.name)
+            check_lse(lse, expected_lse, recipe.name)
+
+
+def error_of(call: Call, recipe: Recipe, statistics: Statistics) -> float:
+    output, _ = run(call, replace(recipe, statistics=statistics))
+    return rel_l1(output, dense(call)[0])
+
+
+@pytest.mark.parametrize("heavy", [0, 300, 511])
+def test_p_is_relative_to_the_maximum_of_its_block(heavy: int) -> None:
+    """A key of 1/6 of the weight, before or after a block whose keys are far below it."""
+    call = gaussian(20, 512)
+    query, key = torch.zeros_like(call.query), torch.zeros_like(call.key)
+    query[..., 0], key[:, :, heavy, 0] = 8.0, 8.0  # a score of 8 beside zeros: 255 * exp(-8) < 1/2
+    value = call.value.abs()
+    value[:, :, :heavy] += 1.0
+    call = replace(call, query=query, key=key, value=value)
+    recipe = RECIPES["int8_int8"]
+    expected, expected_lse = dense(call)
+    # The 255 keys in the block of the heavy one still vanish: 255 of 3491 parts.
+    output, lse = run(call, recipe)
+    assert rel_l1(output, expected) < 0.09
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=0.09)
+    if heavy == 0:  # nothing is left of the others when the maximum is the heavy key's
+        output, lse = run(call, replace(recipe, statistics=Statistics.HEAD))
+        assert rel_l1(output, value[:, :, :1].expand_as(output)) < 0.05
+        assert (lse < expected_lse - 0.15).all()
+
+
+def test_long_tailed_rows_keep_their_tail() -> None:
+    call = gaussian(64, 2048)
+    query = call.query.clone()
+    query += 0.9 * call.key[:, :, 100:164]  # one key far above the thousands of others
+    call = replace(call, query=query)
+    of_the_head = error_of(call, RECIPES["int8_int8"], Statistics.HEAD)
+    of_the_block = error_of(call, RECIPES["int8_int8"], Statistics.KV_BLOCK)
+    assert of_the_block < 0.06 and of_the_head > 5 * of_the_block
+
+
+@every_recipe_by_block
+def test_an_outlier_of_v_costs_only_its_own_block(recipe: Recipe) -> None:
+    call = gaussian(64, 768)
+    value, bias = call.value.clone(), torch.zeros(1, 1, 1, 768)
+    value[:, :, 256:512] *= 100.0
+    bias[..., 256:512] = -20.0  # hardly seen, but it counts
+    call = replace(call, value=value, attn_mask=bias)
+    of_the_head = error_of(call, recipe, Statistics.HEAD)
+    of_the_block = error_of(call, recipe, Statistics.KV_BLOCK)
+    assert of_the_block < 0.05 and of_the_head > 10 * of_the_block
+
+
+@every_recipe_by_block
+def test_a_drift_of_k_leaves_with_the_mean_of_its_block(recipe: Recipe) -> None:
+    """The mean over all keys leaves +-30 in a channel, and INT8 steps to match."""
+    call = gaussian(64, 1024)
+    key = call.key.clone()
+    key[:, :, :, 5] += torch.linspace(-30.0, 30.0, 1024)
+    query = call.query.clone()
+    query[..., 5] *= 0.01
+    call = replace(call, query=query, key=key)
+    of_the_head = error_of(call, recipe, Statistics.HEAD)
+    of_the_block = error_of(call, recipe, Statistics.KV_BLOCK)
+    assert of_the_block < 0.03 and of_the_head > 2 * of_the_block
+
+
+@every_recipe_by_block
+@pytest.mark.parametrize("low", [-1e4, FINFO_MIN])
+def test_a_block_without_counted_keys_adds_nothing(recipe: Recipe, low: float) -> None:
+    """Its statistics are of what is there, so that garbage in it stays what it is: weightless."""
+    call = gaussian(30, 600)
+    mask = torch.zeros(1, 1, 1, 600)
+    mask[..., 256:] = low
+    key, value = call.key.clone(), call.value.clone()
+    key[:, :, 256:] *= 100.0
+    value[:, :, 256:] *= 1e37
+    cut = Call(call.query, key[:, :, :256], value[:, :, :256])
+    output, lse = run(Call(call.query, key, value, attn_mask=mask), recipe)
+    expected, expected_lse = run(cut, recipe)
+    assert torch.equal(output, expected) and torch.equal(lse, expected_lse)
+
+
+@every_recipe_by_block
+def test_a_block_without_counted_keys_is_quantized_as_any_other(recipe: Recipe) -> None:
+    """Scores of 8000 outweigh a bias of -6000, and bring back more than clipped remains."""
+    call = gaussian(30, 600)
+    mask = torch.zeros(1, 1, 1, 600)
+    mask[..., 256:512] = -6000.0
+    query, key = torch.zeros_like(call.query), torch.zeros_like(call.key)
+    query[..., 0] = 80.0
+    key[:, :, 256:512, 0] = 800.0 + 0.1 * call.key[:, :, 256:512, 0]
+    call = replace(call, query=query, key=key, attn_mask=mask)
+    output, lse = run(call, recipe)
+    expected, expected_lse = dense(call)
+    check(output, expected, call.value, recipe.name)
+    check_lse(lse, expected_lse, recipe.name)
+
+
+@every_recipe_by_block
+def test_rows_that_see_some_blocks_only(recipe: Recipe) -> None:
+    mask = torch.rand(1, 2, 40, 700) < 0.5
+    mask[:, :, 5] = False
+    mask[:, :, 6, :512] = False
+    mask[:, :, 7, 256:] = False
+    mask[:, :, 8, :256] = mask[:, :, 8, 512:] = False
+    finite = torch.zeros(mask.shape).masked_fill(~mask, FINFO_MIN)
+    for attn_mask in (mask, finite, finite.clamp(min=-1e4)):
+        call = replace(several_blocks(700, 256, queries=40), attn_mask=attn_mask)
+        output, lse = run(call, recipe)
+        expected, expected_lse = dense(call)
+        check(output, expected, call.value, recipe.name)
+        check_lse(lse, expected_lse, recipe.name)
+
+
+def test_all_reachable_keys_count_where_none_would() -> None:
+    reachable = torch.tensor([[[1, 1, 0, 1, 0, 1, 0, 0, 1]]]).bool()
+    counted = torch.tensor([[[0, 1, 0, 0, 0, 0, 0, 0, 0]]]).bool()
+    seen = Visibility(reachable, counted, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    by_three = count_in_blocks(seen, 3).counted
+    assert by_three.int().flatten().tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 1]
+    assert torch.equal(count_in_blocks(seen, 9).counted, counted)
+    assert counted.sum() == 1  # the argument is as it was
+
+
+@every_recipe_by_block
+@pytest.mark.parametrize("garbage", [nan, inf, -inf])
+def test_what_is_not_finite_stays_in_its_block(recipe: Recipe, garbage: float) -> None:
+    """Key 300 is in the second block, which causal rows below 256 do not see."""
+    causal = replace(gaussian(400), semantics=Semantics(MaskClass.CAUSAL))
+    poisoned = causal.key.clone()
+    poisoned[0, 1, 300, 3] = garbage
+    output, lse = run(replace(causal, key=poisoned), recipe)
+    assert output[0, 1, 256:].isnan().all() and lse[0, 1, 256:].isnan().all()
+    clean, clean_lse = run(causal, recipe)
+    assert torch.equal(output[0, 1, :256], clean[0, 1, :256])
+    assert torch.equal(lse[0, 1, :256], clean_lse[0, 1, :256])
+
+    poisoned = causal.value.clone()
+    poisoned[0, 1, 300, 3] = garbage
+    output, lse = run(replace(causal, value=poisoned), recipe)
+    assert output[0, 1, 256:, 3].isnan().all() and torch.equal(lse, clean_lse)
+    others = torch.arange(64) != 3
+    assert torch.equal(output[..., others], clean[..., others])
+    assert torch.equal(output[:, 0], clean[:, 0])
 
 
 # --- accuracy as in the paper
