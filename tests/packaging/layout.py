@@ -1,5 +1,6 @@
 """Where the package's folders are, as pyproject.toml maps them."""
 
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,14 @@ PYPROJECT: Final[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_
 PACKAGE_DIRS: Final[dict[str, str]] = PYPROJECT["tool"]["setuptools"]["package-dir"]
 
 CACHE_FOLDERS: Final = frozenset({"__pycache__"})
-BUILD_PRODUCTS: Final = frozenset({".pyc", ".o", ".so"})
+BUILD_PRODUCTS: Final = frozenset({".pyc", ".o", ".so", ".dylib"})
+
+# The native library: its sources, which the wheel holds as one file.
+NATIVE_SOURCES: Final = ROOT / "compiler/kernels/cpu/src"
+NATIVE_HEADER: Final = ROOT / "compiler/kernels/cpu/sage_cpu.h"
+NATIVE_LIBRARY: Final = "sage_compiler/kernels/cpu/libsage_cpu" + (
+    ".dylib" if sys.platform == "darwin" else ".so"
+)
 
 
 def source_files(folder: Path) -> Iterator[Path]:

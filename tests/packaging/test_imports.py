@@ -17,7 +17,8 @@ from tests.packaging.layout import PACKAGE_DIRS, ROOT, modules
 PACKAGE: Final = "sage_compiler"
 
 VOCABULARY: Final = ("errors", "precision", "semantics")
-RUNTIME: Final = (*VOCABULARY, "validate", "packed", "kernels", "gradient", "ops", "functional")
+OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "ops", "functional")
+RUNTIME: Final = (*VOCABULARY, *OPERATOR, "packed_kv")
 DECISION: Final = (*VOCABULARY, "config", "passes", "policy", "report")
 ANYTHING: Final = (*RUNTIME, *DECISION, "fence", "backend", "explain", "cli", "")
 
@@ -36,6 +37,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "gradient": (*VOCABULARY, "packed", "kernels"),
     "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient"),
     "functional": (*VOCABULARY, "ops"),
+    "packed_kv": (*VOCABULARY, "validate", "kernels", "functional"),
     # the graph: what is found and decided
     "passes": VOCABULARY,
     "policy": (*VOCABULARY, "passes"),
@@ -234,6 +236,19 @@ def test_importing_the_package_leaves_optional_packages_alone() -> None:
     optional = {"transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib"}
     program = f"import sys, sage_compiler; print(sorted({optional} & set(sys.modules)))"
     # -P: without the working directory on the path, as in a program of a user's
+    run = [sys.executable, "-P", "-c", program]
+    result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_importing_the_package_starts_no_process() -> None:
+    # A compiler, say: the native library is built when the package is installed, or never.
+    starts = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork")
+    program = (
+        "import sys; started = []\n"
+        f"sys.addaudithook(lambda event, _: event in {starts} and started.append(event))\n"
+        "import sage_compiler, sage_compiler.kernels.cpu; print(started)"
+    )
     run = [sys.executable, "-P", "-c", program]
     result = subprocess.run(run, capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

@@ -1,5 +1,8 @@
-"""The wheel holds the package's files at their mapped places, and nothing else."""
+"""The wheel holds the package's files at their mapped places and the native library, and nothing
+else; the library is plain C."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,15 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.layout import CACHE_FOLDERS, PACKAGE_DIRS, PYPROJECT, ROOT, source_files
+from tests.packaging.layout import (
+    CACHE_FOLDERS,
+    NATIVE_HEADER,
+    NATIVE_LIBRARY,
+    NATIVE_SOURCES,
+    PACKAGE_DIRS,
+    PYPROJECT,
+    ROOT,
+    source_files,
+)
+
+READS_ELF = pytest.mark.skipif(sys.platform != "linux", reason="reads the library with binutils")
 
 
 def expected_contents() -> set[str]:
     """The wheel's files, outside its dist-info, as the tree says."""
-    return {
+    return {NATIVE_LIBRARY} | {
         f"{package.replace('.', '/')}/{file.as_posix()}"
         for package, folder in PACKAGE_DIRS.items()
         for file in source_files(ROOT / folder)
+        if not (ROOT / folder / file).is_relative_to(NATIVE_SOURCES)
     }
 
 
@@ -37,11 +52,11 @@ def difference(wheel: Collection[str], tree: Collection[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel, built from a copy: setuptools builds in the tree, and what a former build left
-    there would end up in the wheel."""
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build in: setuptools builds in the tree, and what a former build left there would
+    end up in the wheel."""
     copy = tmp_path_factory.mktemp("tree")
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
     for folder in PACKAGE_DIRS.values():
         shutil.copytree(ROOT / folder, copy / folder)
@@ -49,10 +64,40 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     for cache in caches:  # there whether or not the tree has been imported from
         cache.mkdir(exist_ok=True)
         (cache / "stale.cpython-311.pyc").touch()
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*build, "--wheel-dir", "dist", "."], cwd=copy, check=True)
-    (path,) = (copy / "dist").glob("*.whl")
+    return copy
+
+
+def build_wheel(
+    tree: Path, folder: str, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Build the wheel of ``tree`` into a folder of it; the result holds what pip printed."""
+    build = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    return subprocess.run(
+        [*build, "--wheel-dir", folder, "."],
+        cwd=tree,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def open_wheel(folder: Path) -> zipfile.ZipFile:
+    (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path) -> zipfile.ZipFile:
+    result = build_wheel(tree, "dist", {"SAGE_CPU_REQUIRED": "1"})
+    assert result.returncode == 0, result.stdout
+    return open_wheel(tree / "dist")
+
+
+@pytest.fixture(scope="module")
+def library(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The native library, out of the wheel."""
+    return Path(wheel.extract(NATIVE_LIBRARY, tmp_path_factory.mktemp("library")))
 
 
 def read_info(wheel: zipfile.ZipFile, name: str) -> str:
@@ -71,6 +116,7 @@ def test_the_tree_has_what_a_wheel_cannot_miss() -> None:
         "sage_compiler/errors.py",
         "sage_compiler/py.typed",
         "sage_compiler/kernels/__init__.py",
+        "sage_compiler/kernels/cpu/sage_cpu.h",
         "sage_compiler/cutlass_templates/__init__.py",
     ):
         assert needed in expected
@@ -109,3 +155,60 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_holds_the_licence(wheel: zipfile.ZipFile) -> None:
     assert read_info(wheel, "licenses/LICENSE") == Path(ROOT / "LICENSE").read_text()
+
+
+def test_one_wheel_serves_every_python_of_a_platform(wheel: zipfile.ZipFile) -> None:
+    (tag,) = message_from_string(read_info(wheel, "WHEEL")).get_all("Tag", [])
+    python, abi, platform = tag.split("-")
+    assert (python, abi) == ("py3", "none") and platform != "any"
+    if sys.platform == "linux":
+        assert platform == f"linux_{os.uname().machine}"
+    assert Path(str(wheel.filename)).name.endswith(f"-{tag}.whl")
+
+
+def printed(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@READS_ELF
+def test_the_library_exports_what_its_header_declares(library: Path) -> None:
+    symbols = printed("nm", "--dynamic", "--defined-only", "--format=posix", library)
+    declared = re.findall(r"SAGE_CPU_EXPORT [^(;]*?\b(sage_cpu_\w+)\(", NATIVE_HEADER.read_text())
+    assert len(declared) > 5
+    assert sorted(line.split()[0] for line in symbols.splitlines()) == sorted(declared)
+
+
+@READS_ELF
+def test_the_library_needs_the_c_library_alone(library: Path) -> None:
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", printed("readelf", "--dynamic", library))
+    assert needed
+    assert not [name for name in needed if not re.match(r"(libc|libm|ld-linux.*)\.so", name)]
+
+
+@READS_ELF
+def test_the_objects_share_no_code(wheel: zipfile.ZipFile, tree: Path) -> None:
+    # Of a function that several objects define the linker keeps one, which may be one compiled for
+    # an instruction set that the machine lacks. nm marks such functions W, V or u.
+    assert wheel.testzip() is None  # it was built
+    objects = sorted(tree.glob("build/temp*/*.o"))
+    assert len(objects) > 2
+    for file in objects:
+        lines = printed("nm", "--defined-only", "--format=posix", file).splitlines()
+        shared = [line for line in lines if line.split()[1] in "WVu"]
+        assert not shared, f"{file.name}: {shared}"
+
+
+def test_without_a_compiler_the_wheel_is_built_without_the_library(
+    tree: Path, wheel: zipfile.ZipFile
+) -> None:
+    shutil.rmtree(tree / "build")
+    without = {"CXX": "no-such-compiler"}
+    result = build_wheel(tree, "without", without)
+    assert result.returncode == 0, result.stdout
+    (warning,) = (line for line in result.stdout.splitlines() if "no-such-compiler" in line)
+    assert "libsage_cpu" in warning and "CXX" in warning
+    names = set(open_wheel(tree / "without").namelist())
+    assert {name for name in wheel.namelist() if ".dist-info/" not in name} - names == {
+        NATIVE_LIBRARY
+    }
+    assert build_wheel(tree, "required", without | {"SAGE_CPU_REQUIRED": "1"}).returncode != 0

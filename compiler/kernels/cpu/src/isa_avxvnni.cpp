@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#include "simd_avx2.hpp"
+// What follows needs an instruction set.
+#include "kernels.hpp"
+#include "register_tile_avx2.hpp"
+
+namespace sage_cpu {
+const Kernels kAvxVnni = make_kernels();
+}
+#endif

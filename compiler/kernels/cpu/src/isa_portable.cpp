@@ -1,0 +1,7 @@
+#include "simd_portable.hpp"
+// What follows needs an instruction set.
+#include "kernels.hpp"
+
+namespace sage_cpu {
+const Kernels kPortable = make_kernels();
+}

@@ -1,0 +1,152 @@
+"""Build the native library of sage_compiler.kernels.cpu. All else about the package is declared in
+pyproject.toml.
+
+The library knows nothing of Python: it is plain C behind sage_cpu.h, loaded by ctypes, so that one
+wheel py3-none-<platform> serves every Python. It is compiled for the baseline of its architecture,
+except for one source for each instruction set, which runs where the machine has that. A source
+whose flags the compiler rejects is left out, and the others are told by its macro:
+
+    isa_avx512vnni.cpp  SAGE_CPU_WITHOUT_AVX512VNNI
+    isa_avxvnni.cpp     SAGE_CPU_WITHOUT_AVXVNNI
+    isa_avx2.cpp        SAGE_CPU_WITHOUT_AVX2
+
+Environment: CXX compiles and CC links (C, so that no C++ runtime is needed); CPPFLAGS, CFLAGS,
+CXXFLAGS and LDFLAGS come after the flags below. Where the library cannot be built, the package is
+installed without it, with a warning; with SAGE_CPU_REQUIRED=1 that is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
+
+FOLDER = Path("compiler/kernels/cpu")
+SOURCES = sorted(map(str, FOLDER.glob("src/*.cpp")))
+HEADERS = sorted(map(str, [*FOLDER.glob("*.h"), *FOLDER.glob("src/*.hpp")]))
+
+# -ffp-contract=fast and the two that assume no traps and no errno let the compiler use FMA and
+# vectors; unlike -ffast-math they keep NaN and infinity.
+FLAGS = f"""-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno
+  -fno-trapping-math -ffp-contract=fast -Wall -Wextra -I{FOLDER}""".split()
+LINK_FLAGS = ["-shared", "-lm", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
+
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+# GCC 12 warns of its own AVX-512 intrinsics; Clang does not know all of these warnings.
+QUIET = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+ISA_FLAGS = {
+    "isa_avx2": AVX2,
+    "isa_avxvnni": [*AVX2, "-mavxvnni"],
+    "isa_avx512vnni": [*AVX2, *AVX512, *QUIET],
+}
+
+
+def from_environment(*names: str) -> list[str]:
+    """The flags in environment variables, e.g. CFLAGS."""
+    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]
+
+
+def compiler(variable: str, *names: str) -> list[str]:
+    """The command that an environment variable holds, or the first of ``names`` that is installed.
+
+    Raises:
+        CompileError: there is none.
+    """
+    command = from_environment(variable) or [name for name in names if shutil.which(name)][:1]
+    if not command or shutil.which(command[0]) is None:
+        looked_for = command[0] if command else ", ".join(names)
+        raise CompileError(
+            f"no compiler found (looked for {looked_for}); install one or set {variable}"
+        )
+    return command
+
+
+def run(command: list[str]) -> None:
+    """Run one compiler command.
+
+    Raises:
+        CompileError: it failed.
+    """
+    logging.info(shlex.join(command))
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.stderr:
+        print(result.stderr, end="", file=sys.stderr, flush=True)
+    if result.returncode != 0:
+        raise CompileError(f"{shlex.join(command)} failed")
+
+
+def accepts(compile_command: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows the flags, for the machine that it compiles for."""
+    probe = [*compile_command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
+class BuildLibrary(build_ext):
+    """Builds a plain shared library where setuptools would build an extension module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        suffix = ".dylib" if sys.platform == "darwin" else ".so"
+        return os.path.join(*fullname.split(".")) + suffix
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """An editable install links these files: only what was built."""
+        mapping = super().get_output_mapping().items()
+        return {built: place for built, place in mapping if os.path.exists(built)}
+
+    def build_extension(self, ext: Extension) -> None:
+        library = self.get_ext_fullpath(ext.name)
+        if not self.force and not newer_group([*ext.sources, *ext.depends], library):
+            return
+        cc = compiler("CC", "cc", "gcc", "clang")
+        cxx = [*compiler("CXX", "c++", "g++", "clang++"), *FLAGS]
+        flags_of = {source: ISA_FLAGS.get(Path(source).stem, []) for source in ext.sources}
+        rejected = [s for s, flags in flags_of.items() if flags and not accepts(cxx, flags)]
+        for source in rejected:
+            del flags_of[source]
+            isa = Path(source).stem.removeprefix("isa_").upper()
+            cxx.append(f"-DSAGE_CPU_WITHOUT_{isa}")
+
+        cxx += from_environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")
+        objects = {source: f"{self.build_temp}/{Path(source).stem}.o" for source in flags_of}
+        os.makedirs(self.build_temp, exist_ok=True)
+        os.makedirs(os.path.dirname(library), exist_ok=True)
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            commands = (
+                [*cxx, *flags, "-c", source, "-o", objects[source]]
+                for source, flags in flags_of.items()
+            )
+            list(pool.map(run, commands))
+        environment = from_environment("CFLAGS", "LDFLAGS")
+        run([*cc, *objects.values(), "-o", library, *LINK_FLAGS, *environment])
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel for one platform and any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "sage_compiler.kernels.cpu.libsage_cpu",
+            SOURCES,
+            depends=[*HEADERS, "setup.py"],
+            optional=os.environ.get("SAGE_CPU_REQUIRED") != "1",
+        )
+    ],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+)
