@@ -9,12 +9,14 @@ from sage_compiler.errors import (
 )
 from sage_compiler.explain import explain
 from sage_compiler.functional import attention
+from sage_compiler.packed_kv import PackedKV
 from sage_compiler.report import Report
 
 __all__ = [
     "InvalidAttentionError",
     "InvalidOptionError",
     "KernelUnavailableError",
+    "PackedKV",
     "Report",
     "SageError",
     "attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from sage_compiler import report as reporting
 from sage_compiler.config import Fallback, Options, parse_options
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels import registry
+from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
 from sage_compiler.passes import pipeline
 from sage_compiler.passes.normalize import tensor_of
 from sage_compiler.passes.pipeline import Decision
@@ -76,8 +78,8 @@ def decide(site: AttentionSite, options: Options) -> Decision:
     if precision == AUTO:
         return _decide_auto(site, options, problem)
     found = registry.find(precision, problem)
-    if isinstance(found, registry.Kernel):
-        return Decision(precision, f"precision={precision!r}, kernel {found.name}")
+    if isinstance(found, Kernel):
+        return Decision(precision, f"precision={precision!r}, kernel {found.name()}")
     match options.fallback:
         case Fallback.EMULATE:
             return Decision(precision, f"emulated: {found.reason}")
@@ -90,26 +92,53 @@ def decide(site: AttentionSite, options: Options) -> Decision:
             )
 
 
-def _decide_auto(site: AttentionSite, options: Options, problem: registry.Problem) -> Decision:
+def _decide_auto(site: AttentionSite, options: Options, problem: Problem) -> Decision:
     default = registry.default(problem)
-    if default.recipe == EXACT:
+    if default.kernel is None:
         return Decision(None, f"precision='auto': {default.reason}")
-    gate = options.min_seq_len
-    if gate is None:
-        gate = registry.MIN_SEQ_LEN.get(problem.device_type, 0)
-    lengths = (site.q_shape[2], site.kv_shape[2])
-    known = [length for length in lengths if isinstance(length, int)]
-    if known and min(known) < gate:
-        return Decision(None, f"length {min(known)} is below min_seq_len={gate}")
-    open_gate = gate if len(known) < len(lengths) else 0
+    least, gate = options.min_seq_len, default.gate
+    if least is not None:
+        gate = Gate(least, least)
+    sides = (
+        ("query", site.q_shape[2], gate.query_length),
+        ("key", site.kv_shape[2], gate.key_length),
+    )
+    for side, length, shortest in sides:
+        if isinstance(length, int) and length < shortest:
+            return Decision(None, _too_short(side, length, shortest, least, default.kernel))
+    sizes = (*site.q_shape, site.kv_shape[2])
+    if all(isinstance(size, int) for size in sizes):
+        products = math.prod(int(size) for size in sizes)
+        if products < gate.products:
+            return Decision(None, _too_small(products, gate.products, default.kernel))
+        return Decision(default.recipe, default.reason)
+    if gate == OPEN:
+        return Decision(default.recipe, default.reason)
+    open_gate = ops.SHIPPED_GATE if least is None else least
     return Decision(default.recipe, default.reason, open_gate)
 
 
-def _problem(site: AttentionSite) -> registry.Problem:
+def _too_short(side: str, length: int, shortest: int, least: int | None, kernel: Kernel) -> str:
+    if least is not None:
+        return f"{side} length {length} is below min_seq_len={least}"
+    return (
+        f"{side} length {length} is below {shortest}, where kernel {kernel.name()} begins to gain; "
+        "min_seq_len=0 takes it at any length"
+    )
+
+
+def _too_small(products: int, fewest: int, kernel: Kernel) -> str:
+    return (
+        f"Q K^T has {products} products, fewer than {fewest}, where kernel {kernel.name()} begins "
+        "to gain; min_seq_len=0 takes any number"
+    )
+
+
+def _problem(site: AttentionSite) -> Problem:
     output, value = tensor_of(site.node), tensor_of(site.value)
     assert output is not None and value is not None
     heads, kv_heads = site.q_shape[1], site.kv_shape[1]
-    return registry.Problem(
+    return Problem(
         device_type=output.device.type,
         dtype=output.dtype,
         head_dim=int(site.q_shape[3]),

@@ -44,7 +44,8 @@ def attention(
         causal: where the diagonal starts when Lq != Lk: "top_left" (key i for query i, what
             scaled_dot_product_attention means) or "bottom_right" (the last key for the last
             query, what decoding with a cache means).
-        precision: "auto", "exact", or a recipe such as "int8_fp8".
+        precision: "auto", "exact", or a recipe such as "int8_fp8". "auto" is the device's default
+            where it has a kernel that gains at these lengths, else "exact".
         softcap: scores become softcap * tanh(score / softcap) before masks.
         window: (left, right) keys visible around the diagonal, which is always visible; None
             for an unbounded side.
@@ -73,11 +74,11 @@ def attention(
     unbatched = query.dim() == 3
     if unbatched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    mask_class, left, right = _mask_class(is_causal, causal, window)
+    mask_class, left, right = parse_band(is_causal, causal, window)
     cu_q, cu_k = _both_sides(cu_seqlens)
     arguments = (
         query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
-        left, right, cu_q, cu_k,
+        left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
     )  # fmt: skip
     if not return_lse:
         output: Tensor = torch.ops.sage.attention.default(*arguments)
@@ -86,10 +87,10 @@ def attention(
     return (output.squeeze(0), lse.squeeze(0)) if unbatched else (output, lse)
 
 
-def _mask_class(
+def parse_band(
     is_causal: bool, causal: str, window: tuple[int | None, int | None] | None
 ) -> tuple[str, int, int]:
-    """The operator's mask class and window sides.
+    """The operator's mask class and window sides, for the words of ``attention``.
 
     Raises:
         InvalidAttentionError: an unknown alignment, or a window that is not two counts.

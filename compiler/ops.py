@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from sage_compiler import gradient
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
+from sage_compiler.kernels.kernel import Problem
+from sage_compiler.kernels.layout import empty_output, in_layout
 from sage_compiler.packed import join, sequences
-from sage_compiler.precision import AUTO, EXACT, RECIPES, check_precision
+from sage_compiler.precision import EXACT, PRECISIONS, RECIPES, check_precision
 from sage_compiler.semantics import (
     DTYPES,
     UNBOUNDED,
@@ -41,6 +42,9 @@ ARGUMENTS: Final = (
     "Tensor? cu_seqlens_k=None, Tensor? step=None, str[]? step_recipes=None, int min_seq_len=0"
 )
 
+# As min_seq_len: the least lengths that `auto` has for the kernel, where and when the call runs.
+SHIPPED_GATE: Final = -1
+
 _library = torch.library.Library("sage", "DEF")
 _library.define(f"attention({ARGUMENTS}) -> Tensor")
 _library.define(f"attention.lse({ARGUMENTS}) -> (Tensor, Tensor)")
@@ -51,6 +55,9 @@ _library.define(
 # What the first branch of the operator hands to scaled_dot_product_attention as it is.
 _PLAIN: Final = {"none": False, "causal": True}  # mask class -> is_causal
 
+# The arguments from softcap to step_recipes when only min_seq_len, which follows them, is given.
+_NO_EXTRAS: Final = (None, None, UNBOUNDED, UNBOUNDED, None, None, None, None)
+
 
 @functools.cache
 def _warn_emulated(reason: str) -> None:
@@ -58,21 +65,6 @@ def _warn_emulated(reason: str) -> None:
         f"sage: {reason}; the reference emulates it: the right numerics, but slow",
         stacklevel=2,
     )
-
-
-# --- layout ---------------------------------------------------------------------------------
-
-
-def _lies_length_first(query: Tensor) -> bool:
-    """Whether query is stored as (B, Lq, H, D), the layout of a transposed projection."""
-    return guard_or_false(query.stride(1) < query.stride(2))
-
-
-def _in_layout(output: Tensor, query: Tensor) -> Tensor:
-    """The output in the layout that the operator promises; copies only where a kernel differs."""
-    if _lies_length_first(query):
-        return output.transpose(1, 2).contiguous().transpose(1, 2)
-    return output.contiguous()
 
 
 # --- forward --------------------------------------------------------------------------------
@@ -89,8 +81,11 @@ def _attention(
     dead_rows: str = "zero",
     *rest: Any,
 ) -> Tensor:
-    # The commonest call first: everything between here and the kernel is overhead per layer.
-    if recipe == "exact" and dead_rows == "zero" and not rest:
+    # The commonest calls first: everything between here and the kernel is overhead per layer.
+    extras = rest
+    if rest[:-1] == _NO_EXTRAS and recipe in PRECISIONS and _is_too_small(query, key, rest[-1]):
+        recipe, extras = "exact", ()
+    if recipe == "exact" and dead_rows == "zero" and not extras:
         is_causal = _PLAIN.get(mask_class)
         if is_causal is not None and (attn_mask is None or not is_causal):
             shape, key_shape = query.shape, key.shape
@@ -123,10 +118,18 @@ def _attention(
                     raise
                 if output.stride() == query.stride():
                     return output
-                return _in_layout(output, query)
+                return in_layout(output, query)
     return _general(
         query, key, value, attn_mask, mask_class, scale, recipe, dead_rows, *rest, want_lse=False
     )[0]
+
+
+def _is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
+    if query.dim() != 4 or key.dim() != 4:
+        return False
+    length, key_length = query.shape[2], key.shape[2]
+    products = query.numel() * key_length
+    return registry.too_small(query.device.type, min_seq_len, length, key_length, products)
 
 
 def _attention_lse(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -177,7 +180,7 @@ def _general(
     else:
         parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
         output, lse = join(parts, query, value)
-    return _in_layout(output, query), lse.contiguous()
+    return in_layout(output, query), lse.contiguous()
 
 
 def _serve(
@@ -191,7 +194,7 @@ def _serve(
     min_seq_len: int,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = registry.Problem(
+    problem = Problem(
         device_type=query.device.type,
         dtype=query.dtype,
         head_dim=query.shape[3],
@@ -201,23 +204,24 @@ def _serve(
         mask_class=semantics.mask_class,
         has_mask=attn_mask is not None,
     )
-    if min(query.shape[2], key.shape[2]) < min_seq_len:
-        recipe = EXACT
-    elif recipe == AUTO:
-        recipe = registry.default(problem).recipe
-    if recipe == EXACT:
+    length, key_length = query.shape[2], key.shape[2]
+    served_by = registry.choose(
+        recipe, problem, min_seq_len, length, key_length, query.numel() * key_length
+    )
+    if served_by is None:
         if want_lse:
             return exact.attention_with_lse(
                 query, key, value, semantics, attn_mask=attn_mask, sinks=sinks
             )
         output = exact.attention(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
         return output, query.new_empty(0, dtype=torch.float32)
-    found = registry.find(recipe, problem)
-    if isinstance(found, registry.Kernel):
-        return found.run(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
-    _warn_emulated(found.reason)
-    return reference.attention(
-        query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
+    if isinstance(served_by, registry.Unavailable):
+        _warn_emulated(served_by.reason)
+        return reference.attention(
+            query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
+        )
+    return served_by.run(
+        query, key, value, semantics, attn_mask=attn_mask, sinks=sinks, want_lse=want_lse
     )
 
 
@@ -233,13 +237,6 @@ def _recipe_of_step(recipe: str, step: Tensor | None, step_recipes: list[str] | 
 
 
 # --- fake -----------------------------------------------------------------------------------
-
-
-def _fake_output(query: Tensor, value: Tensor) -> Tensor:
-    batch, heads, length, _ = query.shape
-    if _lies_length_first(query):
-        return query.new_empty((batch, length, heads, value.shape[3])).transpose(1, 2)
-    return query.new_empty((batch, heads, length, value.shape[3]))
 
 
 def _fake_attention(
@@ -267,7 +264,7 @@ def _fake_attention(
     parse_semantics(mask_class, scale, dead_rows, softcap, window_left, window_right)
     for name in (recipe, *(step_recipes or ())):
         check_precision(name)
-    return _fake_output(query, value)
+    return empty_output(query, value)
 
 
 def _fake_attention_lse(

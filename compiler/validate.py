@@ -79,7 +79,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-def check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+def check_mask(attn_mask: Tensor, query: Tensor, key_length: int | torch.SymInt) -> None:
     """Check an explicit mask: bool, query's dtype or float32; broadcastable to (B, H, Lq, Lk).
 
     Raises:
@@ -94,7 +94,7 @@ def check_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
         raise InvalidAttentionError(
             f"attn_mask is on {attn_mask.device} and query on {query.device}; move it there"
         )
-    target = (*query.shape[:3], key.shape[2])
+    target = (*query.shape[:3], key_length)
     sizes = tuple(attn_mask.shape)
     fits = len(sizes) <= 4 and not any(
         _differ(size, 1) and _differ(size, wanted)
@@ -178,7 +178,7 @@ def check_arguments(
     """
     check_tensors(query, key, value)
     if attn_mask is not None:
-        check_mask(attn_mask, query, key)
+        check_mask(attn_mask, query, key.shape[2])
     if sinks is not None:
         check_sinks(sinks, query)
     if cu_seqlens_q is not None or cu_seqlens_k is not None:

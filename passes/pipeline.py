@@ -22,7 +22,8 @@ class Decision:
     Attributes:
         recipe: the operator's recipe; None keeps the site as it is.
         reason: why, in one sentence.
-        min_seq_len: the operator's run-time gate where lengths are not known; 0: none.
+        min_seq_len: the operator's run-time gate where lengths are not known; 0: none, -1: that
+            of its kernel.
     """
 
     recipe: str | None

@@ -35,7 +35,8 @@ class Replacement:
     Attributes:
         site: the proved attention.
         recipe: a recipe's name, "exact" or "auto".
-        min_seq_len: the operator's run-time gate for lengths not known here; 0: none.
+        min_seq_len: the operator's run-time gate for lengths not known here; 0: none, -1: that of
+            its kernel.
     """
 
     site: AttentionSite

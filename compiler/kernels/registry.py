@@ -6,73 +6,34 @@ on every device, but it emulates: it is never a device's default.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
-import torch
-from torch import Tensor
-
+from sage_compiler.kernels.cpu import kernel as cpu_kernel
+from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
 from sage_compiler.precision import AUTO, EXACT
-from sage_compiler.semantics import MaskClass, Semantics
 
-
-class Run(Protocol):
-    """A kernel's entry point; shapes and results as ``reference.attention``."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        semantics: Semantics,
-        *,
-        attn_mask: Tensor | None,
-        sinks: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What a kernel needs to know of a call to accept or refuse it; lengths may be unknown."""
-
-    device_type: str
-    dtype: torch.dtype
-    head_dim: int
-    value_head_dim: int
-    heads: int
-    kv_heads: int
-    mask_class: MaskClass
-    has_mask: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A real kernel.
-
-    Attributes:
-        name: as reports show it.
-        device_type: the torch device type it runs on.
-        recipe: the recipe it computes.
-        refuse: why it cannot serve a problem, in one sentence, or None when it can.
-        run: the call.
-    """
-
-    name: str
-    device_type: str
-    recipe: str
-    refuse: Callable[[Problem], str | None]
-    run: Run
-
-
-KERNELS: Final[list[Kernel]] = []  # in order of preference
+KERNELS: Final[list[Kernel]] = [*cpu_kernel.KERNELS]  # in order of preference
 
 # What `auto` means on a device that has a kernel for it.
 DEFAULT_RECIPES: Final[dict[str, str]] = {"cpu": "int8_int8"}
 
-# Shorter attention is kept by default. Where a prototype of a fused CPU kernel began to gain over
-# scaled_dot_product_attention; to be measured again with the kernel that this gate is for.
-MIN_SEQ_LEN: Final[dict[str, int]] = {"cpu": 64}
+
+def too_small(
+    device_type: str, min_seq_len: int, query_length: int, key_length: int, products: int
+) -> bool:
+    """Whether attention is exact by its sizes alone; ``choose`` decides what this leaves open.
+
+    Asked before anything else of a call is looked at: where the operator is
+    scaled_dot_product_attention, it may cost little more.
+    """
+    if min_seq_len >= 0:
+        return min(query_length, key_length) < min_seq_len
+    return not any(
+        kernel.device_type == device_type
+        and kernel.smallest().admits(query_length, key_length, products)
+        for kernel in KERNELS
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +52,7 @@ def find(recipe: str, problem: Problem) -> Kernel | Unavailable:
         refusal = kernel.refuse(problem)
         if refusal is None:
             return kernel
-        refusals.append(f"{kernel.name}: {refusal}")
+        refusals.append(f"{kernel.name()}: {refusal}")
     if refusals:
         return Unavailable("; ".join(refusals))
     return Unavailable(f"no {recipe} kernel for device {problem.device_type!r}")
@@ -99,18 +60,61 @@ def find(recipe: str, problem: Problem) -> Kernel | Unavailable:
 
 @dataclass(frozen=True, slots=True)
 class Default:
-    """What `auto` resolves to: a recipe with a real kernel, or "exact" and why."""
+    """What `auto` resolves to: a recipe with a real kernel and its gate, or "exact" and why."""
 
     recipe: str
     reason: str
+    kernel: Kernel | None = None
+    gate: Gate = OPEN
 
 
 def default(problem: Problem) -> Default:
-    """Resolve `auto` for this problem. Never picks a recipe that would be emulated."""
+    """Resolve `auto` for this problem.
+
+    Never picks a recipe that would be emulated, nor one whose kernel does not gain here.
+    """
     recipe = DEFAULT_RECIPES.get(problem.device_type)
     if recipe is None:
         return Default(EXACT, f"no default recipe for device {problem.device_type!r}")
     found = find(recipe, problem)
     if isinstance(found, Unavailable):
         return Default(EXACT, found.reason)
-    return Default(recipe, f"{AUTO}: the default on {problem.device_type}, kernel {found.name}")
+    gate = found.gate(problem)
+    if isinstance(gate, str):
+        return Default(EXACT, f"{found.name()}: {gate}")
+    reason = f"{AUTO}: the default on {problem.device_type}, kernel {found.name()}"
+    return Default(recipe, reason, found, gate)
+
+
+def choose(
+    recipe: str,
+    problem: Problem,
+    min_seq_len: int,
+    query_length: int,
+    key_length: int,
+    products: int,
+) -> Kernel | Unavailable | None:
+    """Who serves a call of known sizes: a kernel; the reference, and why; None: nobody quantizes.
+
+    Args:
+        recipe: a recipe, "exact" or "auto".
+        min_seq_len: shorter attention is exact, whatever the recipe. Negative: what `auto` leaves
+            alone, by the gate of the kernel that would serve it.
+        query_length, key_length, products: as in ``Gate``.
+    """
+    if recipe == EXACT or min(query_length, key_length) < min_seq_len:
+        return None
+    if recipe == AUTO:
+        found = default(problem).kernel
+        if found is None:
+            return None
+    else:
+        kernel_or_not = find(recipe, problem)
+        if isinstance(kernel_or_not, Unavailable):
+            return kernel_or_not
+        found = kernel_or_not
+    if min_seq_len < 0:
+        gate = found.gate(problem)
+        if isinstance(gate, str) or not gate.admits(query_length, key_length, products):
+            return None
+    return found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sage_compiler as sage
 from sage_compiler.kernels import reference, registry
+from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.precision import RECIPES
 from tests import tolerances
 
@@ -42,10 +43,10 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, layers: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, layers: int = 2, dropout: float = 0.0, width: int = 32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Layer(dropout=dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width=width, dropout=dropout) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -97,7 +98,7 @@ def test_ways_to_call(x: Tensor, arguments: dict[str, Any]) -> None:
 def test_mode_alone_is_auto(x: Tensor) -> None:
     report = check(Model(), x, mode="reduce-overhead")
     assert len(report.kept) == 2
-    assert "no int8_int8 kernel" in report.kept[0].reason
+    assert "head_dim 8 is not a multiple of 8 from 16 to 256" in report.kept[0].reason
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,22 @@ def test_recipes_are_computed(x: Tensor, name: str) -> None:
     assert not torch.equal(actual, expected)
     (site,) = sage.last_report().rewritten
     assert site.recipe == name
-    assert site.reason == f"emulated: no {name} kernel for device 'cpu'"
+    assert site.reason.startswith("emulated: ")
+    assert "head_dim 8" in site.reason or f"no {name} kernel for device 'cpu'" in site.reason
+
+
+@pytest.mark.parametrize("name", ["int8_int8", "int8_int16"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_native_kernel_computes_its_recipes(name: str, dynamic: bool) -> None:
+    model, x = Model(layers=1, width=64), torch.randn(2, 100, 64)
+    options = {"precision": name}
+    with torch.no_grad():
+        expected = model(x) - x
+        actual = torch.compile(model, backend="sage", dynamic=dynamic, options=options)(x) - x
+    assert tolerances.rel_l1(actual, expected) < tolerances.TOLERANCES[name].rel_l1
+    assert not torch.equal(actual, expected)
+    (site,) = sage.last_report().rewritten
+    assert site.reason.startswith(f"precision={name!r}, kernel cpu-")
 
 
 def test_training(x: Tensor) -> None:
@@ -279,14 +295,20 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A stand-in for a native kernel; yields the calls it served."""
     served: list[str] = []
 
-    def run(query: Tensor, key: Tensor, value: Tensor, semantics: Any, **masks: Any) -> Any:
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, semantics: Any, *, want_lse: bool, **masks: Any
+    ) -> Any:
         served.append(str(tuple(query.shape)))
+        assert not want_lse
         return reference.attention(query, key, value, RECIPES["int8_int8"], semantics, **masks)
 
-    def refuse(problem: registry.Problem) -> str | None:
+    def refuse(problem: Problem) -> str | None:
         return None if problem.head_dim == 8 else f"head_dim {problem.head_dim} is not 8"
 
-    stand_in = registry.Kernel("stand-in", "cpu", "int8_int8", refuse, run)
+    def gate(problem: Problem) -> Gate:
+        return Gate(query_length=32, key_length=64)
+
+    stand_in = Kernel(lambda: "stand-in", "cpu", "int8_int8", refuse, gate, run)
     monkeypatch.setattr(registry, "KERNELS", [stand_in])
     yield served
 
@@ -326,7 +348,18 @@ def test_short_attention_is_kept(kernel: list[str], gate: int | None, rewritten:
     report = sage.last_report()
     assert len(report.rewritten) == rewritten == len(kernel)
     if not rewritten:
-        assert f"length 24 is below min_seq_len={gate or 64}" in report.kept[0].reason
+        least = (
+            "32, where kernel stand-in begins to gain" if gate is None else f"min_seq_len={gate}"
+        )
+        assert f"query length 24 is below {least}" in report.kept[0].reason
+
+
+def test_few_keys_are_kept(kernel: list[str]) -> None:
+    q, kv = torch.randn(1, 2, 40, 8), torch.randn(1, 2, 63, 8)
+    torch.compile(lambda q, k: F.scaled_dot_product_attention(q, k, k), backend="sage")(q, kv)
+    (site,) = sage.last_report().kept
+    assert "key length 63 is below 64" in site.reason
+    assert kernel == []
 
 
 def test_the_gate_works_at_run_time_for_dynamic_lengths(kernel: list[str]) -> None:

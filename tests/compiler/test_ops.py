@@ -18,6 +18,7 @@ from torch.library import opcheck
 from sage_compiler import ops
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
 from sage_compiler.kernels import exact, reference, registry
+from sage_compiler.kernels.kernel import Gate, Kernel
 from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import DeadRows, MaskClass, Semantics
 from tests.compiler.calls import (
@@ -594,20 +595,23 @@ class FakeKernel:
         *,
         attn_mask: Tensor | None,
         sinks: Tensor | None,
+        want_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         self.calls += 1
         shape = (*query.shape[:3], value.shape[3])
-        return query.new_full(shape, self.number), query.new_full(shape[:3], self.number)
+        lse = query.new_full(shape[:3], self.number) if want_lse else query.new_empty(0)
+        return query.new_full(shape, self.number), lse
 
 
 @pytest.fixture
 def fake_kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     run_fake = FakeKernel(42.0)
-    kernel = registry.Kernel(
-        name="fake",
+    kernel = Kernel(
+        name=lambda: "fake",
         device_type="cpu",
         recipe="int8_int8",
         refuse=lambda problem: "no masks" if problem.has_mask else None,
+        gate=lambda problem: Gate(query_length=10, key_length=20),
         run=run_fake,
     )
     monkeypatch.setattr(registry, "KERNELS", [kernel])
@@ -639,6 +643,16 @@ def test_the_gate_of_short_sequences(fake_kernel: FakeKernel, lengths: tuple[int
     assert fake_kernel.calls == 2
 
 
+@pytest.mark.parametrize("recipe", ["auto", "int8_int8"])
+def test_the_gate_that_is_shipped(fake_kernel: FakeKernel, recipe: str) -> None:
+    for lengths, served in (((10, 20), True), ((9, 20), False), ((10, 19), False)):
+        call = make_call(*lengths)
+        tensors = (call.query, call.key, call.value)
+        output = attention(*tensors, recipe=recipe, min_seq_len=ops.SHIPPED_GATE)
+        assert torch.equal(output, run(call)) is not served
+        assert (output == 42.0).all() == served
+
+
 def test_the_gate_is_passed_by_each_sequence(fake_kernel: FakeKernel) -> None:
     call = make_call(20, batch=1)
     offsets = torch.tensor([0, 15, 20])
@@ -654,7 +668,8 @@ def test_a_kernel_may_return_any_layout(
 ) -> None:
     def transposed(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         output, lse = fake_kernel(*args, **options)
-        return laid_out(output, "head_dim_first"), lse.mT.contiguous().mT
+        lse = lse.mT.contiguous().mT if options["want_lse"] else lse
+        return laid_out(output, "head_dim_first"), lse
 
     kernel = replace(registry.KERNELS[0], run=transposed)
     monkeypatch.setattr(registry, "KERNELS", [kernel])

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sage_compiler.kernels.cpu.gate import GATES
+from sage_compiler.kernels.cpu.kernel import need
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "examples" / "minilm.py"
 
@@ -34,7 +37,12 @@ def test_the_demo_finds_and_checks_every_layer(few_sentences: str) -> None:
     assert "6 attention sites in 1 graph: 6 rewritten, 0 kept" in done.stdout
     for layer in range(6):
         assert f"encoder.layer.{layer}.attention.self#0" in done.stdout
-    assert "int8_fp8" in done.stdout and "emulated" in done.stdout
+    isa_name = need().isa_name
+    if isa_name in GATES:
+        assert "precision 'auto'" in done.stdout
+        assert f"recipe int8_int8: auto: the default on cpu, kernel cpu-{isa_name}" in done.stdout
+    else:
+        assert "precision 'int8_fp8'" in done.stdout and "emulated" in done.stdout
     assert "same nearest neighbour" in done.stdout and "time: eager" in done.stdout
 
 

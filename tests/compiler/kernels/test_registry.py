@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from sage_compiler.kernels import registry
-from sage_compiler.kernels.registry import Default, Kernel, Problem, Unavailable, default, find
+from sage_compiler.kernels.kernel import Gate, Kernel, Problem
+from sage_compiler.kernels.registry import Default, Unavailable, choose, default, find
 from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import MaskClass
 
@@ -26,9 +27,16 @@ def _never(*args: object, **options: object) -> tuple[Tensor, Tensor]:
 
 
 def kernel(
-    name: str, *, device_type: str = "cpu", recipe: str = "int8_int8", refusal: str | None = None
+    name: str,
+    *,
+    device_type: str = "cpu",
+    recipe: str = "int8_int8",
+    refusal: str | None = None,
+    gate: Gate | str = Gate(32, 64),  # noqa: B008 - frozen
 ) -> Kernel:
-    return Kernel(name, device_type, recipe, lambda problem: refusal, _never)
+    return Kernel(
+        lambda: name, device_type, recipe, lambda problem: refusal, lambda problem: gate, _never
+    )
 
 
 def test_the_first_that_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,12 +60,18 @@ def test_every_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_default_has_a_kernel_or_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": "int8_int8"})
-    monkeypatch.setattr(registry, "KERNELS", [kernel("native")])
+    native = kernel("native")
+    monkeypatch.setattr(registry, "KERNELS", [native])
     found = default(PROBLEM)
     assert found.recipe == "int8_int8" and "native" in found.reason
+    assert found.kernel is native and found.gate == Gate(32, 64)
 
     monkeypatch.setattr(registry, "KERNELS", [kernel("native", refusal="no masks")])
     assert default(PROBLEM) == Default("exact", "native: no masks")
+
+    monkeypatch.setattr(registry, "KERNELS", [kernel("native", gate="slower here")])
+    assert default(PROBLEM) == Default("exact", "native: slower here")
+    assert not isinstance(find("int8_int8", PROBLEM), Unavailable)  # by name it serves
 
     monkeypatch.setattr(registry, "KERNELS", [])
     assert default(PROBLEM) == Default("exact", "no int8_int8 kernel for device 'cpu'")
@@ -69,4 +83,36 @@ def test_the_default_has_a_kernel_or_is_exact(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_registered_is_known() -> None:
     assert set(registry.DEFAULT_RECIPES.values()) <= set(RECIPES)
     assert {kernel.recipe for kernel in registry.KERNELS} <= set(RECIPES)
-    assert all(length >= 0 for length in registry.MIN_SEQ_LEN.values())
+    assert {kernel.recipe for kernel in registry.KERNELS} == {"int8_int8", "int8_int16"}
+
+
+@pytest.mark.parametrize(
+    "min_seq_len, lengths, serves",
+    [
+        (-1, (32, 64), True),
+        (-1, (31, 64), False),
+        (-1, (32, 63), False),
+        (0, (1, 1), True),
+        (40, (40, 40), True),
+        (40, (39, 64), False),
+        (40, (64, 39), False),
+    ],
+)
+def test_who_serves_a_call_of_known_lengths(
+    monkeypatch: pytest.MonkeyPatch, min_seq_len: int, lengths: tuple[int, int], serves: bool
+) -> None:
+    native = kernel("native")
+    monkeypatch.setattr(registry, "KERNELS", [native])
+    for recipe in ("auto", "int8_int8"):
+        assert choose(recipe, PROBLEM, min_seq_len, *lengths, 1) is (native if serves else None)
+    assert choose("exact", PROBLEM, min_seq_len, *lengths, 1) is None
+
+
+def test_auto_is_never_emulated_and_a_name_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "KERNELS", [kernel("native", refusal="no masks")])
+    assert choose("auto", PROBLEM, 0, 100, 100, 1) is None
+    assert choose("int8_int8", PROBLEM, 0, 100, 100, 1) == Unavailable("native: no masks")
+    monkeypatch.setattr(registry, "KERNELS", [kernel("native", gate="slower here")])
+    assert choose("auto", PROBLEM, 0, 100, 100, 1) is None
+    assert choose("int8_int8", PROBLEM, -1, 100, 100, 1) is None
+    assert choose("int8_int8", PROBLEM, 0, 100, 100, 1) is registry.KERNELS[0]
