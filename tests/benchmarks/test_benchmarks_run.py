@@ -1,0 +1,78 @@
+"""The benchmarks run, on a tiny cell, and compute what their words say."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import kernels
+from benchmarks.architectures import transformer
+from benchmarks.cells import MASKS, Cell, accuracy, make_inputs, sage_call, sdpa_call
+from benchmarks.measure import Spread, added, interleave_for, ratio
+from benchmarks.presets import PRESETS, passed
+
+
+def test_a_cell_is_measured_and_written(tmp_path):
+    command = "--length 16 --mask causal --precision auto --dtype float32 --seconds 0.01 --no-plot"
+    assert kernels.main([*command.split(), "--folder", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "kernels-custom.json").read_text())
+    assert written["machine"].keys() >= {"cpu", "cores", "flags", "torch", "sage_isa", "date"}
+    (row,) = written["rows"]
+    assert row.keys() >= {"q_len", "kernel", "sdpa_us", "us", "ratio", "ratio_p10", "vs_float32"}
+    assert row["cosine"] > 0.999 and row["rel_l1"] < 0.02
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kv_heads", (1, 4))
+def test_accuracy_compares_the_same_attention(mask, kv_heads):
+    cell = Cell(90, 70, 16, mask, batch=2, heads=4, kv_heads=kv_heads)
+    inputs = make_inputs(cell)
+    outputs = {"sdpa": sdpa_call(cell, inputs)(), "ours": sage_call(cell, inputs, "exact")()}
+    outputs["wrong"] = outputs["sdpa"].roll(1, dims=2)
+    found = accuracy(cell, inputs, outputs)
+    assert found["sdpa"][1] < 1e-5 and found["ours"][1] < 1e-5
+    assert found["wrong"][1] > 1e-3
+
+
+def test_ratios_and_differences_go_round_by_round():
+    samples = {"theirs": [10.0, 20.0, 30.0], "ours": [5.0, 5.0, 5.0]}
+    assert ratio(samples, "theirs", "ours").median == 4.0
+    assert added(samples, "theirs", "ours").median == -15.0
+    assert Spread.of([float(i) for i in range(11)]) == Spread(5.0, 1.0, 9.0)
+
+
+def test_candidates_take_turns_as_often_as_each_other():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    samples = interleave_for(candidates, seconds=0.0, least_rounds=3)
+    assert [len(found) for found in samples.values()] == [3, 3]
+    assert calls.count("a") == calls.count("b")
+
+
+def test_causal_counts_the_visible_pairs():
+    for q_len, kv_len in ((5, 5), (3, 7), (7, 3)):
+        visible = int(torch.ones(q_len, kv_len).tril().sum())
+        cell = Cell(q_len, kv_len, 8, "causal", heads=1, kv_heads=1)
+        assert cell.flops() == 4 * visible * 8
+
+
+def test_never_slower_is_a_ratio_or_a_sum():
+    assert passed({"sdpa_us": 1000.0, "ratio": 0.98, "added_us": 20.0})
+    assert not passed({"sdpa_us": 1000.0, "ratio": 0.96, "added_us": 40.0})
+    assert passed({"sdpa_us": 10.0, "ratio": 0.6, "added_us": 7.0})
+    assert not passed({"sdpa_us": 10.0, "ratio": 0.5, "added_us": 9.0})
+
+
+def test_no_preset_times_a_cell_twice():
+    for preset in PRESETS.values():
+        assert len(set(preset.cells)) == len(preset.cells)
+
+
+def test_a_transformer_depends_on_its_condition():
+    model, arguments = transformer(32, 2, 2, 9, adaptive=True)
+    with torch.no_grad():
+        output = model(**arguments)
+        other = model(arguments["x"], -arguments["condition"])
+    assert output.shape == (1, 9, 32)
+    assert F.cosine_similarity(output.flatten(), other.flatten(), dim=0) < 0.99
