@@ -18,8 +18,9 @@ static double seconds(void) {
 #define ON_ALL(op, r)                                                                          \
     ON(op, r, 0)                                                                               \
     ON(op, r, 1)                                                                               \
-    ON(op, r, 2) ON(op, r, 3) ON(op, r, 4) ON(op, r, 5) ON(op, r, 6) ON(op, r, 7) ON(op, r, 8) \
-        ON(op, r, 9) ON(op, r, 10) ON(op, r, 11) ON(op, r, 12) ON(op, r, 13)
+    ON(op, r, 2)                                                                               \
+    ON(op, r, 3) ON(op, r, 4) ON(op, r, 5) ON(op, r, 6) ON(op, r, 7) ON(op, r, 8) ON(op, r, 9) \
+        ON(op, r, 10) ON(op, r, 11) ON(op, r, 12) ON(op, r, 13)
 
 #define MEASURE(name, op, r, operations)                                                           \
     do {                                                                                           \

@@ -103,7 +103,10 @@ const Kernels* kernels_for(int32_t isa) {
 // --- checks
 // ---------------------------------------------------------------------------------------
 
-constexpr int64_t kMaxLength = int64_t(1) << 40;  // of a dim: products of two stay in 64 bits
+constexpr int64_t kMaxLength = int64_t(1) << 40;  // of a dim
+constexpr int64_t kMaxWorkers = int64_t(1) << 16;
+constexpr int64_t kLargestRowBytes = 4096;  // more than what a query row takes anywhere
+constexpr int64_t kLargestKeyBytes = 8192;  // and what a packed key takes, as floats
 
 bool is_length(int64_t x) { return x >= 0 && x <= kMaxLength; }
 bool is_head_dim(int64_t x) { return x >= 16 && x <= kMaxHeadDim && x % 8 == 0; }
@@ -124,16 +127,17 @@ int32_t check_sizes(const sage_cpu_problem* p) {
     if (!is_head_dim(p->value_head_dim)) return SAGE_CPU_BAD_VALUE_HEAD_DIM;
     if (p->kv_capacity != 0 && (p->kv_capacity < p->key_length || !is_length(p->kv_capacity)))
         return SAGE_CPU_BAD_KV_CAPACITY;
-    // Rows of a group, scores of a mask and packed bytes are counted in 64 bits.
-    int64_t rows, bytes;
-    int64_t keys = p->kv_capacity == 0 ? p->key_length : p->kv_capacity;
-    if (__builtin_mul_overflow(p->batch * p->heads, p->query_length, &rows) ||
-        p->batch > kMaxLength / 1024 || p->heads > kMaxLength / (p->batch + 1) ||
-        rows > INT64_MAX / 4096 ||
-        __builtin_mul_overflow(p->batch * p->kv_heads, keys + kBlockKeys, &bytes) ||
-        bytes > INT64_MAX / 8192)
-        return SAGE_CPU_BAD_SIZES;
-    return SAGE_CPU_OK;
+    // Rows of a group, tiles of a mask and packed bytes are counted in 64 bits.
+    int64_t planes, kv_planes, rows, keys;
+    int64_t capacity = p->kv_capacity == 0 ? p->key_length : p->kv_capacity;
+    bool fits = !__builtin_mul_overflow(p->batch, p->heads, &planes) &&
+                !__builtin_mul_overflow(p->batch, p->kv_heads, &kv_planes) &&
+                !__builtin_mul_overflow(planes, p->query_length, &rows) &&
+                !__builtin_mul_overflow(kv_planes, capacity + kBlockKeys, &keys) &&
+                rows <= INT64_MAX / kLargestRowBytes && keys <= INT64_MAX / kLargestKeyBytes;
+    if (p->mask.data != nullptr && fits)
+        fits = rows / kMaskRows + planes <= INT64_MAX / 2 / (p->key_length / kTileKeys + 1);
+    return fits ? SAGE_CPU_OK : SAGE_CPU_BAD_SIZES;
 }
 
 int32_t check_semantics(const sage_cpu_problem& p) {
@@ -245,7 +249,7 @@ const char* sage_cpu_describe(int32_t error) {
         "value: its data is missing",
         "output: its data is missing",
         "first: it must be a multiple of 256, from 0 to key_length",
-        "host: workers must be at least 1, and more than one need parallel_for",
+        "host: workers must be from 1 to 65536, and more than one need parallel_for",
         "packed: too small, missing, or not aligned to 64 bytes",
         "workspace: too small, missing, or not aligned to 64 bytes",
     };
@@ -278,7 +282,7 @@ void sage_cpu_parallel_for_ranges(void* range_pool, int64_t count,
 int32_t sage_cpu_workspace_size(const sage_cpu_problem* problem, int64_t workers, int64_t* bytes) {
     SAGE_CHECK(check_sizes(problem));
     SAGE_CHECK(check_semantics(*problem));
-    if (workers < 1) return SAGE_CPU_BAD_HOST;
+    if (workers < 1 || workers > kMaxWorkers) return SAGE_CPU_BAD_HOST;
     Call call;
     *bytes = nothing_to_do(*problem) ? 0 : prepare(call, *problem, nullptr, workers, true, true);
     return SAGE_CPU_OK;
@@ -329,7 +333,7 @@ int32_t sage_cpu_attend_workspace_size(const sage_cpu_problem* problem, int64_t 
                                        int64_t* bytes) {
     SAGE_CHECK(check_sizes(problem));
     SAGE_CHECK(check_semantics(*problem));
-    if (workers < 1) return SAGE_CPU_BAD_HOST;
+    if (workers < 1 || workers > kMaxWorkers) return SAGE_CPU_BAD_HOST;
     Call call;
     *bytes = nothing_to_do(*problem) ? 0 : prepare(call, *problem, nullptr, workers, false, true);
     return SAGE_CPU_OK;

@@ -260,7 +260,8 @@ struct Attention {
 
     // Finish a row's scores of one tile where plain ones do not do: softcap, bias, hidden keys, and
     // a look for NaN. Returns the largest of each lane.
-    Isa::Floats finish_scores(Row& row, int64_t r, int64_t key, float* scores, bool masked) {
+    Isa::Floats finish_scores(Row& row, int64_t r, int64_t key, float* scores, bool masked,
+                              bool check) {
         uint64_t visible = ~uint64_t(0);
         alignas(64) float buffer[kTileKeys];
         const float* bias = nullptr;
@@ -282,6 +283,7 @@ struct Attention {
         uint32_t nan_lanes = 0;
         for (int64_t i = 0; i < kTileKeys; i += Isa::kLanes) {
             Isa::Floats x = Isa::load(scores + i);
+            if (check) x = Isa::fma(x, Isa::set(0.0f), x);  // NaN from infinity
             if (scoring.finished) {
                 x = Isa::fma(x, scale, term);
                 if (scoring.softcap != 0.0f)
@@ -469,7 +471,8 @@ struct Attention {
 
     template <int Rows>
     void attend_group(const Block& block, int64_t first, int64_t start, int64_t stop) {
-        Tiles tiles = find_tiles(first, Rows, start, stop, block.header->nonfinite_keys != 0);
+        bool check = block.header->nonfinite_keys != 0;
+        Tiles tiles = find_tiles(first, Rows, start, stop, check);
         if (tiles.count == 0) return;
 
         static_assert(Rows <= Isa::kReduced && Isa::kReduced <= kUpdateRows);
@@ -485,9 +488,9 @@ struct Attention {
             for (int r = 0; r < Rows; r++) unused[r] = largest[r];
             score_tile<Rows>(block, first, tiles.index[t], column, unused);
             for (int r = 0; r < Rows; r++)
-                largest[r] = Isa::max(
-                    largest[r], finish_scores(s.rows[first + r], first + r, key,
-                                              s.scores + r * kBlockKeys + column, tiles.masked[t]));
+                largest[r] = Isa::max(largest[r], finish_scores(s.rows[first + r], first + r, key,
+                                                                s.scores + r * kBlockKeys + column,
+                                                                tiles.masked[t], check));
         }
 
         constexpr float kInfinity = __builtin_inff(), kLargestFloat = 3.4028235e38f;
@@ -499,18 +502,21 @@ struct Attention {
             sums[r] = Isa::set(0.0f);
             if (r >= Rows) continue;
             before[r] = s.maximum[first + r];
-            if (in_block[r] == kInfinity) {  // no exponent is relative to it: the row yields NaN
+            float largest_score = in_block[r];
+            if (largest_score == -kInfinity) {  // this row sees nothing here
+                hide_weights(r, count);
+                continue;
+            }
+            in_block[r] = scoring.finished
+                              ? __builtin_fmaxf(largest_score * kLog2E, -kLargestFloat)
+                              : largest_score * s.query_scale[first + r] + s.row_term[first + r];
+            if (in_block[r] - in_block[r] != 0.0f) {  // infinite or NaN: so is the row
                 s.rows[first + r].bad = true;
                 in_block[r] = 0.0f;
-            }
-            if (in_block[r] == -kInfinity)  // this row sees nothing here
                 hide_weights(r, count);
-            else
-                sums[r] = exponentials(first + r, r, count, in_block[r]);
-            if (!scoring.finished)
-                in_block[r] = in_block[r] * s.query_scale[first + r] + s.row_term[first + r];
-            else if (in_block[r] != -kInfinity)
-                in_block[r] = __builtin_fmaxf(in_block[r] * kLog2E, -kLargestFloat);
+                continue;
+            }
+            sums[r] = exponentials(first + r, r, count, largest_score);
         }
         Update update{};
         Isa::reduce_add_each(sums, update.row_sum);
@@ -562,7 +568,8 @@ struct Attention {
                     bad ? __builtin_nanf("") : lse * kLn2;
         }
         bool empty = dead && lse == -__builtin_inff();  // not even a sink
-        bool nan = bad || (empty && p.dead_rows == SAGE_CPU_DEAD_NAN && p.key_length != 0);
+        bool nan = bad || (empty && p.dead_rows == SAGE_CPU_DEAD_NAN);
+        if (p.key_length == 0) nan = false;
         if (nan || dead) {
             float fill = nan ? __builtin_nanf("") : 0.0f;
             for (int64_t c = 0; c < value_width; c++) output[c] = fill;

@@ -92,7 +92,7 @@ inline void scan(const ScanTask& task) {
     constexpr uint8_t kSeen = 1, kNotPlain = 2;
     for (int64_t query = first; query < last; query++) {
         const char* row = address(p.mask, p.mask_dtype, task.batch, task.head, query);
-        Interval keys = map.rows == 1 ? Interval{0, p.key_length} : visible_keys(p, query);
+        Interval keys = visible_keys(p, query);
         int64_t begin = keys.first / kTileKeys, end = ceil_div(keys.last, kTileKeys);
         bool discerning = false;  // shows some key with an ordinary bias
         for (int64_t t = begin; t < end; t++) {

@@ -119,13 +119,14 @@ struct Interval {
 };
 
 [[maybe_unused]] static Interval visible_keys(const sage_cpu_problem& p, int64_t query) {
-    constexpr int64_t kFar = int64_t(1) << 48;  // farther than any length, and safe to add to one
-    int64_t diagonal = max(-kFar, min(kFar, p.diagonal)) + query;
-    Interval keys{0, p.key_length};
-    if (p.window_left >= 0) keys.first = max(0, diagonal - min(kFar, p.window_left));
-    if (p.window_right >= 0)
-        keys.last = min(p.key_length, diagonal + min(kFar, p.window_right) + 1);
-    return keys;
+    // Sides and diagonal may be any numbers: their sums need more than 64 bits.
+    __int128 diagonal = __int128(p.diagonal) + query;
+    __int128 first = p.window_left < 0 ? 0 : diagonal - p.window_left;
+    __int128 last = p.window_right < 0 ? p.key_length : diagonal + p.window_right + 1;
+    auto clamp = [&p](__int128 key) SAGE_LAMBDA {
+        return key < 0 ? 0 : key > p.key_length ? p.key_length : int64_t(key);
+    };
+    return {clamp(first), clamp(last)};
 }
 
 // Keys that the band shows to some query. The intervals move right by one per query.

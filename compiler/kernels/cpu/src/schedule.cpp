@@ -45,6 +45,7 @@ class Queue {
                 wait_for(scanned_, scans_);
                 pack(index - scans_);
             } else if (index < size()) {
+                wait_for(scanned_, scans_);
                 wait_for(packed_, packs_);
                 attend(index - scans_ - packs_, scratch);
             } else {

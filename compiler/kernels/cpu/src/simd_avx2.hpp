@@ -110,7 +110,12 @@ struct Isa {
     }
 
     static constexpr int kVectors = 2;  // of one register tile: kGroupRows x (2 * 8) sums
+    // Sanitizers put calls into the code, and those overwrite pinned registers.
+#if defined(SAGE_CPU_SANITIZE)
+    static constexpr bool kHasRegisterTile = false;
+#else
     static constexpr bool kHasRegisterTile = true;
+#endif
 
     // store_tile stores integers below 256, a tile's worth, in the order that packing takes the
     // least work, and adds them to sums. slot_key says which key lies where.

@@ -114,7 +114,12 @@ struct Isa {
     }
 
     // The register tile of products: see gemm.hpp.
+    // Sanitizers put calls into the code, and those overwrite pinned registers.
+#if defined(SAGE_CPU_SANITIZE)
+    static constexpr bool kHasRegisterTile = false;
+#else
     static constexpr bool kHasRegisterTile = true;
+#endif
     using Sum = Ints;
     using Panel = Ints;
     using Group = Ints;
