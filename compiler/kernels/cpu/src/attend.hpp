@@ -220,24 +220,29 @@ struct Attention {
     }
 
     // Scores of one tile into s.scores at `column`; the largest of each row's lanes into `largest`.
-    template <int Rows>
+    // With Hide, only of the keys that each row's bits of `visible` show.
+    template <int Rows, bool Hide>
     void score_tile(const Block& block, int64_t first, int64_t tile, int64_t column,
-                    Isa::Floats* largest) {
+                    const uint64_t* visible, Isa::Floats* largest) {
         for (int64_t panel = 0; panel < kTileKeys; panel += kPanelWidth) {
             int64_t key = tile * kTileKeys + panel;
             const char* data =
                 block.key_data + key * head_dim * (p.recipe == SAGE_CPU_FLOAT ? 4 : 1);
             float* scores = s.scores + column + panel;
+            auto keep = [&](int r, int v, Isa::Floats x) SAGE_LAMBDA {
+                if constexpr (Hide)
+                    x = Isa::select(uint32_t(visible[r] >> (panel + v * Isa::kLanes)), x,
+                                    Isa::set(-__builtin_inff()));
+                Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, x);
+                largest[r] = Isa::max(largest[r], x);
+            };
             if (p.recipe == SAGE_CPU_FLOAT) {
                 Operands<float> operands{
                     s.query_floats + first * query_width, query_width, 0, &data, 1, head_dim};
                 multiply_floats<Rows, Isa::kVectors>(
                     operands, [&](int r, const Isa::Floats* sums) SAGE_LAMBDA {
 #pragma GCC unroll 4
-                        for (int v = 0; v < Isa::kVectors; v++) {
-                            Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, sums[v]);
-                            largest[r] = Isa::max(largest[r], sums[v]);
-                        }
+                        for (int v = 0; v < Isa::kVectors; v++) keep(r, v, sums[v]);
                     });
                 continue;
             }
@@ -248,36 +253,37 @@ struct Attention {
                 operands, [&](int r) SAGE_LAMBDA { return s.correction[first + r]; },
                 [&](int r, const Isa::Ints* sums) SAGE_LAMBDA {
 #pragma GCC unroll 4
-                    for (int v = 0; v < Isa::kVectors; v++) {
-                        Isa::Floats x =
-                            Isa::to_float(sums[v]) * Isa::load(key_scale + v * Isa::kLanes);
-                        Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, x);
-                        largest[r] = Isa::max(largest[r], x);
-                    }
+                    for (int v = 0; v < Isa::kVectors; v++)
+                        keep(r, v, Isa::to_float(sums[v]) * Isa::load(key_scale + v * Isa::kLanes));
                 });
         }
     }
 
-    // Finish a row's scores of one tile where plain ones do not do: softcap, bias, hidden keys, and
-    // a look for NaN. Returns the largest of each lane.
-    Isa::Floats finish_scores(Row& row, int64_t r, int64_t key, float* scores, bool masked,
-                              bool check) {
-        uint64_t visible = ~uint64_t(0);
+    // The keys of a tile that a row sees through band and bool mask, a bit each.
+    uint64_t visible_bits(const Row& row, int64_t key) const {
+        uint64_t visible = interval_bits(row.keys, key);
+        if (row.states == nullptr) return visible;
+        uint8_t state = row.states[key / kTileKeys];
+        if (state == kMaskNone) return 0;
+        if (state != kMaskMixed || p.mask_dtype != SAGE_CPU_BOOL) return visible;
+        int64_t count = min(kTileKeys, p.key_length - key);
+        return visible & mask_bits(row.mask, p.mask.stride[3], key, count);
+    }
+
+    // What a float mask adds to a tile of a row's scores; null for nothing.
+    const float* bias_of(const Row& row, int64_t key, float* buffer) const {
+        if (row.states == nullptr || p.mask_dtype == SAGE_CPU_BOOL ||
+            row.states[key / kTileKeys] != kMaskMixed)
+            return nullptr;
+        return mask_bias(row.mask, p, key, min(kTileKeys, p.key_length - key), buffer);
+    }
+
+    // Finish a row's scores of one tile where plain ones do not do: softcap, bias, and a look for
+    // NaN. Returns the largest of each lane.
+    Isa::Floats finish_scores(Row& row, int64_t r, int64_t key, float* scores, bool check) {
         alignas(64) float buffer[kTileKeys];
-        const float* bias = nullptr;
-        if (masked) {
-            visible = interval_bits(row.keys, key);
-            uint8_t state = kMaskPlain;
-            if (row.states != nullptr) state = row.states[key / kTileKeys];
-            if (state == kMaskNone) visible = 0;
-            if (state == kMaskMixed) {
-                int64_t count = min(kTileKeys, p.key_length - key);
-                if (p.mask_dtype == SAGE_CPU_BOOL)
-                    visible &= mask_bits(row.mask, p.mask.stride[3], key, count);
-                else
-                    bias = mask_bias(row.mask, p, key, count, buffer);
-            }
-        }
+        uint64_t visible = visible_bits(row, key);
+        const float* bias = bias_of(row, key, buffer);
         Isa::Floats largest = Isa::set(-__builtin_inff()), hidden = largest;
         Isa::Floats scale = Isa::set(s.query_scale[r]), term = Isa::set(s.row_term[r]);
         uint32_t nan_lanes = 0;
@@ -478,19 +484,23 @@ struct Attention {
         static_assert(Rows <= Isa::kReduced && Isa::kReduced <= kUpdateRows);
         Isa::Floats largest[Isa::kReduced];
         for (int r = 0; r < Isa::kReduced; r++) largest[r] = Isa::set(-__builtin_inff());
+        uint64_t visible[Rows];
         for (int64_t t = 0; t < tiles.count; t++) {
-            int64_t column = t * kTileKeys, key = start + tiles.index[t] * kTileKeys;
-            if (!scoring.finished && !tiles.masked[t]) {
-                score_tile<Rows>(block, first, tiles.index[t], column, largest);
-                continue;
+            int64_t tile = tiles.index[t], column = t * kTileKeys, key = start + tile * kTileKeys;
+            if (scoring.finished || check) {
+                Isa::Floats unfinished[Rows];
+                for (int r = 0; r < Rows; r++) unfinished[r] = largest[r];
+                score_tile<Rows, false>(block, first, tile, column, nullptr, unfinished);
+                for (int r = 0; r < Rows; r++)
+                    largest[r] = Isa::max(largest[r],
+                                          finish_scores(s.rows[first + r], first + r, key,
+                                                        s.scores + r * kBlockKeys + column, check));
+            } else if (tiles.masked[t]) {
+                for (int r = 0; r < Rows; r++) visible[r] = visible_bits(s.rows[first + r], key);
+                score_tile<Rows, true>(block, first, tile, column, visible, largest);
+            } else {
+                score_tile<Rows, false>(block, first, tile, column, nullptr, largest);
             }
-            Isa::Floats unused[Rows];
-            for (int r = 0; r < Rows; r++) unused[r] = largest[r];
-            score_tile<Rows>(block, first, tiles.index[t], column, unused);
-            for (int r = 0; r < Rows; r++)
-                largest[r] = Isa::max(largest[r], finish_scores(s.rows[first + r], first + r, key,
-                                                                s.scores + r * kBlockKeys + column,
-                                                                tiles.masked[t], check));
         }
 
         constexpr float kInfinity = __builtin_inff(), kLargestFloat = 3.4028235e38f;
