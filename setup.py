@@ -51,6 +51,12 @@ ISA_FLAGS = {
     "isa_avxvnni": [*AVX2, "-mavxvnni"],
     "isa_avx512vnni": [*AVX2, *AVX512, *QUIET],
 }
+# An assembler may be older than its compiler: what it must know besides.
+PROBES = {
+    "isa_avx2": "vpmaddwd %ymm0, %ymm1, %ymm2",
+    "isa_avxvnni": "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
+    "isa_avx512vnni": "vpdpbusd %zmm0, %zmm1, %zmm2",
+}
 
 
 def from_environment(*names: str) -> list[str]:
@@ -87,10 +93,11 @@ def run(command: list[str]) -> None:
         raise CompileError(f"{shlex.join(command)} failed")
 
 
-def accepts(compile_command: list[str], flags: list[str]) -> bool:
-    """Whether the compiler knows the flags, for the machine that it compiles for."""
-    probe = [*compile_command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(probe, capture_output=True).returncode == 0
+def accepts(compile_command: list[str], flags: list[str], instruction: str) -> bool:
+    """Whether compiler and assembler know them, for the machine that is compiled for."""
+    probe = [*compile_command, *flags, "-Werror", "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = f'void f() {{ asm volatile("{instruction}"); }}'
+    return subprocess.run(probe, input=source, text=True, capture_output=True).returncode == 0
 
 
 class BuildLibrary(build_ext):
@@ -112,7 +119,11 @@ class BuildLibrary(build_ext):
         cc = compiler("CC", "cc", "gcc", "clang")
         cxx = [*compiler("CXX", "c++", "g++", "clang++"), *FLAGS]
         flags_of = {source: ISA_FLAGS.get(Path(source).stem, []) for source in ext.sources}
-        rejected = [s for s, flags in flags_of.items() if flags and not accepts(cxx, flags)]
+        rejected = [
+            s
+            for s, flags in flags_of.items()
+            if flags and not accepts(cxx, flags, PROBES[Path(s).stem])
+        ]
         for source in rejected:
             del flags_of[source]
             isa = Path(source).stem.removeprefix("isa_").upper()

@@ -91,11 +91,13 @@ class PackedKV:
         self._isa = self._library.isa
         # Uninitialized: what is not yet packed is not read.
         packed_bytes = self._library.packed_size(self._problem(0))
-        self._packed = torch.empty(packed_bytes, dtype=torch.uint8, device="cpu")
-        # The tokens of the partial block, in their places in the block.
-        staged = (batch, kv_heads, min(BLOCK, capacity))
-        self._staged_key = torch.empty(*staged, head_dim, dtype=dtype, device="cpu")
-        self._staged_value = torch.empty(*staged, value_head_dim, dtype=dtype, device="cpu")
+        # Not inference tensors, which could only be written to in inference mode.
+        with torch.inference_mode(False):
+            self._packed = torch.empty(packed_bytes, dtype=torch.uint8, device="cpu")
+            # The tokens of the partial block, in their places in the block.
+            staged = (batch, kv_heads, min(BLOCK, capacity))
+            self._staged_key = torch.empty(*staged, head_dim, dtype=dtype, device="cpu")
+            self._staged_value = torch.empty(*staged, value_head_dim, dtype=dtype, device="cpu")
 
     @property
     def length(self) -> int:

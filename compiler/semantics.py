@@ -19,6 +19,7 @@ from sage_compiler.errors import InvalidAttentionError
 
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)  # of query, key and value
 UNBOUNDED: Final = -1  # a side of a window that has no limit
+_FAR: Final = 1 << 40  # beyond any length: a window's side that far has no limit either
 
 
 class MaskClass(StrEnum):
@@ -103,8 +104,9 @@ class Semantics:
     def band(self, query_length: int, key_length: int) -> Band | None:
         """The visible band for these lengths; None when every key is visible."""
         bottom_right = key_length - query_length
-        left = None if self.window_left == UNBOUNDED else self.window_left
-        right = None if self.window_right == UNBOUNDED else self.window_right
+        # Positions are computed in 64 bits.
+        left = None if self.window_left == UNBOUNDED else min(self.window_left, _FAR)
+        right = None if self.window_right == UNBOUNDED else min(self.window_right, _FAR)
         match self.mask_class:
             case MaskClass.NONE:
                 return None

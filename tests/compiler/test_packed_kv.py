@@ -375,3 +375,38 @@ def test_what_requires_a_gradient_is_taken_under_no_grad() -> None:
     with torch.no_grad():
         cache.append(wanted[0], wanted[1])
         assert not cache.attend(wanted[2]).requires_grad
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_inference_mode_may_begin_or_end_meanwhile(inference: bool) -> None:
+    key, value, query = (gaussian(1, 2, 300, 32, seed=seed) for seed in range(3))
+    with torch.inference_mode(inference):
+        cache = sage.PackedKV(1, 2, 32, capacity=300)
+        cache.append(key[:, :, :100], value[:, :, :100])
+    with torch.inference_mode(not inference):
+        cache.append(key[:, :, 100:], value[:, :, 100:])
+        output = cache.attend(query)
+    whole = sage.PackedKV(1, 2, 32, capacity=300)
+    whole.append(key, value)
+    assert torch.equal(output, whole.attend(query))
+
+
+def test_an_append_that_is_interrupted_leaves_the_tokens_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key, value, query = (gaussian(1, 2, 110, 32, seed=seed) for seed in range(3))
+    cache = sage.PackedKV(1, 2, 32, capacity=600)
+    cache.append(key[:, :, :10], value[:, :, :10])
+    before = cache.attend(query)
+    pack_kv = library.Library.pack_kv
+
+    def interrupted(*args: Any) -> None:
+        pack_kv(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library.Library, "pack_kv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(key[:, :, 10:], value[:, :, 10:])
+    assert cache.length == 10
+    # Their block may be packed with tokens that do not count: other roundings, the same attention.
+    check(cache.attend(query), before, value, "int8_int8")

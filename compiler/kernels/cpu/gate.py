@@ -28,7 +28,7 @@ GATES: Final[Mapping[str, Gate]] = MappingProxyType(
 
 def gate(problem: Problem, isa_name: str) -> Gate | str:
     """The least sizes for a problem with this instruction set, or why it gets nothing."""
-    if problem.dtype != torch.float32 and has_amx():
+    if has_amx(problem.dtype):
         dtype = str(problem.dtype).removeprefix("torch.")
         return f"scaled_dot_product_attention has AMX for {dtype} here"
     found = GATES.get(isa_name)
@@ -37,7 +37,10 @@ def gate(problem: Problem, isa_name: str) -> Gate | str:
     return found
 
 
+_AMX: Final = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+
+
 @functools.cache
-def has_amx() -> bool:
-    """Whether this CPU has matrix units, which torch's bfloat16 and float16 products use."""
-    return bool(torch.cpu.get_capabilities().get("amx_tile", False))
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether this CPU has matrix units for a dtype, which torch's products in it use."""
+    return dtype in _AMX and bool(torch.cpu.get_capabilities().get(_AMX[dtype], False))

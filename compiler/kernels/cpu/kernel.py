@@ -190,7 +190,10 @@ def _name() -> str:
 
 
 def _gate(problem: Problem) -> Gate | str:
-    return gate.gate(problem, need().isa_name)
+    library = need()
+    if not library.has_threads and torch.get_num_threads() > 1:
+        return "this torch does not export torch_parallel_for, so that it would run on one thread"
+    return gate.gate(problem, library.isa_name)
 
 
 def _smallest() -> Gate:

@@ -56,6 +56,7 @@ class Library:
     Attributes:
         path: its file.
         isa: the number of the instruction set, and ``isa_name`` its name.
+        has_threads: whether calls run on torch's threads; else on the caller's alone.
     """
 
     def __init__(self, path: Path, handle: ctypes.CDLL) -> None:
@@ -83,6 +84,7 @@ class Library:
         ranges = ctypes.cast(handle.sage_cpu_parallel_for_ranges, ctypes.c_void_p).value
         pool = _torch_pool()
         self._host_functions = None if pool is None or ranges is None else (pool, ranges)
+        self.has_threads = self._host_functions is not None
 
         self.isa: int = _function(handle, "sage_cpu_isa", [])()
         if self.isa < 0:
@@ -107,13 +109,18 @@ class Library:
             isa += 1
         return found
 
+    def workspace_size(self, problem: bytes, workers: int) -> int:
+        """The bytes that ``attention`` needs; InvalidAttentionError for what it refuses."""
+        wanted = ctypes.c_int64()
+        self._check(self._workspace_size(problem, workers, wanted))
+        return wanted.value
+
     def attention(self, problem: bytes) -> None:
         """sage_cpu_attention with torch's threads; InvalidAttentionError for what it refuses."""
         workers = torch.get_num_threads()
-        wanted = ctypes.c_int64()
-        self._check(self._workspace_size(problem, workers, wanted))
-        memory = borrow_workspace(wanted.value)
-        error = self._attention(problem, self._host(workers), memory.data_ptr(), wanted.value)
+        size = self.workspace_size(problem, workers)
+        memory = borrow_workspace(size)
+        error = self._attention(problem, self._host(workers), memory.data_ptr(), size)
         return_workspace(memory)
         self._check(error)
 

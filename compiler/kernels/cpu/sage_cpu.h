@@ -61,7 +61,6 @@ enum {
     SAGE_CPU_BAD_KV_CAPACITY,
     SAGE_CPU_BAD_SCALE,
     SAGE_CPU_BAD_SOFTCAP,
-    SAGE_CPU_BAD_WINDOW,
     SAGE_CPU_BAD_DEAD_ROWS,
     SAGE_CPU_BAD_MASK_DTYPE,
     SAGE_CPU_BAD_QUERY,
@@ -157,8 +156,8 @@ SAGE_CPU_EXPORT int32_t sage_cpu_pack_kv(const sage_cpu_problem* problem, const 
 /* Bytes of workspace that sage_cpu_attend needs with so many workers. */
 SAGE_CPU_EXPORT int32_t sage_cpu_attend_workspace_size(const sage_cpu_problem* problem,
                                                        int64_t workers, int64_t* bytes);
-/* As sage_cpu_attention, on key_length packed tokens; key and value are not looked at. isa, recipe
- * and kv_capacity must be those the tokens were packed with. */
+/* As sage_cpu_attention, on the first key_length packed tokens; key and value are not looked at.
+ * isa, recipe, kv_capacity and the sizes of the tokens must be those that they were packed with. */
 SAGE_CPU_EXPORT int32_t sage_cpu_attend(const sage_cpu_problem* problem, const sage_cpu_host* host,
                                         const void* packed, int64_t packed_bytes, void* workspace,
                                         int64_t bytes);

@@ -19,22 +19,27 @@ struct IsaEntry {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() {
+struct CpuId {
+    uint32_t a, b, c, d;
+};
+CpuId cpuid(uint32_t leaf, uint32_t subleaf) {
+    CpuId id{leaf, 0, subleaf, 0};
+    asm volatile("cpuid" : "+a"(id.a), "=b"(id.b), "+c"(id.c), "=d"(id.d));
+    return id;
+}
+bool has_avx2() {  // not every compiler has a name for F16C: leaf 1, ECX bit 29
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+           (cpuid(1, 0).c >> 29 & 1) != 0;
 }
 bool has_avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && has_avx2();
 }
-// CPUID leaf 7, subleaf 1, EAX bit 4; GCC 12 has no name for it. What the operating system saves is
-// what AVX2 needs.
+// Leaf 7, subleaf 1, EAX bit 4; GCC 12 has no name for it. The operating system saves what it needs
+// where it does for AVX2.
 bool has_avxvnni() {
-    if (!has_avx2()) return false;
-    uint32_t a = 7, b, c = 1, d;
-    asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    return (a >> 4 & 1) != 0;
+    return has_avx2() && cpuid(0, 0).a >= 7 && cpuid(7, 0).a >= 1 && (cpuid(7, 1).a >> 4 & 1) != 0;
 }
 #else
 bool has_avx2() { return false; }
@@ -67,9 +72,20 @@ const IsaEntry kIsas[] = {
 };
 constexpr int32_t kIsaCount = sizeof kIsas / sizeof kIsas[0];
 
+// A bit for each that this machine and this build have. Asked once: in a virtual machine CPUID
+// takes microseconds. Threads that race find the same.
+uint32_t available_isas() {
+    static uint32_t found = 0;
+    uint32_t bits = __atomic_load_n(&found, __ATOMIC_RELAXED);
+    if (bits != 0) return bits;
+    for (int32_t isa = SAGE_CPU_ISA_PORTABLE; isa < kIsaCount; isa++)
+        if (kIsas[isa].kernels != nullptr && kIsas[isa].supported()) bits |= 1u << isa;
+    __atomic_store_n(&found, bits, __ATOMIC_RELAXED);
+    return bits;
+}
+
 bool available(int32_t isa) {
-    return isa > SAGE_CPU_ISA_AUTO && isa < kIsaCount && kIsas[isa].kernels != nullptr &&
-           kIsas[isa].supported();
+    return isa > SAGE_CPU_ISA_AUTO && isa < kIsaCount && (available_isas() >> isa & 1) != 0;
 }
 
 int32_t choose_isa() {
@@ -104,6 +120,7 @@ const Kernels* kernels_for(int32_t isa) {
 // ---------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxLength = int64_t(1) << 40;  // of a dim
+constexpr float kSmallestSoftcap = 0x1p-126f;     // its inverse is finite
 constexpr int64_t kMaxWorkers = int64_t(1) << 16;
 constexpr int64_t kLargestRowBytes = 4096;  // more than what a query row takes anywhere
 constexpr int64_t kLargestKeyBytes = 8192;  // and what a packed key takes, as floats
@@ -142,7 +159,8 @@ int32_t check_sizes(const sage_cpu_problem* p) {
 
 int32_t check_semantics(const sage_cpu_problem& p) {
     if (!is_finite(p.scale)) return SAGE_CPU_BAD_SCALE;
-    if (!is_finite(p.softcap) || p.softcap < 0.0f) return SAGE_CPU_BAD_SOFTCAP;
+    if (!is_finite(p.softcap) || (p.softcap != 0.0f && p.softcap < kSmallestSoftcap))
+        return SAGE_CPU_BAD_SOFTCAP;
     if (p.dead_rows != SAGE_CPU_DEAD_ZERO && p.dead_rows != SAGE_CPU_DEAD_NAN)
         return SAGE_CPU_BAD_DEAD_ROWS;
     if (p.mask.data != nullptr && (p.mask_dtype < SAGE_CPU_FLOAT32 || p.mask_dtype > SAGE_CPU_BOOL))
@@ -240,8 +258,7 @@ const char* sage_cpu_describe(int32_t error) {
         "value_head_dim: it must be a multiple of 8 from 16 to 256",
         "kv_capacity: it must be 0, or at least key_length",
         "scale: it must be finite",
-        "softcap: it must be positive and finite, or 0 for none",
-        "window: its sides must be numbers of keys, or negative for no limit",
+        "softcap: it must be finite and at least 2^-126, or 0 for none",
         "dead_rows: it must be zero or nan",
         "mask_dtype: it must be bool, float32, bfloat16 or float16",
         "query: its data is missing",

@@ -152,11 +152,11 @@ struct Attention {
             if (s.rows[r].bad) __builtin_memset(floats, 0, size_t(query_width) * sizeof(float));
             return;
         }
-        bool usable = !s.rows[r].bad && maximum > kSmallestMaximum;
+        // Not too small, so that the score where an exponent is cut is finite; else all are zero.
+        float scale = maximum / 127.0f * scoring.factor;
+        bool usable = !s.rows[r].bad && maximum > kSmallestMaximum && scale > kSmallestMaximum;
         float inverse = usable ? 127.0f / maximum * scoring.sign : 0.0f;
-        // Positive and not too small, so that a clamped exponent is a finite score.
-        float scale = usable ? maximum / 127.0f * scoring.factor : 1.0f;
-        s.query_scale[r] = scale > kSmallestMaximum ? scale : kSmallestMaximum;
+        s.query_scale[r] = usable ? scale : 1.0f;
         Isa::Element* elements = s.query + r * head_dim;
         alignas(64) int32_t integers[kMaxHeadDim];
         Isa::Ints sum = Isa::set(0);
@@ -398,14 +398,14 @@ struct Attention {
     }
 
     template <int Rows, int Vectors, int Planes>
-    void add_products(const Block& block, int64_t first, const Tiles& tiles, int64_t padded_keys,
-                      int64_t column, const Update& update) {
+    void add_products(const Block& block, int64_t first, const Tiles& tiles, int64_t column,
+                      const Update& update) {
         constexpr int64_t kColumns = Vectors * Isa::kLanes;
         int64_t bytes = p.recipe == SAGE_CPU_FLOAT ? 4 : 1;
         const char* panels[kTilesPerBlock];
         for (int64_t t = 0; t < tiles.count; t++)
             panels[t] = block.value_data +
-                        (column * padded_keys + tiles.index[t] * kTileKeys * kColumns) * bytes;
+                        (column * block.keys + tiles.index[t] * kTileKeys * kColumns) * bytes;
         float* output = s.output + first * value_width + column;
         if constexpr (Planes == 0) {
             Operands<float> operands{reinterpret_cast<const float*>(s.weights),
@@ -450,26 +450,25 @@ struct Attention {
 
     template <int Rows, int Planes>
     void add_all_products(const Block& block, int64_t first, const Tiles& tiles,
-                          int64_t padded_keys, const Update& update) {
+                          const Update& update) {
         int64_t column = 0;
         for (; column + kPanelWidth <= value_width; column += kPanelWidth)
-            add_products<Rows, Isa::kVectors, Planes>(block, first, tiles, padded_keys, column,
-                                                      update);
+            add_products<Rows, Isa::kVectors, Planes>(block, first, tiles, column, update);
         if constexpr (Isa::kVectors > 1) {
             static_assert(kPanelWidth <= 4 * kChannelMultiple);
             constexpr int kPerMultiple = int(kChannelMultiple / Isa::kLanes);
             switch ((value_width - column) / kChannelMultiple) {
                 case 1:
                     add_products<Rows, min(Isa::kVectors, kPerMultiple), Planes>(
-                        block, first, tiles, padded_keys, column, update);
+                        block, first, tiles, column, update);
                     break;
                 case 2:
                     add_products<Rows, min(Isa::kVectors, 2 * kPerMultiple), Planes>(
-                        block, first, tiles, padded_keys, column, update);
+                        block, first, tiles, column, update);
                     break;
                 case 3:
                     add_products<Rows, min(Isa::kVectors, 3 * kPerMultiple), Planes>(
-                        block, first, tiles, padded_keys, column, update);
+                        block, first, tiles, column, update);
                     break;
             }
         }
@@ -503,7 +502,7 @@ struct Attention {
             }
         }
 
-        constexpr float kInfinity = __builtin_inff(), kLargestFloat = 3.4028235e38f;
+        constexpr float kInfinity = __builtin_inff();
         int64_t count = tiles.count * kTileKeys;
         Isa::Floats sums[Isa::kReduced];
         alignas(64) float in_block[kUpdateRows] = {}, before[kUpdateRows] = {};
@@ -536,14 +535,13 @@ struct Attention {
             s.maximum[first + r] = update.maximum[r];
         }
 
-        int64_t padded = stop - start;
         switch (p.recipe) {
             case SAGE_CPU_INT8_INT8:
-                return add_all_products<Rows, 1>(block, first, tiles, padded, update);
+                return add_all_products<Rows, 1>(block, first, tiles, update);
             case SAGE_CPU_INT8_INT16:
-                return add_all_products<Rows, 2>(block, first, tiles, padded, update);
+                return add_all_products<Rows, 2>(block, first, tiles, update);
             default:
-                return add_all_products<Rows, 0>(block, first, tiles, padded, update);
+                return add_all_products<Rows, 0>(block, first, tiles, update);
         }
     }
 
@@ -563,8 +561,11 @@ struct Attention {
             if (!dead) lse = s.maximum[r] + __builtin_log2f(s.total[r] / factor_of_p);
             // A sink in the running maximum would cost P its range; it joins here.
             if (p.sinks != nullptr) {
-                float sink = p.sinks[row.head] * kLog2E;
+                float sink = p.sinks[row.head];
                 bad |= !(sink < __builtin_inff());
+                if (sink > -__builtin_inff())  // finite stays finite
+                    sink = __builtin_fmaxf(__builtin_fminf(sink * kLog2E, kLargestFloat),
+                                           -kLargestFloat);
                 float larger = lse > sink ? lse : sink;
                 if (larger > -__builtin_inff() && !bad) {
                     float joined = larger + __builtin_log2f(__builtin_exp2f(lse - larger) +
@@ -601,7 +602,7 @@ struct Attention {
         for (int64_t index = needed.first / kBlockKeys; index * kBlockKeys < needed.last; index++) {
             int64_t start = index * kBlockKeys;
             int64_t stop = min(start + kBlockKeys, round_up(p.key_length, kTileKeys));
-            Block block = task.layout->block(const_cast<char*>(task.head), index, stop - start);
+            Block block = task.layout->block(const_cast<char*>(task.head), index);
             if (p.recipe != SAGE_CPU_FLOAT) find_row_terms(block, padded_rows);
             int64_t r = 0;
             for (; r + kGroupRows <= task.rows; r += kGroupRows)

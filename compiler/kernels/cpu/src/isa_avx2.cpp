@@ -5,6 +5,6 @@
 #include "register_tile_avx2.hpp"
 
 namespace sage_cpu {
-const Kernels kAvx2 = make_kernels();
+constinit const Kernels kAvx2 = make_kernels();
 }
 #endif

@@ -5,6 +5,6 @@
 #include "register_tile_avx512.hpp"
 
 namespace sage_cpu {
-const Kernels kAvx512Vnni = make_kernels();
+constinit const Kernels kAvx512Vnni = make_kernels();
 }
 #endif

@@ -3,5 +3,5 @@
 #include "kernels.hpp"
 
 namespace sage_cpu {
-const Kernels kPortable = make_kernels();
+constinit const Kernels kPortable = make_kernels();
 }

@@ -8,6 +8,7 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
+constexpr float kLargestFloat = 3.4028235e38f;
 
 // 2^r on [-1/2, 1/2] by the polynomial of least relative error (Remez), low powers first.
 // Largest relative errors: 7.5e-5, 2.6e-6, 1.9e-9; P in 8 bits resolves 2e-3, in 16 bits 8e-6.

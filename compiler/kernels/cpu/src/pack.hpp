@@ -243,7 +243,6 @@ inline void find_value_scales(Source& source, const Tokens& tokens, const Block&
 inline void pack_values(Source& source, const Tokens& tokens, const Block& block) {
     alignas(64) float inverse[kMaxHeadDim];
     find_value_scales(source, tokens, block, inverse);
-    int64_t padded_keys = tokens.tiles * kTileKeys;
     Isa::Floats limit = Isa::set(127.0f), lower_limit = Isa::set(-127.0f);
     for (int64_t t = 0; t < tokens.tiles; t++) {
         Rows rows = source.tile(t);
@@ -255,7 +254,7 @@ inline void pack_values(Source& source, const Tokens& tokens, const Block& block
             int64_t panel = c / kPanelWidth * kPanelWidth;
             int64_t columns = min(kPanelWidth, source.width - panel);
             char* place =
-                block.value_data + panel * padded_keys + t * kTileKeys * columns + (c - panel) * 4;
+                block.value_data + panel * block.keys + t * kTileKeys * columns + (c - panel) * 4;
             auto quantized = [&](int64_t key) SAGE_LAMBDA {
                 if ((reachable >> key & 1) == 0) return Isa::set(0);
                 Isa::Floats x = (Isa::load(rows[key] + c) - middle) * factor;
@@ -300,12 +299,11 @@ inline void pack_float_keys(Source& source, const Tokens& tokens, int64_t head_d
 
 inline void pack_float_values(Source& source, const Tokens& tokens, const Block& block) {
     float* data = reinterpret_cast<float*>(block.value_data);
-    int64_t padded_keys = tokens.tiles * kTileKeys;
     for (int64_t t = 0; t < tokens.tiles; t++) {
         Rows rows = source.tile(t);
         for (int64_t panel = 0; panel < source.width; panel += kPanelWidth) {
             int64_t columns = min(kPanelWidth, source.width - panel);
-            float* place = data + panel * padded_keys + t * kTileKeys * columns;
+            float* place = data + panel * block.keys + t * kTileKeys * columns;
             for (int64_t i = 0; i < kTileKeys; i++, place += columns) {
                 bool reachable = tokens.reachable[t] >> i & 1;
                 for (int64_t c = 0; c < columns; c += Isa::kLanes)
@@ -318,8 +316,11 @@ inline void pack_float_values(Source& source, const Tokens& tokens, const Block&
 
 inline void pack(const PackTask& task) {
     const sage_cpu_problem& p = *task.problem;
+    int64_t start = task.block * kBlockKeys;
+    Interval band = reachable_keys(p);
+    if (!task.everything && (band.first >= start + kBlockKeys || band.last <= start)) return;
     Tokens tokens = find_tokens(task);
-    Block block = task.layout->block(task.head, task.block, tokens.tiles * kTileKeys);
+    Block block = task.layout->block(task.head, task.block);
     alignas(64) float converted[kTileKeys * kMaxHeadDim];
     auto source = [&](const sage_cpu_tensor& tensor, int64_t channels) {
         return Source{tensor,   task, tokens, channels, round_up(channels, kChannelMultiple),

@@ -23,7 +23,7 @@ constexpr int64_t kChannelMultiple = 16;  // channels are padded to the longest 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kGroupRows = 6;  // query rows that share the loads of K and V
 constexpr int64_t kTaskRows = 96;  // query rows of one task at most; a multiple of kGroupRows
-constexpr int64_t kMaskRows = 32;  // query rows that share an entry of the mask map
+constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map
 constexpr int64_t kAlignment = 64;
 
 static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -44,7 +44,8 @@ struct Carver {
     }
 };
 
-// One block of packed keys and values. A short last block has room for whole tiles only.
+// One block of packed keys and values. Its places depend on the capacity alone, not on how many
+// keys it holds so far; the last block has room for whole tiles only.
 //
 //   K: per tile, panels of the instruction set's width: [head_dim / 4][keys of the panel][4] bytes
 //   V: panels of columns: [keys / 4][columns of the panel][4] bytes, the keys of a tile in the
@@ -63,6 +64,7 @@ struct Block {
     float* key_scale;     // (keys)
     char* key_data;
     char* value_data;
+    int64_t keys;  // that there is room for
 };
 
 // The layout of one head's packed keys and values; the same for every instruction set.
@@ -70,8 +72,9 @@ struct PackedLayout {
     int64_t head_dim, value_head_dim;  // value_head_dim padded
     int64_t padded_head_dim;
     int64_t element_bytes;
+    int64_t capacity;     // keys
     int64_t block_bytes;  // of a full block
-    int64_t head_bytes;   // of all blocks for the capacity
+    int64_t head_bytes;   // of all blocks
 
     SAGE_INLINE static PackedLayout of(const sage_cpu_problem& p) {
         PackedLayout layout;
@@ -80,6 +83,7 @@ struct PackedLayout {
         layout.value_head_dim = round_up(p.value_head_dim, kChannelMultiple);
         layout.element_bytes = p.recipe == SAGE_CPU_FLOAT ? sizeof(float) : 1;
         int64_t capacity = p.kv_capacity == 0 ? p.key_length : p.kv_capacity;
+        layout.capacity = capacity;
         layout.block_bytes = layout.measure(kBlockKeys);
         int64_t rest = round_up(capacity % kBlockKeys, kTileKeys);
         layout.head_bytes =
@@ -87,10 +91,9 @@ struct PackedLayout {
         return layout;
     }
 
-    // The block in which token first_key is the first and that holds `keys` (whole tiles).
-    SAGE_INLINE Block block(char* head, int64_t index, int64_t keys) const {
+    SAGE_INLINE Block block(char* head, int64_t index) const {
         Carver carver{head + index * block_bytes};
-        return carve(carver, keys);
+        return carve(carver, round_up(min(kBlockKeys, capacity - index * kBlockKeys), kTileKeys));
     }
 
  private:
@@ -102,6 +105,7 @@ struct PackedLayout {
 
     SAGE_INLINE Block carve(Carver& carver, int64_t keys) const {
         Block block;
+        block.keys = keys;
         block.header = carver.take<BlockHeader>(1);
         block.key_mean = carver.take<float>(padded_head_dim);
         block.value_scale = carver.take<float>(value_head_dim);

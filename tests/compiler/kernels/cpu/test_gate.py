@@ -27,7 +27,7 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Gate]:
     """A table of our own, in which every instruction set gains; without AMX."""
     gates = dict.fromkeys(ISAS, LEAST)
     monkeypatch.setattr(gate, "GATES", gates)
-    monkeypatch.setattr(gate, "has_amx", lambda: False)
+    monkeypatch.setattr(gate, "has_amx", lambda dtype: False)
     return gates
 
 
@@ -54,7 +54,7 @@ def test_matrix_units_keep_half_precision(
 ) -> None:
     problem = replace(PROBLEM, dtype=dtype)
     assert registry.default(problem).recipe == "int8_int8"
-    monkeypatch.setattr(gate, "has_amx", lambda: True)
+    monkeypatch.setattr(gate, "has_amx", lambda dtype: dtype != torch.float32)
     found = registry.default(problem)
     assert found.recipe == ("int8_int8" if dtype == torch.float32 else "exact")
     if dtype == torch.bfloat16:
@@ -63,14 +63,25 @@ def test_matrix_units_keep_half_precision(
 
 
 def test_whether_there_are_matrix_units_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found in (True, False):
+    for name, dtype in (("amx_bf16", torch.bfloat16), ("amx_fp16", torch.float16)):
         gate.has_amx.cache_clear()
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: {"amx_tile": found})
-        assert gate.has_amx() is found
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        for other in (torch.float32, torch.bfloat16, torch.float16):
+            assert gate.has_amx(other) is (other == dtype)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # not an x86
     gate.has_amx.cache_clear()
-    assert gate.has_amx() is False
+    assert not gate.has_amx(torch.bfloat16)
     gate.has_amx.cache_clear()
+
+
+def test_one_thread_does_not_stand_in_for_many(
+    table: Mapping[str, Gate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel.need(), "has_threads", False)
+    for threads, recipe in ((1, "int8_int8"), (2, "exact")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert registry.default(PROBLEM).recipe == recipe
+    assert "torch_parallel_for" in registry.default(PROBLEM).reason
 
 
 def test_the_function_takes_it_where_it_gains(table: Mapping[str, Gate]) -> None:

@@ -651,3 +651,81 @@ def test_what_the_library_refuses_is_said(change: dict[str, Any], words: str) ->
     with pytest.raises(InvalidAttentionError) as error:
         attention(**given)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("sink", [FINFO_MIN, -1e38, torch.finfo(torch.float32).max, 1e38])
+@pytest.mark.parametrize("dead_rows", list(DeadRows))
+@pytest.mark.parametrize("hidden", [True, False], ids=["dead", "live"])
+def test_sinks_of_any_finite_size(sink: float, dead_rows: DeadRows, hidden: bool) -> None:
+    call = make_call(5, 70, head_dim=32)
+    mask = torch.zeros(1, 1, 1, 70, dtype=torch.bool) if hidden else None
+    sinks = torch.full((call.query.shape[1],), sink)
+    call = replace(call, attn_mask=mask, sinks=sinks, semantics=Semantics(dead_rows=dead_rows))
+    output, lse = run(call)
+    expected, expected_lse = reference.attention(
+        call.query,
+        call.key,
+        call.value,
+        RECIPES["int8_int8"],
+        call.semantics,
+        attn_mask=mask,
+        sinks=sinks,
+    )
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("side", [2**40, 2**62, 2**63 - 1])
+def test_windows_beyond_any_length(side: int) -> None:
+    call = make_call(50, 90, head_dim=32)
+    for sides in ((0, side), (side, 0), (side, side)):
+        bounded = tuple(min(each, 200) for each in sides)
+        wide = replace(call, semantics=Semantics(MaskClass.WINDOW, *sides))
+        same = replace(call, semantics=Semantics(MaskClass.WINDOW, *bounded))
+        assert_same(wide, same)
+        recipe = RECIPES["int8_int8"]
+        for one, other in zip(
+            reference.attention(wide.query, wide.key, wide.value, recipe, wide.semantics),
+            reference.attention(same.query, same.key, same.value, recipe, same.semantics),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+        for each in (wide, same):
+            assert torch.equal(through_operator(each), through_operator(same))
+
+
+@every_isa
+def test_a_scale_of_zero_is_an_average(isa_name: str) -> None:
+    call = make_call(5, 70, head_dim=32)
+    call = replace(call, key=call.key * 1e34, semantics=Semantics(scale=0.0))
+    output, lse = run(call, isa=number_of(isa_name))
+    expected, expected_lse = dense(replace(call, key=torch.zeros_like(call.key)))
+    check(output, expected, call.value, "int8_int8")
+    check_lse(lse, expected_lse, "int8_int8")
+
+
+def test_a_quarter_of_a_million_keys() -> None:
+    call = make_call(3, 1 << 18, head_dim=16, batch=1)
+    call = replace(call, semantics=Semantics(MaskClass.CAUSAL_BOTTOM_RIGHT))
+    output, lse = run(call)
+    expected, expected_lse = dense(call)
+    check(output, expected, call.value, "int8_int8")
+    check_lse(lse, expected_lse, "int8_int8")
+
+
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (24, 24), (16, 96), (256, 256)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_workspace_is_little_more_than_keys_and_values(
+    head_dims: tuple[int, int], masked: bool
+) -> None:
+    length, head_dim, value_head_dim = 4096, *head_dims
+    found = kernel.need()
+    sizes = (1, 8, 8, length, length, head_dim, value_head_dim, 0)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool) if masked else None
+    problem = kernel.pack_problem(
+        found.isa, "int8_int8", torch.float32, sizes, Semantics(), attn_mask=mask
+    )
+    one, nine = (found.workspace_size(problem, workers) for workers in (1, 9))
+    per_worker = (nine - one) // 8
+    assert per_worker < 400_000
+    assert one - per_worker <= 1.3 * 8 * length * (head_dim + value_head_dim)
