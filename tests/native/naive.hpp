@@ -243,7 +243,11 @@ class Naive {
         if (p_.recipe == SAGE_CPU_INT8_INT8) half_step = 0.5 / 255, relative = 1e-3;
         if (p_.recipe == SAGE_CPU_INT8_INT16) half_step = 0.5 / 65535, relative = 1e-4;
         double sink_weight = sink == -INFINITY ? 0 : std::exp(sink - origin);
-        double sum = sink_weight, sum_error = sink_weight * 16 * kUnit, greatest_error = 0;
+        // The difference of two logarithms of this size, each rounded.
+        double sink_error = sink_weight == 0
+                                ? 0
+                                : 16 * kUnit + 4 * round_trip(std::fabs(sink) + std::fabs(maximum));
+        double sum = sink_weight, sum_error = sink_weight * sink_error, greatest_error = 0;
         for (Score& s : scores) {
             double block = block_maximum[s.key / kBlock];
             s.weight = std::exp(s.score - origin);
@@ -281,7 +285,7 @@ class Naive {
                 range = std::max(range, std::fabs(v - output[d]));
             }
             if (sink_weight > 0) {
-                shift += sink_weight * 16 * kUnit * std::fabs(output[d]);
+                shift += sink_weight * sink_error * std::fabs(output[d]);
                 range = std::max(range, std::fabs(output[d]));
             }
             double moved_by = moved < 1 ? shift / sum / (1 - moved) : INFINITY;

@@ -568,10 +568,10 @@ struct Attention {
                                            -kLargestFloat);
                 float larger = lse > sink ? lse : sink;
                 if (larger > -__builtin_inff() && !bad) {
-                    float joined = larger + __builtin_log2f(__builtin_exp2f(lse - larger) +
-                                                            __builtin_exp2f(sink - larger));
-                    share *= __builtin_exp2f(lse - joined);
-                    lse = joined;
+                    float keys = __builtin_exp2f(lse - larger);
+                    float all = keys + __builtin_exp2f(sink - larger);
+                    share *= keys / all;
+                    lse = larger + __builtin_log2f(all);
                 }
             }
             if (p.lse != nullptr)
