@@ -13,7 +13,7 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     # The first block is the one line that the page opens with; it has no model.
     tour = [code for language, code in blocks if language == "python"][1:]
-    assert len(tour) == 3
+    assert len(tour) == 4
     script = tmp_path / "tour.py"
     script.write_text("\n".join(tour))
     done = subprocess.run(
@@ -24,6 +24,7 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     assert done.stdout.startswith(shown)
     assert "2 rewritten; []" in done.stdout
     assert "sage.attention.default" in done.stdout
+    assert "PackedKV(123 of 4096 tokens" in done.stdout
     assert (tmp_path / "report.json").is_file()
 
 

@@ -8,7 +8,6 @@ namespace sage_cpu {
 namespace {
 
 // --- instruction sets
-// -----------------------------------------------------------------------------
 
 struct IsaEntry {
     const char* name;
@@ -117,7 +116,6 @@ const Kernels* kernels_for(int32_t isa) {
 }
 
 // --- checks
-// ---------------------------------------------------------------------------------------
 
 constexpr int64_t kMaxLength = int64_t(1) << 40;  // of a dim
 constexpr float kSmallestSoftcap = 0x1p-126f;     // its inverse is finite
@@ -194,7 +192,6 @@ bool fits(const void* memory, int64_t bytes, int64_t needed) {
 }
 
 // --- calls
-// ----------------------------------------------------------------------------------------
 
 int64_t packed_bytes(const sage_cpu_problem& p) {
     return PackedLayout::of(p).head_bytes * p.batch * p.kv_heads;

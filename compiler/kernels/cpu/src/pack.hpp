@@ -103,7 +103,7 @@ struct Source {
     }
 };
 
-// --- quantized -----------------------------------------------------------------------------------
+// --- quantized
 
 constexpr int64_t kPanelWidth = Isa::kVectors * Isa::kLanes;  // keys, or columns of V
 
@@ -276,7 +276,6 @@ inline void pack_values(Source& source, const Tokens& tokens, const Block& block
 }
 
 // --- without quantization: the same places, floats, groups of one
-// ----------------------------------
 
 inline void pack_float_keys(Source& source, const Tokens& tokens, int64_t head_dim,
                             const Block& block) {

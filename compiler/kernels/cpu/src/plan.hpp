@@ -185,7 +185,7 @@ struct MaskMap {
     }
 };
 
-// --- tasks ---------------------------------------------------------------------------------------
+// --- tasks
 
 struct ScanTask {
     const sage_cpu_problem* problem;
