@@ -219,35 +219,20 @@ struct Attention {
         return tiles;
     }
 
-    // What is done to the scores of one tile while they are in registers.
-    template <int Rows>
-    struct Changes {
-        uint64_t visible[Rows];    // the keys that each row sees, a bit each
-        const float* bias[Rows];   // what each row adds
-        uint32_t nan_lanes[Rows];  // found then
-    };
-    enum class Change { kNone, kHide, kFinish };
-
     // Scores of one tile into s.scores at `column`; the largest of each row's lanes into `largest`.
-    template <int Rows, Change change>
+    // With Hide, only of the keys that each row's bits of `visible` show.
+    template <int Rows, bool Hide>
     void score_tile(const Block& block, int64_t first, int64_t tile, int64_t column,
-                    Changes<Rows>& changes, Isa::Floats* largest) {
+                    const uint64_t* visible, Isa::Floats* largest) {
         for (int64_t panel = 0; panel < kTileKeys; panel += kPanelWidth) {
             int64_t key = tile * kTileKeys + panel;
             const char* data =
                 block.key_data + key * head_dim * (p.recipe == SAGE_CPU_FLOAT ? 4 : 1);
             float* scores = s.scores + column + panel;
             auto keep = [&](int r, int v, Isa::Floats x) SAGE_LAMBDA {
-                int64_t lane = panel + v * Isa::kLanes;
-                if constexpr (change == Change::kFinish) {
-                    x = Isa::fma(x, Isa::set(s.query_scale[first + r]),
-                                 Isa::set(s.row_term[first + r]));
-                    x = x + Isa::load(changes.bias[r] + lane);
-                }
-                if constexpr (change != Change::kNone)
-                    x = Isa::select(uint32_t(changes.visible[r] >> lane), x,
+                if constexpr (Hide)
+                    x = Isa::select(uint32_t(visible[r] >> (panel + v * Isa::kLanes)), x,
                                     Isa::set(-__builtin_inff()));
-                if constexpr (change == Change::kFinish) changes.nan_lanes[r] |= Isa::unordered(x);
                 Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, x);
                 largest[r] = Isa::max(largest[r], x);
             };
@@ -285,17 +270,16 @@ struct Attention {
         return visible & mask_bits(row.mask, p.mask.stride[3], key, count);
     }
 
-    // What a float mask adds to a tile of a row's scores.
+    // What a float mask adds to a tile of a row's scores; null for nothing.
     const float* bias_of(const Row& row, int64_t key, float* buffer) const {
-        alignas(64) static constexpr float kNothing[kTileKeys] = {};
         if (row.states == nullptr || p.mask_dtype == SAGE_CPU_BOOL ||
             row.states[key / kTileKeys] != kMaskMixed)
-            return kNothing;
+            return nullptr;
         return mask_bias(row.mask, p, key, min(kTileKeys, p.key_length - key), buffer);
     }
 
-    // As Change::kFinish, in a pass of its own: with softcap, or where keys are not finite. Returns
-    // the largest of each lane.
+    // Finish a row's scores of one tile where plain ones do not do: softcap, bias, and a look for
+    // NaN. Returns the largest of each lane.
     Isa::Floats finish_scores(Row& row, int64_t r, int64_t key, float* scores, bool check) {
         alignas(64) float buffer[kTileKeys];
         uint64_t visible = visible_bits(row, key);
@@ -310,7 +294,7 @@ struct Attention {
                 x = Isa::fma(x, scale, term);
                 if (scoring.softcap != 0.0f)
                     x = tanh(x * Isa::set(1.0f / scoring.softcap)) * Isa::set(scoring.softcap);
-                x = x + Isa::load(bias + i);
+                if (bias != nullptr) x = x + Isa::load(bias + i);
             }
             if (visible != ~uint64_t(0)) x = Isa::select(uint32_t(visible >> i), x, hidden);
             nan_lanes |= Isa::unordered(x);
@@ -318,32 +302,6 @@ struct Attention {
             Isa::store(scores + i, x);
         }
         return nan_lanes == 0 ? largest : without_nan(row, scores);
-    }
-
-    // Finished scores of one tile.
-    template <int Rows>
-    void finish_tile(const Block& block, int64_t first, int64_t tile, int64_t column, int64_t key,
-                     bool apart, bool check, Changes<Rows>& changes, Isa::Floats* largest) {
-        alignas(64) float buffers[Rows][kTileKeys];
-        Isa::Floats of_tile[Rows];
-        for (int r = 0; r < Rows; r++) of_tile[r] = Isa::set(-__builtin_inff());
-        if (apart) {
-            score_tile<Rows, Change::kNone>(block, first, tile, column, changes, of_tile);
-            for (int r = 0; r < Rows; r++)
-                of_tile[r] = finish_scores(s.rows[first + r], first + r, key,
-                                           s.scores + r * kBlockKeys + column, check);
-        } else {
-            for (int r = 0; r < Rows; r++) {
-                changes.visible[r] = visible_bits(s.rows[first + r], key);
-                changes.bias[r] = bias_of(s.rows[first + r], key, buffers[r]);
-                changes.nan_lanes[r] = 0;
-            }
-            score_tile<Rows, Change::kFinish>(block, first, tile, column, changes, of_tile);
-            for (int r = 0; r < Rows; r++)
-                if (changes.nan_lanes[r] != 0)
-                    of_tile[r] = without_nan(s.rows[first + r], s.scores + r * kBlockKeys + column);
-        }
-        for (int r = 0; r < Rows; r++) largest[r] = Isa::max(largest[r], of_tile[r]);
     }
 
     // The row remembers that it yields NaN, and arithmetic goes on without.
@@ -525,18 +483,22 @@ struct Attention {
         static_assert(Rows <= Isa::kReduced && Isa::kReduced <= kUpdateRows);
         Isa::Floats largest[Isa::kReduced];
         for (int r = 0; r < Isa::kReduced; r++) largest[r] = Isa::set(-__builtin_inff());
-        Changes<Rows> changes;
-        bool apart = check || scoring.softcap != 0.0f;
+        uint64_t visible[Rows];
         for (int64_t t = 0; t < tiles.count; t++) {
             int64_t tile = tiles.index[t], column = t * kTileKeys, key = start + tile * kTileKeys;
-            if (!apart && !scoring.finished && !tiles.masked[t]) {
-                score_tile<Rows, Change::kNone>(block, first, tile, column, changes, largest);
-            } else if (!apart && !scoring.finished) {
+            if (scoring.finished || check) {
+                Isa::Floats unfinished[Rows];
+                for (int r = 0; r < Rows; r++) unfinished[r] = largest[r];
+                score_tile<Rows, false>(block, first, tile, column, nullptr, unfinished);
                 for (int r = 0; r < Rows; r++)
-                    changes.visible[r] = visible_bits(s.rows[first + r], key);
-                score_tile<Rows, Change::kHide>(block, first, tile, column, changes, largest);
+                    largest[r] = Isa::max(largest[r],
+                                          finish_scores(s.rows[first + r], first + r, key,
+                                                        s.scores + r * kBlockKeys + column, check));
+            } else if (tiles.masked[t]) {
+                for (int r = 0; r < Rows; r++) visible[r] = visible_bits(s.rows[first + r], key);
+                score_tile<Rows, true>(block, first, tile, column, visible, largest);
             } else {
-                finish_tile<Rows>(block, first, tile, column, key, apart, check, changes, largest);
+                score_tile<Rows, false>(block, first, tile, column, nullptr, largest);
             }
         }
 
