@@ -15,12 +15,12 @@ static double seconds(void) {
 
 /* The instruction on registers 0 to 13 (r: "x", "y" or "z"), register 15 as both inputs. */
 #define ON(op, r, i) op " %%" r "mm15, %%" r "mm15, %%" r "mm" #i "\n"
-#define ON_ALL(op, r)                                                                          \
-    ON(op, r, 0)                                                                               \
-    ON(op, r, 1)                                                                               \
-    ON(op, r, 2)                                                                               \
-    ON(op, r, 3) ON(op, r, 4) ON(op, r, 5) ON(op, r, 6) ON(op, r, 7) ON(op, r, 8) ON(op, r, 9) \
-        ON(op, r, 10) ON(op, r, 11) ON(op, r, 12) ON(op, r, 13)
+// clang-format off
+#define ON_ALL(op, r)                                                                 \
+    ON(op, r, 0) ON(op, r, 1) ON(op, r, 2) ON(op, r, 3) ON(op, r, 4) ON(op, r, 5)      \
+    ON(op, r, 6) ON(op, r, 7) ON(op, r, 8) ON(op, r, 9) ON(op, r, 10) ON(op, r, 11)    \
+    ON(op, r, 12) ON(op, r, 13)
+// clang-format on
 
 #define MEASURE(name, op, r, operations)                                                           \
     do {                                                                                           \
