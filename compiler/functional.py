@@ -59,7 +59,10 @@ def attention(
         InvalidOptionError: an unknown precision.
     """
     check_precision(precision)
-    _check_types(query, key, value, is_causal, scale)
+    # Only what is wrong is looked at closely: short calls are as short as their overhead.
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    if not (tensors and isinstance(is_causal, bool) and (scale is None or type(scale) is float)):
+        _check_types(query, key, value, is_causal, scale)
     if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
         raise InvalidAttentionError(
             f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dims; all "
@@ -74,8 +77,11 @@ def attention(
     unbatched = query.dim() == 3
     if unbatched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    mask_class, left, right = parse_band(is_causal, causal, window)
-    cu_q, cu_k = _both_sides(cu_seqlens)
+    if window is None and causal == "top_left":
+        mask_class, left, right = ("causal" if is_causal else "none"), UNBOUNDED, UNBOUNDED
+    else:
+        mask_class, left, right = parse_band(is_causal, causal, window)
+    cu_q, cu_k = (None, None) if cu_seqlens is None else _both_sides(cu_seqlens)
     arguments = (
         query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
         left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
