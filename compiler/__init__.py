@@ -10,6 +10,7 @@ from sage_compiler.errors import (
 from sage_compiler.explain import explain
 from sage_compiler.functional import attention
 from sage_compiler.packed_kv import PackedKV
+from sage_compiler.prepare import prepare
 from sage_compiler.report import Report
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "attention",
     "explain",
     "last_report",
+    "prepare",
 ]

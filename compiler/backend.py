@@ -135,8 +135,8 @@ def _too_small(products: int, fewest: int, kernel: Kernel) -> str:
 
 
 def _problem(site: AttentionSite) -> Problem:
-    output, value = tensor_of(site.node), tensor_of(site.value)
-    assert output is not None and value is not None
+    output = tensor_of(site.node)
+    assert output is not None
     heads, kv_heads = site.q_shape[1], site.kv_shape[1]
     return Problem(
         device_type=output.device.type,
@@ -146,7 +146,7 @@ def _problem(site: AttentionSite) -> Problem:
         heads=heads if isinstance(heads, int) else 0,
         kv_heads=kv_heads if isinstance(kv_heads, int) else 0,
         mask_class=site.semantics.mask_class,
-        has_mask=site.mask.node is not None,
+        has_mask=site.mask.value is not None,
     )
 
 

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from sage_compiler.backend import transform
 from sage_compiler.config import parse_options
 from sage_compiler.errors import SageError
+from sage_compiler.passes.identity import layer_of_module, name_code
 from sage_compiler.report import Report
 
 
@@ -52,6 +53,7 @@ def explain(
 
     # Dynamo caches by code object, and this one is the same in every call of explain.
     call.__code__ = call.__code__.replace(co_name=f"explain_{id(report)}")
+    name_code(call.__code__, layer_of_module(model))  # as if it were the model's own
     try:
         torch.compile(call, backend=look)()
     except BackendCompilerFailed as error:

@@ -27,6 +27,8 @@ class Site:
 
     Attributes:
         layer: qualified module name and ordinal, ``encoder.layer.0.attention.self#0``.
+        fingerprint: heads, key/value heads, head_dims and mask class, ``q12 kv4 d64 dv64 causal``;
+            "" when unknown.
         form: how it was written, e.g. ``sdpa``.
         q_shape: (B, H, Lq, D), symbolic sizes by name; () when unknown.
         kv_shape: (B, Hkv, Lk, Dv).
@@ -38,6 +40,7 @@ class Site:
     """
 
     layer: str
+    fingerprint: str
     form: str
     q_shape: Shape
     kv_shape: Shape
@@ -137,6 +140,7 @@ def describe(gm: fx.GraphModule, outcome: Outcome) -> Report:
         sites.append(
             Site(
                 layer=finding.layer,
+                fingerprint=finding.fingerprint,
                 form=finding.form,
                 q_shape=finding.q_shape,
                 kv_shape=finding.kv_shape,

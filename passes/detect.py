@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
+import torch
 from torch import SymFloat, SymInt, Tensor, fx
 from torch._ops import HigherOrderOperator
-from torch.fx.experimental.symbolic_shapes import guard_int, statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from sage_compiler.passes.masks import Analysis, ConstantFolder, describe, root_cause
+from sage_compiler.passes.chain import recognize_chain
+from sage_compiler.passes.encoder_layer import recognize_encoder_layer, recognize_native_attention
+from sage_compiler.passes.identity import LayerNames
+from sage_compiler.passes.masks import Term, TermKind, analyze
+from sage_compiler.passes.multi_head import recognize_multi_head_attention
 from sage_compiler.passes.normalize import (
-    LayerNames,
     argument,
     is_plain,
     may_mutate,
@@ -26,7 +30,8 @@ from sage_compiler.passes.normalize import (
     source_of,
     tensor_of,
 )
-from sage_compiler.passes.site import AttentionSite, Finding, Mask, Rejected, Shape
+from sage_compiler.passes.site import AttentionSite, Finding, Mask, Proof, Rejected, Shape
+from sage_compiler.passes.walk import Walk, constant_number, constant_size
 from sage_compiler.semantics import DTYPES, MaskClass, Semantics
 
 
@@ -35,10 +40,23 @@ class Context:
     """What recognizers share while one graph is searched."""
 
     names: LayerNames = field(default_factory=LayerNames)
-    folder: ConstantFolder = field(default_factory=ConstantFolder)
-    explicit: dict[fx.Node, Mask] = field(default_factory=dict)
+    walks: dict[fx.Graph, Walk] = field(default_factory=dict)
     pinned: bool = False  # inside a region where the user chose SDPA's backend
     transforms: int = 0  # how many of torch.func's transforms are open
+
+    def walk(self, node: fx.Node) -> Walk:
+        """What is known of the graph of ``node``."""
+        if node.graph not in self.walks:
+            self.walks[node.graph] = Walk(node.graph)
+        return self.walks[node.graph]
+
+    def reason(self) -> str | None:
+        """Why nothing is rewritten here, whatever it computes."""
+        if self.pinned:
+            return "inside sdpa_kernel(...): the user chose how attention is computed"
+        if self.transforms:
+            return "inside a transform of torch.func (vmap, grad, ...): no rule for the operator"
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +73,6 @@ class Recognizer:
     form: str
     operations: frozenset[str]
     recognize: Callable[[fx.Node, Context], Proof | str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """What a recognizer proved; ``detect`` adds the layer and the source.
-
-    ``output`` is the node whose value the operator replaces: for attention that is composed of
-    single operations another one than the node where recognition starts.
-    """
-
-    output: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    mask: Mask
-    semantics: Semantics
-    q_shape: Shape
-    kv_shape: Shape
 
 
 def detect(gm: fx.GraphModule) -> list[Finding]:
@@ -121,27 +121,16 @@ def _finding(node: fx.Node, form: str, result: Proof | str, context: Context) ->
     layer, source = context.names.next(node), source_of(node)
     if isinstance(result, str):
         return Rejected(node, layer, form, source, result, *_known_shapes(node))
-    return AttentionSite(
-        node=result.output,
-        layer=layer,
-        form=form,
-        source=source,
-        query=result.query,
-        key=result.key,
-        value=result.value,
-        mask=result.mask,
-        semantics=result.semantics,
-        q_shape=result.q_shape,
-        kv_shape=result.kv_shape,
-    )
+    proved = {each.name: getattr(result, each.name) for each in fields(result)}
+    return AttentionSite(**proved, layer=layer, form=form, source=source)
 
 
 def _known_shapes(node: fx.Node) -> tuple[Shape, Shape]:
     """Shapes of a kept call's query and value, for the report."""
     query, value = tensor_of(argument(node, 0, "query")), tensor_of(argument(node, 2, "value"))
     return (
-        () if query is None else shape_of(query.shape),
-        () if value is None else shape_of(value.shape),
+        () if query is None or not is_plain(query) else shape_of(query.shape),
+        () if value is None or not is_plain(value) else shape_of(value.shape),
     )
 
 
@@ -150,10 +139,9 @@ def _known_shapes(node: fx.Node) -> tuple[Shape, Shape]:
 
 def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
     """scaled_dot_product_attention in all spellings: F., torch.ops.aten, positional, keyword."""
-    if context.pinned:
-        return "inside sdpa_kernel(...): the user chose a backend of scaled_dot_product_attention"
-    if context.transforms:
-        return "inside a transform of torch.func (vmap, grad, ...): the operator has no rule for it"
+    reason = context.reason()
+    if reason is not None:
+        return reason
     inputs = _inputs(node, argument(node, 7, "enable_gqa", False) is True)
     if isinstance(inputs, str):
         return inputs
@@ -172,16 +160,22 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
         return f"dropout_p={dropout}: scaled_dot_product_attention drops whenever it is positive"
     if scale is not None and not math.isfinite(scale):
         return f"scale={scale} is not finite"
-    mask = _mask_argument(node, bool(is_causal), q_shape, kv_shape, context)
-    if isinstance(mask, str):
-        return mask
-    semantics = Semantics(
-        mask_class=mask.mask_class,
-        window_left=mask.window_left,
-        window_right=mask.window_right,
-        scale=None if scale is None else float(scale),
+    found = _mask_argument(node, bool(is_causal), context)
+    if isinstance(found, str):
+        return found
+    mask, semantics = found
+    if scale is not None:
+        semantics = replace(semantics, scale=float(scale))
+    return Proof(
+        output=node,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        semantics=semantics,
+        q_shape=q_shape,
+        kv_shape=kv_shape,
     )
-    return Proof(node, query, key, value, mask.mask, semantics, q_shape, kv_shape)
 
 
 def _inputs(
@@ -216,31 +210,21 @@ def _inputs(
 
 
 def _number(given: Any) -> Any:
-    """A scalar argument; computed from sizes that are constants by now, as a number."""
+    """A scalar argument; one that is computed from constants by now, as a number."""
     value = given.meta.get("example_value") if isinstance(given, fx.Node) else given
     if isinstance(value, (SymFloat, SymInt)):
-        return given if value.node.expr.free_symbols else float(value.node.expr)
+        number = constant_number(value)
+        return number if isinstance(number, float) else given
     return given
 
 
 def _sizes(tensor: Tensor) -> tuple[Any, ...]:
-    """(B, heads, length, head_dim); a 3-D tensor's first dim serves as heads.
-
-    Head counts and head_dim choose the kernel: where a model was traced with symbols for them,
-    they become constants of the compiled graph, which another model width compiles anew.
-    """
+    """(B, heads, length, head_dim); a 3-D tensor's first dim serves as heads."""
     if tensor.dim() == 3:
         batch, length, head_dim = tensor.shape
-        return 1, batch, length, _constant(head_dim)
+        return 1, batch, length, constant_size(head_dim)
     batch, heads, length, head_dim = tensor.shape
-    return batch, _constant(heads), length, _constant(head_dim)
-
-
-def _constant(size: int | SymInt) -> int | SymInt:
-    """The size as a number, guarded, unless it is only known at run time."""
-    if isinstance(size, int) or not size.node.has_hint():
-        return size
-    return guard_int(size)
+    return batch, constant_size(heads), length, constant_size(head_dim)
 
 
 def _disagreement(
@@ -270,14 +254,15 @@ def _disagreement(
 
 
 def _mask_argument(
-    node: fx.Node, is_causal: bool, q_shape: Shape, kv_shape: Shape, context: Context
-) -> Analysis | str:
+    node: fx.Node, is_causal: bool, context: Context
+) -> tuple[Mask, Semantics] | str:
+    """The mask of a call, and its class; or why it is not understood."""
     mask = argument(node, 3, "attn_mask")
     if mask is None:
         if is_causal:
             proof = "is_causal=True: top-left by definition"
-            return Analysis(Mask(None, "causal", proof), MaskClass.CAUSAL)
-        return Analysis(Mask(None, "none", "no mask is given"))
+            return Mask(None, "causal", proof), Semantics(MaskClass.CAUSAL)
+        return Mask(None, "none", "no mask is given"), Semantics()
     if is_causal:
         return "attn_mask together with is_causal: the backends of SDPA disagree on it"
     tensor = tensor_of(mask)
@@ -285,18 +270,20 @@ def _mask_argument(
         return "the mask's shape is not recorded in the graph"
     if not is_plain(tensor):
         return "the mask is nested, sparse or of a tensor subclass"
-    if tensor.dim() > len(q_shape) or (tensor.dim() == 4 and _rank(node) == 3):
+    if tensor.dim() > 4 or (tensor.dim() == 4 and _rank(node) == 3):
         return f"{tensor.dim()}-D mask for a {_rank(node)}-D query"
-    query_length, key_length = q_shape[2], kv_shape[2]
-    if isinstance(query_length, int) and isinstance(key_length, int):
-        found = context.folder.analyze(mask, query_length, key_length)
-        if found is not None:
-            return found
-    if mask not in context.explicit:  # the layers of a model share their mask
-        constant = context.folder.cone(mask) is not None
-        why = "constant, but no band of diagonals" if constant else root_cause(mask)
-        context.explicit[mask] = describe(mask, why)
-    return Analysis(context.explicit[mask])
+    kind = TermKind.VISIBLE if tensor.dtype == torch.bool else TermKind.ADDITIVE
+    query, value = (_known(argument(node, at, name)) for at, name in ((0, "query"), (2, "value")))
+    masks, whole = context.walk(node).masks, Term(mask, kind, reader=node)
+    found = analyze([whole], query.shape[-2], value.shape[-2], masks)
+    semantics = Semantics(found.mask_class, found.window_left, found.window_right)
+    if not found.terms:
+        return Mask(None, found.text, found.proof), semantics
+    left = found.terms[0]
+    simple = len(found.terms) == 1 and left.value is None and left.kind is kind
+    if not simple or masks.effects.changed(left.node, left.reader, node):
+        return Mask(mask, found.text, found.proof), Semantics()
+    return Mask(left.node, found.text, found.proof), semantics
 
 
 def _rank(node: fx.Node) -> int:
@@ -386,11 +373,18 @@ def _keep(reason: str) -> Callable[[fx.Node, Context], str]:
     return recognize
 
 
-def recognize_softmax(node: fx.Node, context: Context) -> str | None:
-    """A softmax outside SDPA: attention written out, or something else; kept either way."""
-    tensor = tensor_of(node)
-    shape = "" if tensor is None else f" over {shape_of(tensor.shape)}"
-    return f"a softmax{shape} written out; attention composed of single operations is not rewritten"
+def _proved_by(
+    prove: Callable[[fx.Node, Walk], Proof | str],
+) -> Callable[[fx.Node, Context], Proof | str]:
+    def recognize(node: fx.Node, context: Context) -> Proof | str:
+        return context.reason() or prove(node, context.walk(node))
+
+    return recognize
+
+
+def recognize_softmax(node: fx.Node, context: Context) -> Proof | str:
+    """Attention written out around a softmax, or why that softmax is something else."""
+    return context.reason() or recognize_chain(node, context.walk(node))
 
 
 def recognize_operator(node: fx.Node, context: Context) -> str:
@@ -418,16 +412,18 @@ RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
     ),
     Recognizer(
         "multi_head_attention_forward",
-        frozenset({"multi_head_attention_forward", "_native_multi_head_attention"}),
-        _keep("nn.MultiheadAttention is one opaque call in this graph"),
+        frozenset({"multi_head_attention_forward"}),
+        _proved_by(recognize_multi_head_attention),
     ),
     Recognizer(
-        "transformer encoder layer",
+        "multi-head attention, fast path",
+        frozenset({"_native_multi_head_attention"}),
+        _proved_by(recognize_native_attention),
+    ),
+    Recognizer(
+        "transformer encoder layer, fast path",
         frozenset({"_transformer_encoder_layer_fwd"}),
-        _keep(
-            "nn.TransformerEncoder's fast path is one opaque call; "
-            "torch.backends.mha.set_fastpath_enabled(False) opens it"
-        ),
+        _proved_by(recognize_encoder_layer),
     ),
     Recognizer(
         "flex_attention",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -17,8 +16,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sage_compiler.passes.site import Shape
 
-_ROOT: Final = re.compile(r"^[LG]\['[^']*'\]\.?")
-_INDEX: Final = re.compile(r"\[['\"]?([^\]'\"]+)['\"]?\]")
 _OWN: Final = frozenset({"torch", "_operator", "builtins", "math"})
 _FRAME: Final = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in ')
 
@@ -60,7 +57,12 @@ def tensor_of(node: object) -> Tensor | None:
 
 def shape_of(sizes: Iterable[int | SymInt]) -> Shape:
     """Sizes as numbers, symbolic ones as text."""
-    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+    return tuple(size if isinstance(size, int) else _symbol(size) for size in sizes)
+
+
+def _symbol(size: SymInt) -> int | str:
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(size)
 
 
 def argument(
@@ -81,30 +83,6 @@ def source_of(node: fx.Node) -> str:
             code = lines[number + 1].strip() if number + 1 < len(lines) else ""
             return f"{frame['file']}:{frame['line']}: {code}".removesuffix(": ")
     return ""
-
-
-def module_of(node: fx.Node) -> str:
-    """Qualified name of the innermost module a node was traced in; "" for the root."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(next(reversed(stack.values()))[0])
-    path = _ROOT.sub("", path).removeprefix("L__self__")
-    parts = _INDEX.sub(r".\1", path).split(".")
-    return ".".join(part for part in parts if part not in ("", "_modules"))
-
-
-class LayerNames:
-    """Hands out ``fqn#ordinal``: the ordinal counts attentions within one module."""
-
-    def __init__(self) -> None:
-        self._seen: Counter[str] = Counter()
-
-    def next(self, node: fx.Node) -> str:
-        module = module_of(node) or "(root)"
-        ordinal = self._seen[module]
-        self._seen[module] += 1
-        return f"{module}#{ordinal}"
 
 
 # --- aliasing -------------------------------------------------------------------------------
@@ -147,6 +125,19 @@ def may_mutate(node: fx.Node) -> bool:
     if getattr(target, "__module__", None) == "torch.nn.functional" and _takes_inplace(target):
         return node.kwargs.get("inplace") is not False
     return _is_foreign(target)
+
+
+def mutates_first_only(node: fx.Node) -> bool:
+    """Whether a mutating call is in-place arithmetic, which writes to its first argument alone."""
+    name = operation(node)
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False  # a list of tensors: all of them
+    if node.kwargs.get("out") is not None or _mutates_silently(node, name):
+        return False
+    if node.target in _IN_PLACE_OPERATORS:
+        return True
+    named = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    return named and (node.op == "call_method" or not _is_foreign(node.target))
 
 
 _HARMLESS_DUNDERS: Final = frozenset({"__index__", "__int__", "__invert__"})

@@ -14,14 +14,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
-from torch._prims_common import check_significant_strides
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sage_compiler.errors import InvalidAttentionError, RewriteError
 from sage_compiler.passes.masks import is_pure
 from sage_compiler.passes.normalize import tensor_of
 from sage_compiler.passes.site import AttentionSite
+from sage_compiler.passes.values import RESULT, Value, emit, nodes_of
 from sage_compiler.precision import EXACT
 from sage_compiler.semantics import UNBOUNDED
 
@@ -64,6 +65,9 @@ def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionS
         reason = _replace(graph, replacement, now, trial)
         if reason is not None:
             failures[replacement.site] = reason
+    for replacement in replacements:  # only now: a site may read what another one made superfluous
+        if replacement.site not in failures:
+            _erase(graph, replacement.site)
     try:
         graph.lint()
     except RuntimeError as error:
@@ -75,14 +79,18 @@ def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionS
 def _replace(
     graph: fx.Graph, replacement: Replacement, now: dict[fx.Node, fx.Node], trial: _Trial
 ) -> str | None:
-    """Insert the operator before the site's node and let it take its place; or say why not."""
+    """Insert the operator before the site's output and let it take its place; or say why not."""
     site = replacement.site
-    old = site.node
-    inputs = [tensor_of(now.get(node, node)) for node in (site.query, site.key, site.value)]
+    old = site.output
     inserted: list[fx.Node] = []
     expected = tensor_of(old)
     assert expected is not None
-    casts = any(tensor is not None and tensor.dtype != expected.dtype for tensor in inputs)
+    casts = not site.without_autocast and any(
+        _value(now.get(node, node)).dtype != expected.dtype
+        for given in (site.query, site.key, site.value)
+        for node in nodes_of(given)
+        if tensor_of(node) is not None
+    )
     with graph.inserting_before(old):
 
         def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -95,7 +103,8 @@ def _replace(
 
         try:
             new = _call_operator(call, replacement, now)
-            if expected.dim() == 3:
+            new = _finish(call, site.result, new, now)
+            if expected.dim() == 3 and site.result is RESULT:
                 new = call(_aten.squeeze.dim, new, 0)
             if not _same_strides(_value(new), expected):
                 new = _lay_out(call, new, expected)
@@ -109,9 +118,6 @@ def _replace(
     new.meta = dict(old.meta)  # its example value too: just checked to be alike
     old.replace_all_uses_with(new)
     now[old] = new  # a later site may read this one
-    sources = old.all_input_nodes
-    graph.erase_node(old)
-    _erase_unused(graph, sources)
     return None
 
 
@@ -119,23 +125,38 @@ def _replace(
 _INHERITED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
+def _finish(call: Any, result: Value, made: fx.Node, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """What a site does with the operator's output."""
+
+    def replace(part: Any) -> Any:
+        return made if part is RESULT else now.get(part, part)
+
+    final: fx.Node = emit(result, replace, call)
+    return final
+
+
 def _call_operator(call: Any, replacement: Replacement, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
     site = replacement.site
     semantics = site.semantics
-    query, key, value = (now.get(node, node) for node in (site.query, site.key, site.value))
+
+    done: dict[int, fx.Node] = {}  # what query, key and value share is computed once
+
+    def build(value: Value | None) -> Any:
+        return emit(value, lambda node: now.get(node, node), call, done)
+
+    query, key, value = (build(each) for each in (site.query, site.key, site.value))
     if _value(query).dim() == 3:
         query, key, value = (call(_aten.unsqueeze.default, node, 0) for node in (query, key, value))
     query, key, value = _share_batch(call, query, key, value)
-    mask = site.mask.node
     # In the order of the operator's schema; trailing defaults are left out.
     arguments: list[tuple[Any, Any]] = [
-        (None if mask is None else now.get(mask, mask), None),
+        (build(site.mask.value), None),
         (str(semantics.mask_class), "none"),
         (semantics.scale, None),
         (replacement.recipe, EXACT),
         (str(semantics.dead_rows), "zero"),
         (semantics.softcap, None),
-        (None, None),  # sinks
+        (build(site.sinks), None),
         (semantics.window_left, UNBOUNDED),
         (semantics.window_right, UNBOUNDED),
         (None, None),  # cu_seqlens_q
@@ -147,8 +168,21 @@ def _call_operator(call: Any, replacement: Replacement, now: Mapping[fx.Node, fx
     while arguments and arguments[-1][0] == arguments[-1][1]:
         arguments.pop()
     given = [value for value, _ in arguments]
-    new: fx.Node = call(torch.ops.sage.attention.default, query, key, value, *given)
+    operator = torch.ops.sage.attention.default
+    if not site.without_autocast:
+        new: fx.Node = call(operator, query, key, value, *given)
+        return new
+    with _outside_autocast(call, _value(query).device.type):
+        new = call(operator, query, key, value, *given)
     return new
+
+
+@contextlib.contextmanager
+def _outside_autocast(call: Any, device_type: str) -> Iterator[None]:
+    """Nodes that switch autocast off and on again, as Dynamo writes them."""
+    entered = call(_enter_autocast, device_type, None, False, None)
+    yield
+    call(_exit_autocast, entered)
 
 
 def _share_batch(
@@ -212,6 +246,8 @@ class _Trial:
         key = _description((target, args, kwargs, output, casts))
         if key is not None and key in self._results:
             return self._results[key]
+        if target in (_enter_autocast, _exit_autocast):
+            return None  # modes: what is tried between them runs outside autocast anyway
         with _tracing(output, casts):
             result = target(*args, **kwargs)
         if key is not None:
@@ -253,7 +289,13 @@ def _tracing(output: Tensor, casts: bool) -> Iterator[None]:
 
 
 def _same_strides(actual: Tensor, expected: Tensor) -> bool:
-    return bool(check_significant_strides(actual, expected, only_cuda=False)[0])
+    """Whether strides are provably the same where they matter: not in dims of size 1."""
+    return all(
+        _is_one(size) or statically_known_true(ours == theirs)
+        for size, ours, theirs in zip(
+            expected.shape, actual.stride(), expected.stride(), strict=True
+        )
+    )
 
 
 def _difference(actual: Tensor, expected: Tensor) -> str | None:
@@ -266,6 +308,23 @@ def _difference(actual: Tensor, expected: Tensor) -> str | None:
     if not _same_strides(actual, expected):
         return f"strides {actual.stride()}, expected {expected.stride()}"
     return None
+
+
+def _erase(graph: fx.Graph, site: AttentionSite) -> None:
+    """Erase what only the replaced attention used: its own nodes, mask arithmetic, repeats.
+
+    Its own nodes may change each other in place, which nobody sees; of the others, none with a
+    side effect is erased.
+    """
+    sources = list(site.output.all_input_nodes)
+    graph.erase_node(site.output)
+    position = {node: at for at, node in enumerate(site.interior)}
+    for node in sorted(site.interior, key=position.__getitem__, reverse=True):
+        _erase_unused(graph, list(node.users))
+        sources += node.all_input_nodes
+        if not node.users and not node._erased:
+            graph.erase_node(node)
+    _erase_unused(graph, sources)
 
 
 def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:

@@ -40,6 +40,7 @@ def test_attributes(report: Report) -> None:
     site = report.rewritten[0]
     assert site == Site(
         layer="layers.0#0",
+        fingerprint="q2 kv2 d8 dv8 causal",
         form="sdpa",
         q_shape=(1, 2, 6, 8),
         kv_shape=(1, 2, 6, 8),
@@ -53,7 +54,7 @@ def test_attributes(report: Report) -> None:
     )
     assert Path(__file__).name in site.source and "is_causal=True" in site.source
     kept = report.kept[0]
-    assert kept.recipe == "" and "dropout_p=0.5" in kept.reason
+    assert kept.recipe == kept.fingerprint == "" and "dropout_p=0.5" in kept.reason
     assert "dropout_p=0.5" in kept.source
 
 
@@ -84,6 +85,7 @@ def test_json(report: Report, tmp_path: Path) -> None:
     data = json.loads((tmp_path / "report.json").read_text())
     assert (data["version"], data["graphs"], data["rewritten"], data["kept"]) == (1, 1, 2, 1)
     assert data["sites"][0]["layer"] == "layers.0#0"
+    assert data["sites"][0]["fingerprint"] == "q2 kv2 d8 dv8 causal"
     assert data["sites"][0]["q_shape"] == [1, 2, 6, 8]
     assert data == json.loads(json.dumps(report.to_dict()))
 

@@ -20,7 +20,7 @@ VOCABULARY: Final = ("errors", "precision", "semantics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "ops", "functional")
 RUNTIME: Final = (*VOCABULARY, *OPERATOR, "packed_kv")
 DECISION: Final = (*VOCABULARY, "config", "passes", "policy", "report")
-ANYTHING: Final = (*RUNTIME, *DECISION, "fence", "backend", "explain", "cli", "")
+ANYTHING: Final = (*RUNTIME, *DECISION, "fence", "backend", "explain", "prepare", "cli", "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
 # subpackage with all its modules; "" is the package itself, sage_compiler/__init__.py.
@@ -42,6 +42,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "passes": VOCABULARY,
     "policy": (*VOCABULARY, "passes"),
     "report": (*VOCABULARY, "passes"),
+    "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
     "backend": (*RUNTIME, *DECISION, "fence"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.testing._internal.two_tensor import TwoTensor
@@ -66,7 +66,7 @@ MASKS = {
     "float": (normal(B, H, L, L), "explicit additive (2, 4, 6, 6)"),
     "2-D": (normal(L, L) > 0, "explicit bool (6, 6)"),
     "3-D": (normal(H, L, L), "explicit additive (4, 6, 6)"),
-    "padding": (normal(B, 1, 1, L) > 0, "explicit bool (2, 1, 1, 6)"),
+    "padding": (normal(B, 1, 1, L) > 0, "explicit bool (2, 1, 1, 6) key padding"),
     "one per query": (normal(B, H, L, 1), "explicit additive (2, 4, 6, 1)"),
     "dead rows": (torch.zeros(L, L, dtype=torch.bool), "explicit bool (6, 6)"),
     "dead -inf": (torch.full((L, L), -torch.inf), "explicit additive (6, 6)"),
@@ -299,8 +299,8 @@ KEPT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     ),
     "infinite scale": (lambda q: sdpa(q, q, q, scale=torch.inf), (Q,), "scale=inf"),
     "head_dim 0": (lambda q: sdpa(q, q, q), (normal(B, H, L, 0),), "head_dim 0"),
-    "softmax": (lambda q: (q @ q.mT).softmax(-1) @ q, (Q,), "a softmax over (2, 4, 6, 6)"),
-    "F.softmax": (lambda q: F.softmax(q @ q.mT, -1) @ q, (Q,), "a softmax over (2, 4, 6, 6)"),
+    "softmax": (lambda q: q.softmax(-1) @ q.mT, (Q,), "the scores come from the input L_q_"),
+    "F.softmax": (lambda q: F.softmax(q @ q.mT, 1) @ q, (Q,), "other dims than the softmax"),
     "operator": (
         lambda q: torch.ops.sage.attention(q, q, q),
         (Q,),
@@ -433,25 +433,6 @@ def test_a_chosen_backend_is_respected(
     assert [site.reason.partition(":")[0] for site in report.kept] == [
         "inside sdpa_kernel(...)"
     ] * kept
-
-
-MHA = nn.MultiheadAttention(D, 2, batch_first=True).eval()
-ENCODER = nn.TransformerEncoder(
-    nn.TransformerEncoderLayer(D, 2, 16, dropout=0.0, batch_first=True), 2
-).eval()
-
-
-def test_multihead_attention_is_kept() -> None:
-    assert keeps(lambda x: MHA(x, x, x, need_weights=False)[0], normal(B, L, D)) == [
-        "nn.MultiheadAttention is one opaque call in this graph"
-    ]
-
-
-def test_the_encoders_fast_path_is_kept() -> None:
-    with torch.no_grad():
-        reasons = keeps(ENCODER, normal(B, L, D))
-    assert len(reasons) == 2
-    assert "set_fastpath_enabled(False)" in reasons[0]
 
 
 # --- what is no attention -------------------------------------------------------------------

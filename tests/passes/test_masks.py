@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from sage_compiler.kernels.masking import visible_band
-from sage_compiler.passes import masks
-from sage_compiler.passes.masks import Analysis, classify
+from sage_compiler.passes import bands, folding, terms
+from sage_compiler.passes.bands import Window, express
+from sage_compiler.passes.constants import Constant, read
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.capture import rewritten
 from tests.passes.checks import Compiled, check, normal, same, sdpa
@@ -145,11 +146,11 @@ def test_causal_bias_class() -> None:
 def test_one_analysis_serves_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def counted(*args: Any) -> Analysis | None:
+    def counted(*args: Any) -> Constant | None:
         seen.append(args)
-        return classify(*args)
+        return read(*args)
 
-    monkeypatch.setattr(masks, "classify", counted)
+    monkeypatch.setattr(terms, "read", counted)
 
     def attend(q: Tensor) -> Tensor:
         mask = ones().tril()
@@ -169,7 +170,7 @@ def test_a_mask_that_others_use_is_still_folded() -> None:
 
     first, second = check(attend, Q, ones(1, L)).rewritten
     assert first.mask == "causal"
-    assert second.mask == "explicit bool (6, 6)"
+    assert second.mask == "causal and explicit bool (1, 6) key padding"
 
 
 # --- what must stay explicit ----------------------------------------------------------------
@@ -204,7 +205,7 @@ NO_BAND: dict[str, Callable[[], Tensor]] = {
 def test_constants_that_are_no_band(name: str) -> None:
     text, proof = mask_of(NO_BAND[name])
     assert text.startswith("explicit ")
-    assert proof == "constant, but no band of diagonals"
+    assert proof.startswith(("constant, but no band of diagonals", "constant: equals the band "))
 
 
 UNKNOWN: dict[str, Callable[[], Tensor]] = {
@@ -288,7 +289,7 @@ def test_a_closure_is_an_input() -> None:
 def test_lengths_that_vary_are_named_as_the_reason() -> None:
     def model(q: Tensor) -> Tensor:
         position = torch.arange(q.shape[2])
-        return sdpa(q, q, q, position[:, None] >= position)
+        return sdpa(q, q, q, position[:, None] * position >= position)
 
     _, report = rewritten(model, Q, dynamic=True, precision="exact")
     (site,) = report.rewritten
@@ -303,9 +304,11 @@ def test_numpy_masks_are_not_folded() -> None:
 def test_a_mask_from_shapes_of_an_input_is_folded_but_from_its_values_not() -> None:
     assert mask_of(lambda: ones(L, Q.shape[2]).tril())[0] == "causal"
     (site,) = check(
-        lambda q: sdpa(q, q, q, torch.ones_like(q[0, 0, :, :L], dtype=torch.bool).tril()), Q
+        lambda q: sdpa(q, q, q, torch.ones_like(q[0, 0, :, :L]).tril().bool()), Q
     ).rewritten
-    assert site.mask.startswith("explicit ")
+    assert site.mask == "causal"
+    (site,) = check(lambda q: sdpa(q, q, q, (q == q)[0, 0, :, :L].tril()), Q).rewritten
+    assert site.mask.startswith("causal and explicit ")
 
 
 # --- constants that change ------------------------------------------------------------------
@@ -364,14 +367,25 @@ CHANGES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+# What a change that is understood leaves, where it is a band.
+CHANGED = {
+    "and": "window (0, 0)",
+    "copy": "none",
+    "aten": "none",
+    "init": "none",
+    "diagonal": "window (unbounded, 1)",
+}
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_constant_that_is_changed_stays_explicit(name: str) -> None:
+def test_a_constant_that_is_changed_is_what_it_became_or_stays_explicit(name: str) -> None:
     def mask() -> Tensor:
         made = ones().tril()
         CHANGES[name](made)
         return made
 
-    assert mask_of(mask)[0].startswith("explicit ")
+    text, _ = mask_of(mask)
+    assert text == CHANGED[name] if name in CHANGED else text.startswith("explicit ")
 
 
 FLOAT_CHANGES: dict[str, Callable[[Tensor], Any]] = {
@@ -389,23 +403,27 @@ FLOAT_CHANGES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("name", FLOAT_CHANGES)
-def test_an_additive_constant_that_is_changed_stays_explicit(name: str) -> None:
+def test_an_additive_constant_that_is_changed_is_what_it_became_or_stays_explicit(
+    name: str,
+) -> None:
     def mask() -> Tensor:
         made = torch.zeros(L, L).masked_fill(ones().triu(1), -INF)
         FLOAT_CHANGES[name](made)
         return made
 
-    assert mask_of(mask)[0].startswith("explicit ")
+    text, _ = mask_of(mask)
+    assert text == "none" if name == "nan_to_num" else text.startswith("explicit ")
 
 
-def test_a_constant_changed_after_its_use_stays_explicit() -> None:
+def test_a_constant_changed_between_its_uses_is_read_twice() -> None:
     def attend(q: Tensor) -> Tensor:
         mask = ones().tril()
         first = sdpa(q, q, q, mask)
         mask[0] = True
         return first + sdpa(q, q, q, mask)
 
-    assert {site.mask for site in check(attend, Q).rewritten} == {"explicit bool (6, 6)"}
+    first, second = check(attend, Q).rewritten
+    assert (first.mask, second.mask) == ("causal", "explicit bool (6, 6)")
 
 
 def test_a_constant_changed_in_a_body_stays_explicit() -> None:
@@ -425,10 +443,14 @@ def test_a_constant_changed_in_a_body_stays_explicit() -> None:
 
 
 def test_a_large_constant_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "FOLD_LIMIT", L * L)
-    assert mask_of(lambda: ones().tril())[0] == "causal"
-    monkeypatch.setattr(masks, "FOLD_LIMIT", L * L - 1)
-    assert mask_of(lambda: ones().tril())[0] == "explicit bool (6, 6)"
+    def mask() -> Tensor:
+        return torch.eye(L).cumsum(0) > 0
+
+    monkeypatch.setattr(folding, "FOLD_LIMIT", L * L)
+    assert mask_of(mask)[0] == "causal"
+    monkeypatch.setattr(folding, "FOLD_LIMIT", L * L - 1)
+    assert mask_of(mask)[0] == "explicit bool (6, 6)"
+    assert mask_of(lambda: ones().tril())[0] == "causal"  # proved without its values
 
 
 def test_a_mask_with_a_gradient_stays_explicit() -> None:
@@ -440,7 +462,7 @@ def test_a_mask_with_a_gradient_stays_explicit() -> None:
     assert all(site.mask.startswith("explicit ") for site in report.rewritten)
 
 
-def test_symbolic_lengths_stay_explicit_and_right() -> None:
+def test_symbolic_lengths_are_proved_and_right() -> None:
     def attend(q: Tensor) -> Tensor:
         length = q.shape[2]
         return sdpa(q, q, q, torch.ones(length, length, dtype=torch.bool).tril())
@@ -450,8 +472,7 @@ def test_symbolic_lengths_stay_explicit_and_right() -> None:
     compiled = Compiled(attend)
     same(compiled(first), attend(first))
     (site,) = compiled.report.rewritten
-    assert site.mask.startswith("explicit bool")
-    assert "vary" in site.proof
+    assert site.mask == "causal"
     for length in (2, 5, 17):
         q = normal(2, 4, length, 8)
         same(compiled(q), attend(q))
@@ -487,9 +508,9 @@ def test_folding_ignores_the_modes_around_it() -> None:
 def test_a_value_of_another_dtype_than_traced_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run = masks._run
-    monkeypatch.setattr(masks, "_run", lambda node, values: run(node, values).to(torch.uint8))
-    assert mask_of(lambda: ones())[0] == "explicit bool (6, 6)"
+    run = folding.run
+    monkeypatch.setattr(folding, "run", lambda node, values: run(node, values).to(torch.uint8))
+    assert mask_of(lambda: torch.eye(L) > 0)[0] == "explicit bool (6, 6)"
 
 
 def test_constants_of_another_device_are_evaluated_on_the_cpu() -> None:
@@ -505,29 +526,39 @@ def test_constants_of_another_device_are_evaluated_on_the_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_lowest_is_that_of_the_mask(dtype: torch.dtype) -> None:
     lowest = torch.full((L, L), torch.finfo(dtype).min, dtype=dtype).triu(1)
-    found = classify(lowest, L, L, "here")
+    found = window_of(lowest)
     assert found is not None and found.mask_class is MaskClass.CAUSAL
-    assert classify(lowest / 2, L, L, "here") is None
+    assert window_of(lowest / torch.finfo(dtype).min * -1e4) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
 def test_integers_are_no_mask(dtype: torch.dtype) -> None:
-    assert classify(torch.zeros(L, L, dtype=dtype), L, L, "here") is None
+    assert read(torch.zeros(L, L, dtype=dtype), L, L) is None
 
 
 def test_an_empty_batch_proves_nothing() -> None:
-    assert classify(torch.ones(0, 1, L, L, dtype=torch.bool), L, L, "here") is None
+    assert window_of(torch.ones(0, 1, L, L, dtype=torch.bool)) is None
 
 
 # --- every band, and noise ------------------------------------------------------------------
 
 
-def dense(found: Analysis, query_length: int, key_length: int) -> Tensor:
-    """The mask that an analysis stands for, as the kernels read it."""
+def window_of(mask: Tensor) -> Window | None:
+    """The window that a mask of known values is, if it is one."""
+    sizes = mask.shape[-2:]
+    found = read(mask, *sizes)
+    if found is None or found.band is None or not found.is_boolean:
+        return None
+    window, said = express([found.band], *sizes)
+    return window if said else None
+
+
+def dense(found: Window, query_length: int, key_length: int) -> Tensor:
+    """The mask that a window stands for, as the kernels read it."""
     semantics = Semantics(
         mask_class=found.mask_class,
-        window_left=found.window_left,
-        window_right=found.window_right,
+        window_left=found.left,
+        window_right=found.right,
     )
     band = semantics.band(query_length, key_length)
     if band is None:
@@ -558,11 +589,9 @@ def test_a_classified_mask_is_the_mask(mask: Tensor, form: str, lead: bool) -> N
         given_mask = torch.zeros(mask.shape).masked_fill(~mask, hidden)
     if lead:
         given_mask = given_mask.expand(2, 3, *mask.shape)
-    found = classify(given_mask, *mask.shape, "here")
+    found = window_of(given_mask)
     if found is not None:
         assert torch.equal(dense(found, *mask.shape), mask)
-        assert found.mask.node is None
-        assert form != "lowest" or bool(mask.any(-1).all())
 
 
 @settings(max_examples=100)
@@ -582,7 +611,7 @@ def test_every_window_is_recognized(
     band = semantics.band(query_length, key_length)
     assert band is not None
     mask = visible_band(band, query_length, 0, key_length, torch.device("cpu"))
-    found = classify(mask, query_length, key_length, "here")
+    found = window_of(mask)
     if bool(mask.any(-1).all()):
         assert found is not None
     if found is not None:
@@ -590,12 +619,13 @@ def test_every_window_is_recognized(
 
 
 def test_a_wrong_band_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    analysis = masks._band
+    sides = bands._sides
 
-    def shifted(low: int, high: int, *rest: Any) -> Analysis | None:
-        return analysis(low, high + 1, *rest)
+    def shifted(band: bands.Band, offset: int) -> tuple[int, int] | None:
+        found = sides(band, offset)
+        return None if found is None else (found[0], found[1] + 1)
 
-    monkeypatch.setattr(masks, "_band", shifted)
+    monkeypatch.setattr(bands, "_sides", shifted)
     mask = ones().tril()
-    found = classify(mask, L, L, "here")
+    found = window_of(mask)
     assert found is not None and not torch.equal(dense(found, L, L), mask)

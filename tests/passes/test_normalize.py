@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sage_compiler.passes.normalize import (
-    LayerNames,
     argument,
     is_plain,
     may_alias,
     may_mutate,
-    module_of,
     operation,
     source_of,
 )
@@ -93,84 +91,7 @@ def test_arguments_by_position_and_by_name() -> None:
     assert argument(node, 5, "is_causal", False) is False
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("L['self']", ""),
-        ("L['self'].encoder.layer[3].attention", "encoder.layer.3.attention"),
-        ("L['self']._modules['encoder']._modules['0'].attn", "encoder.0.attn"),
-        ("L['self'].blocks['a b']", "blocks.a b"),
-        ("G['model'].layers.0", "layers.0"),
-        ("L['self']._modules['0']", "0"),
-        ("layers.0.attn", "layers.0.attn"),
-        ("", ""),
-    ],
-)
-def test_module_names(path: str, name: str) -> None:
-    node = call("add")
-    node.meta["nn_module_stack"] = {"outer": ("L['self']", nn.Module), "inner": (path, nn.Module)}
-    assert module_of(node) == name
-
-
-def test_ordinals_count_within_one_module() -> None:
-    names = LayerNames()
-    first, second, root = call("add"), call("add"), call("add")
-    first.meta["nn_module_stack"] = {"1": ("L['self'].a", nn.Module)}
-    second.meta["nn_module_stack"] = {"1": ("L['self'].b", nn.Module)}
-    found = [names.next(node) for node in (first, second, first, root, root)]
-    assert found == ["a#0", "b#0", "a#1", "(root)#0", "(root)#1"]
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.project(x)
-        return sdpa(sdpa(x, x, x), x, x)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Attention(), Attention()])
-        self.named = nn.ModuleDict({"cross": Attention()})
-        self.tail = nn.Sequential(nn.Identity(), Attention())
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        x = self.tail(self.named["cross"](x))
-        return sdpa(x, x, x)
-
-
-LAYERS = [
-    f"{module}#{ordinal}"
-    for module in ("blocks.0", "blocks.1", "named.cross", "tail.1")
-    for ordinal in (0, 1)
-] + ["(root)#0"]
-
-MODEL = Model()
 X = normal(2, 4, 6, 8)
-
-
-def test_layers_of_a_module() -> None:
-    assert [site.layer for site in check(MODEL, X).rewritten] == LAYERS
-
-
-def test_layers_of_a_module_called_by_a_function() -> None:
-    assert [site.layer for site in check(lambda x: MODEL(x), X).rewritten] == LAYERS
-
-
-def test_layers_after_a_graph_break() -> None:
-    def broken(x: Tensor) -> Tensor:
-        x = MODEL.blocks[0](x)
-        torch._dynamo.graph_break()
-        return MODEL.tail(x)
-
-    layers = [site.layer for site in check(broken, X).rewritten]
-    assert layers == ["blocks.0#0", "blocks.0#1", "tail.1#0", "tail.1#1"]
 
 
 def test_source_is_the_innermost_frame() -> None:

@@ -131,7 +131,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[tuple[str, 
     "Llama, padded": (
         llama,
         {"input_ids": TOKENS, "attention_mask": LEFT_PADDED},
-        {("explicit bool", "4 over 2")},
+        {("causal and explicit bool", "4 over 2")},
         2,
     ),
     "Mistral": (
@@ -144,7 +144,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[tuple[str, 
     "CLIP": (
         clip,
         {"input_ids": TOKENS, "pixel_values": PIXELS, "attention_mask": RIGHT_PADDED},
-        {("none", "4"), ("explicit bool", "4")},
+        {("none", "4"), ("causal and explicit bool", "4")},
         4,
     ),
     "Whisper": (
@@ -164,7 +164,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], set[tuple[str, 
 
 def kind_of(mask: str) -> str:
     """A mask's text; without the shape of an explicit one, which PyTorch's version decides."""
-    return mask.partition(" (")[0] if mask.startswith("explicit") else mask
+    parts = [
+        part.partition(" (")[0] if part.startswith("explicit") else part
+        for part in mask.split(" and ")
+    ]
+    return " and ".join(parts)
 
 
 def accounts_for_every_attention(report: Report) -> None:
