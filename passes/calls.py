@@ -116,7 +116,7 @@ class Call:
     def number(self, given: object) -> Number | None:
         """A number of the call: known, or a symbol for a size."""
         if isinstance(given, fx.Node):
-            given = given.meta.get("example_value")
+            given = given.meta.get("example_value", given.meta.get("val"))
             if not isinstance(given, (int, SymInt)):
                 return None
         if isinstance(given, SymInt):

@@ -49,7 +49,9 @@ def is_held(elements: int) -> bool:
 
 def literal(node: object) -> int | bool | None:
     """The number in a node that is one for the whole graph: a size, or arithmetic on sizes."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, SymInt):
         expression = value.node.expr
         return int(expression) if expression.is_Integer else None

@@ -195,11 +195,15 @@ def _describe(explicit: Explicit) -> str:
 
 def _reason(explicit: Explicit, joint: Joint, context: MaskContext) -> str:
     """Why something stays explicit."""
-    constant = explicit.constant
+    constant, piece = explicit.constant, explicit.piece
     if constant is None:
-        return context.cause(explicit.term.node)
+        cause = context.cause(explicit.term.node)
+        bands = [each for each in piece.conjuncts or () if each.band is not None]
+        if bands and not any(each in joint.used for each in bands) and piece.fill > -math.inf:
+            cause += f"; its fill {piece.fill} is finite and a row may see no key"
+        return cause
     words = constant.words
-    if constant.band is not None and not explicit.piece.is_bias:
+    if constant.band is not None and not piece.is_bias:
         words = f"constant: {describe_band(constant.band, joint.query, joint.key)}"
         if constant.fill > -math.inf:
             return f"{words}, but its fill {constant.fill} is finite and a row may see no key"

@@ -268,6 +268,9 @@ def _is_maximum_of(other: Any, source: fx.Node, scores: Scores) -> bool:
     """Whether ``other`` is the maximum of each row of ``source``."""
     if not isinstance(other, fx.Node):
         return False
+    helpers: set[Any] = {other}
+    if operation(other) == "detach":
+        other = argument(other, 0, "input")
     maximum: Any = other
     if operation(other) in ("getitem", "getattr"):
         if other.args[1] not in (0, "values"):
@@ -282,7 +285,7 @@ def _is_maximum_of(other: Any, source: fx.Node, scores: Scores) -> bool:
     if argument(maximum, 0, "input") is not source or not isinstance(dim, int) or not kept:
         return False
     scores.maxima.append(scores.layout[dim % len(scores.layout)])
-    scores.helpers.extend({maximum, other})
+    scores.helpers.extend({*helpers, other, maximum})
     return True
 
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from sage_compiler.passes.axes import Layout, broadcast
 from sage_compiler.passes.masks import TermKind
-from sage_compiler.passes.normalize import argument, tensor_of
+from sage_compiler.passes.normalize import argument, operation, tensor_of
 from sage_compiler.passes.scores import (
     CASTS,
     PERMUTES,
@@ -124,9 +124,11 @@ def _zero(
     if tensor is None or len(weights.biases) != 1:
         return "weights are set to 0 by a mask that is not the one of the scores"
     (bias,) = weights.biases
-    same = bias.node is mask and bias.kind is kind
+    condition = _condition(mask, kind)
+    if bias.node is not mask and walk.effects.changes(condition[0]):
+        return "weights are set to 0 by a mask that changes in place"
     if (
-        not same
+        _condition(bias.node, bias.kind) != condition
         or bias.layout != broadcast(tensor.shape, weights.layout)
         or walk.effects.changed(mask, bias.reader, node)
     ):
@@ -134,6 +136,14 @@ def _zero(
     weights.biases[0] = replace(bias, fill=-math.inf)  # what is hidden weighs exactly nothing
     weights.dead_rows_are_zero = True
     return None
+
+
+def _condition(mask: Any, kind: TermKind) -> tuple[Any, bool]:
+    """What a bool mask is the negation of, if it is one, and whether that is true where hidden."""
+    hidden = kind is TermKind.HIDDEN
+    while operation(mask) in ("invert", "__invert__", "logical_not", "bitwise_not"):
+        mask, hidden = argument(mask, 0, "input"), not hidden
+    return mask, hidden
 
 
 WEIGHT_RULES: Final[tuple[WeightRule, ...]] = (

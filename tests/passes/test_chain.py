@@ -239,8 +239,16 @@ def test_dead_rows_that_become_zero() -> None:
     def fill(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
         return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1).masked_fill(hidden, 0.0) @ v
 
-    rewrites(number, *qkv(), mask)
-    rewrites(fill, *qkv(), mask)
+    def both(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        scores = torch.where(~hidden, q @ k.mT, -INF)
+        return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    def other(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~hidden, -INF).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    for function in (number, fill, both):
+        rewrites(function, *qkv(), mask)
+    assert "not the one of the scores" in keeps(other, *qkv(), mask)[0]
 
 
 def test_a_mask_expanded_to_the_scores() -> None:
@@ -307,7 +315,7 @@ def test_maxima_change_nothing() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT
         scores = scores - scores.amax(-1, keepdim=True)
-        scores = scores - torch.max(scores, -1, True)[0]
+        scores = scores - torch.max(scores, -1, True)[0].detach()
         return scores.softmax(-1) @ v
 
     rewrites(function, *qkv())
