@@ -31,6 +31,7 @@ from sage_compiler.passes.normalize import (
     tensor_of,
 )
 from sage_compiler.passes.site import AttentionSite, Finding, Mask, Proof, Rejected, Shape
+from sage_compiler.passes.values import RESULT, Apply, Value
 from sage_compiler.passes.walk import Walk, constant_number, constant_size
 from sage_compiler.semantics import DTYPES, MaskClass, Semantics
 
@@ -145,7 +146,7 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
     inputs = _inputs(node, argument(node, 7, "enable_gqa", False) is True)
     if isinstance(inputs, str):
         return inputs
-    query, key, value, q_shape, kv_shape = inputs
+    query, key, value, q_shape, kv_shape, outcome = inputs
     scalars = {
         "dropout_p": _number(argument(node, 4, "dropout_p", 0.0)),
         "is_causal": _number(argument(node, 5, "is_causal", False)),
@@ -175,13 +176,17 @@ def recognize_sdpa(node: fx.Node, context: Context) -> Proof | str | None:
         semantics=semantics,
         q_shape=q_shape,
         kv_shape=kv_shape,
+        result=outcome,
     )
 
 
 def _inputs(
     node: fx.Node, enable_gqa: bool
-) -> tuple[fx.Node, fx.Node, fx.Node, Shape, Shape] | str:
-    """Q, K, V and their 4-D shapes, repeats of K and V undone; or why they do not qualify."""
+) -> tuple[Value, Value, Value, Shape, Shape, Value] | str:
+    """Q, K, V, their 4-D shapes, and what follows the operator; or why they do not qualify.
+
+    Repeats of K and V are undone; more than one batch dim is folded into one.
+    """
     nodes = [argument(node, at, name) for at, name in enumerate(("query", "key", "value"))]
     tensors = [tensor_of(given) for given in nodes]
     output = tensor_of(node)
@@ -194,19 +199,35 @@ def _inputs(
         return f"{output.dtype}: the operator takes float32, bfloat16 and float16"
     if not (q.is_floating_point() and k.is_floating_point() and v.is_floating_point()):
         return f"query, key, value are {q.dtype}, {k.dtype}, {v.dtype}; floating point is needed"
-    if q.dim() not in (3, 4) or k.dim() != q.dim() or v.dim() != q.dim():
-        return f"{q.dim()}-D query, {k.dim()}-D key, {v.dim()}-D value; 3-D or 4-D is needed"
+    if q.dim() < 3 or k.dim() != q.dim() or v.dim() != q.dim():
+        return f"{q.dim()}-D query, {k.dim()}-D key, {v.dim()}-D value; 3-D or more is needed"
     if q.device != k.device or q.device != v.device:
         return f"query on {q.device}, key on {k.device}, value on {v.device}"
     query, key, value = nodes
-    if q.dim() == 4:
+    outcome: Value = RESULT
+    if q.dim() > 4:
+        if any(isinstance(size, SymInt) for size in (*q.shape, *k.shape, *v.shape)):
+            return f"{q.dim()}-D query, key and value with sizes that vary"
+        if not q.shape[:-3] == k.shape[:-3] == v.shape[:-3]:
+            return f"query has batch {tuple(q.shape[:-3])} and key {tuple(k.shape[:-3])}"
+        query, key, value = (_folded(each) for each in nodes)
+        outcome = Apply(torch.ops.aten.reshape.default, (RESULT, list(output.shape)))
+    elif q.dim() == 4:
         key, value = _undo_repeats(node, key, value)
         k, v = _known(key), _known(value)
     q_sizes, k_sizes, v_sizes = _sizes(q), _sizes(k), _sizes(v)
-    reason = _disagreement(q_sizes, k_sizes, v_sizes, enable_gqa or k is not tensors[1])
+    undone = key is not nodes[1] and q.dim() == 4
+    reason = _disagreement(q_sizes, k_sizes, v_sizes, enable_gqa or undone)
     if reason is not None:
         return reason
-    return query, key, value, shape_of(q_sizes), shape_of(v_sizes)
+    return query, key, value, shape_of(q_sizes), shape_of(v_sizes), outcome
+
+
+def _folded(node: fx.Node) -> Value:
+    """A tensor of more than four dims with its batch dims in one."""
+    shape = _known(node).shape
+    folded = [math.prod(shape[:-3]), *shape[-3:]]
+    return Apply(torch.ops.aten.reshape.default, (node, folded))
 
 
 def _number(given: Any) -> Any:
@@ -220,11 +241,10 @@ def _number(given: Any) -> Any:
 
 def _sizes(tensor: Tensor) -> tuple[Any, ...]:
     """(B, heads, length, head_dim); a 3-D tensor's first dim serves as heads."""
-    if tensor.dim() == 3:
-        batch, length, head_dim = tensor.shape
-        return 1, batch, length, constant_size(head_dim)
-    batch, heads, length, head_dim = tensor.shape
-    return batch, constant_size(heads), length, constant_size(head_dim)
+    *batch, heads, length, head_dim = tensor.shape
+    if not batch:
+        return 1, heads, length, constant_size(head_dim)
+    return math.prod(batch), constant_size(heads), length, constant_size(head_dim)
 
 
 def _disagreement(
@@ -270,7 +290,7 @@ def _mask_argument(
         return "the mask's shape is not recorded in the graph"
     if not is_plain(tensor):
         return "the mask is nested, sparse or of a tensor subclass"
-    if tensor.dim() > 4 or (tensor.dim() == 4 and _rank(node) == 3):
+    if tensor.dim() > 4 or (tensor.dim() == 4 and _rank(node) != 4):
         return f"{tensor.dim()}-D mask for a {_rank(node)}-D query"
     kind = TermKind.VISIBLE if tensor.dtype == torch.bool else TermKind.ADDITIVE
     query, value = (_known(argument(node, at, name)) for at, name in ((0, "query"), (2, "value")))

@@ -33,6 +33,8 @@ _aten = torch.ops.aten
 _MARGIN: Final = 4
 # Any score added to this leaves it unchanged.
 _ABSORBING: Final = -1e30
+# Beside a number of that magnitude, scores in float16 do not overflow.
+_SMALL: Final = 1e3
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -182,19 +184,17 @@ class Joint:
 
     def is_live(self) -> bool:
         """Whether every row provably has a key whose score is not -inf in the end."""
+        left = [piece for piece in self.pieces if not self.is_said(piece)]
+        if not _stays_finite(left):
+            return False
         bands = [each.band for each in self.used if each.band is not None]
         planes: list[Tensor] = []
-        low = 0
-        for piece in self.pieces:
-            if self.is_said(piece):
-                continue
-            if not piece.is_bias and piece.fill > -math.inf:
-                low += 1  # a low score; two of them added may overflow, and float16 may at once
-                mixed = piece.constant is not None and piece.constant.is_mixed
-                if mixed or low > 1 or _dtype(piece.leaf.node) == torch.float16:
+        for piece in left:
+            values = piece.constant
+            if _is_low(piece):
+                if values is not None and values.is_mixed:
                     return False
                 continue
-            values = piece.constant
             if piece.conjuncts is None and values is None:
                 return False
             for each in piece.conjuncts or ():
@@ -206,8 +206,6 @@ class Joint:
                     return False
             if values is not None and values.visible is not None:
                 planes.append(values.visible)
-            if piece.bound == math.inf:
-                return False
         if not planes:
             return keeps_rows_alive(bands, self.query, self.key)
         return _has_live_rows(bands, planes, self.query, self.key)
@@ -227,17 +225,31 @@ def _effective_fills(owned: Sequence[tuple[Term, Piece]]) -> dict[Piece, float]:
     return fills
 
 
+def _is_low(piece: Piece) -> bool:
+    """Whether a mask hides by a number that is low but finite."""
+    return not piece.is_bias and piece.fill > -math.inf
+
+
+def _stays_finite(pieces: Sequence[Piece]) -> bool:
+    """Whether no sum of finite numbers overflows to -inf: scores count as small."""
+    half = any(
+        (_is_low(piece) or piece.bound > _SMALL) and _dtype(piece.leaf.node) == torch.float16
+        for piece in pieces
+    )
+    lows = sum(_is_low(piece) for piece in pieces)
+    return not half and lows <= 1 and sum(piece.bound for piece in pieces) <= -_ABSORBING
+
+
 def _has_live_rows(bands: list[Band], planes: list[Tensor], query: Size, key: Size) -> bool:
     if not (isinstance(query, int) and isinstance(key, int)):
         return False
     with real_tensors():
-        diagonal = torch.arange(key) - torch.arange(query).unsqueeze(1)
         visible = torch.ones(query, key, dtype=torch.bool)
         for band in bands:
             if band.low is not None:
-                visible = visible & (diagonal >= band.low)
+                visible.triu_(int(band.low))
             if band.high is not None:
-                visible = visible & (diagonal <= band.high)
+                visible.tril_(int(band.high))
         for plane in planes:
             visible = visible & plane
         return bool(visible.any(-1).all())

@@ -275,12 +275,29 @@ def test_repeats_of_what_changes_are_not_undone(name: str, when: str) -> None:
     assert found(attend, Q, K2).heads == "4"
 
 
+def test_several_batch_dims() -> None:
+    q, k = normal(2, 3, H, L, D), normal(2, 3, H, L + 1, D, seed=1)
+    for mask in (None, normal(L, L + 1), normal(H, 1, L + 1)):
+        report = check(lambda q, k, m: sdpa(q, k, k, m), q, k, mask)
+        assert report.rewritten[0].q_shape == (6, H, L, D)
+    assert check(lambda q: sdpa(q, q, q, is_causal=True), q).rewritten
+
+
 # --- what is kept, and why ------------------------------------------------------------------
 
 KEPT: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "dropout": (lambda q: sdpa(q, q, q, dropout_p=0.5), (Q,), "dropout_p=0.5"),
     "float64": (lambda q: sdpa(q, q, q), (Q.double(),), "torch.float64"),
-    "5-D": (lambda q: sdpa(q, q, q), (normal(2, B, H, L, D),), "5-D query"),
+    "5-D batches": (
+        lambda q, k: sdpa(q, k, k),
+        (normal(2, B, H, L, D), normal(1, B, H, L, D)),
+        "query has batch",
+    ),
+    "5-D mask": (
+        lambda q, m: sdpa(q, q, q, m),
+        (normal(2, B, H, L, D), normal(B, 1, L, L)),
+        "4-D mask for a 5-D query",
+    ),
     "2-D": (lambda q: sdpa(q, q, q), (normal(L, D),), "2-D query"),
     "ranks": (lambda q, k: sdpa(q, k, k), (Q, normal(H, L, D)), "4-D query, 3-D key"),
     "more ranks": (lambda q, k: sdpa(q, k, k), (normal(H, L, D), Q), "3-D query, 4-D key"),

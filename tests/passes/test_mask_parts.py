@@ -435,6 +435,17 @@ LIVE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], bool]] = {
         (),
         False,
     ),
+    "low numbers and a large bias": (
+        lambda s: (low(LOWEST, 0), torch.where(ones().tril(-1), 1.0, -3e38)),
+        (),
+        False,
+    ),
+    "low numbers in half": (lambda s: low(-65504.0, 0).half(), (), False),
+    "large numbers": (
+        lambda s: (torch.full((L, L), -3e38) + s.new_zeros(L), torch.full((L, L), -3e38)),
+        (),
+        False,
+    ),
     "low numbers twice": (lambda s: (low(LOWEST, 0), low(LOWEST, 0) * 1), (), False),
 }
 
