@@ -82,7 +82,7 @@ def assemble(facts: Facts, interior: tuple[fx.Node, ...], walk: Walk) -> Proof:
         sources(facts.value, facts.output, facts.output, walk),
     )
     if not all(found):
-        raise Unproved("query or key is changed in place before the product with the values")
+        raise Unproved("query or key may change in place before the product with the values")
     heads = _heads(facts, query, key, found)
     dims = (
         (heads.batch, heads.heads, heads.query, heads.channel),
@@ -154,7 +154,7 @@ def _heads(facts: Facts, query: Operand, key: Operand, found: tuple[list[Source]
     positions = {*key_axes, *query_axes}
     outer = [axis for axis in inside if axis not in positions]
     value_axes = axes_of(facts.value.layout)
-    if not positions.isdisjoint(value_axes) and not set(query_axes).isdisjoint(value_axes):
+    if not set(query_axes).isdisjoint(value_axes):
         raise Unproved("the values vary with the query position")
     shared = repeated(outer, found[1]) & repeated(outer, found[2])
     dims = [flat(dim) for dim in facts.weights.layout]
@@ -271,6 +271,8 @@ def _semantics(facts: Facts, analysis: Analysis, alive: bool) -> Semantics:
         raise Unproved(f"scale={factor} is not a finite number")
     if factor == 0:
         raise Unproved("the scores are scaled by 0")
+    # A finite mask may become -inf when it is scaled with the scores.
+    alive = alive and all(bias.factor <= 1 for bias in scores.biases)
     alive = alive or facts.weights.dead_rows_are_zero
     return Semantics(
         mask_class=analysis.mask_class,
@@ -294,6 +296,8 @@ def _masks(facts: Facts, heads: Heads, walk: Walk) -> Analysis:
         biases = [replace(bias, fill=-math.inf) for bias in biases]
     terms = [_term(bias, heads, walk) for bias in biases]
     query, key = product(heads.query), product(heads.key)
+    output = tensor_of(facts.output)
+    assert output is not None
     found = Analysis(
         terms=tuple(terms),
         text="explicit",
@@ -302,10 +306,12 @@ def _masks(facts: Facts, heads: Heads, walk: Walk) -> Analysis:
     if all(_can_be_analyzed(bias, heads) for bias in biases):
         analyzed = analyze(terms, query, key, walk.masks)
         # Which rows hide all keys by finite numbers must be seen from the explicit masks alone.
-        if analyzed.mask_class is MaskClass.NONE or not _finite_fills(analyzed):
+        # And what was added has a gradient in such rows, what is replaced has none.
+        replaces = any(bias.kind is not TermKind.ADDITIVE for bias in biases)
+        seen = analyzed.mask_class is MaskClass.NONE and (replaces or not output.requires_grad)
+        if seen or not _finite_fills(analyzed):
             found = analyzed
-    output, fill = tensor_of(facts.output), max(_finite_fills(found), default=-math.inf)
-    assert output is not None
+    fill = max(_finite_fills(found), default=-math.inf)
     mixed = fill > -math.inf and any(term.kind is TermKind.ADDITIVE for term in found.terms)
     if mixed and (fill > ABSORBING or output.requires_grad):
         raise Unproved(

@@ -15,7 +15,7 @@ from sage_compiler.passes.axes import Dim, Layout, flat
 from sage_compiler.passes.contraction import Contraction, contract
 from sage_compiler.passes.masks import is_pure
 from sage_compiler.passes.normalize import argument, may_mutate, operation, tensor_of
-from sage_compiler.passes.scores import Scores, add_bias, score_rule
+from sage_compiler.passes.scores import Scores, add_bias, narrows, score_rule
 from sage_compiler.passes.site import Proof
 from sage_compiler.passes.spelling import base_operation
 from sage_compiler.passes.walk import Walk
@@ -42,7 +42,7 @@ _METADATA: Final = frozenset(
     ]
 )
 # Of their second argument these read no numbers.
-_LIKE_OTHER: Final = frozenset(["expand_as", "reshape_as", "type_as", "view_as"])
+_LIKE_OTHER: Final = frozenset(["expand_as", "reshape_as", "to", "type_as", "view_as"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +186,7 @@ def _follow_scores(
         given, made = tensor_of(start.bias), tensor_of(node)
         if given is None or made is None or given.dtype.itemsize > made.dtype.itemsize:
             raise Unproved("autocast narrows a bias of the product, which may become infinite")
-        reason = add_bias(scores, start.bias, node, start.bias_factor)
+        reason = add_bias(scores, start.bias, node, start.bias_factor, walk)
         if reason is not None:
             raise Unproved(reason)
     for step in steps:
@@ -206,6 +206,11 @@ def _softmax_axes(softmax: fx.Node, scores: Scores) -> Dim:
     key = flat(scores.layout[dim % rank])
     if not key:
         raise Unproved("a softmax over a dim of size 1")
+    dtype = argument(softmax, 2, "dtype", argument(softmax, 3, "dtype"))
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        reason = narrows(scores, argument(softmax, 0, "input"), dtype)
+        if reason is not None:
+            raise Unproved(reason)
     if any(flat(each) != key for each in scores.maxima):
         raise Unproved("a maximum over other dims than the softmax is subtracted from the scores")
     if scores.sinks is not None and dim % rank != rank - 1:
@@ -236,7 +241,7 @@ def _follow_weights(
         rule = weight_rule(user)
         if rule is None:
             raise Unproved(f"the weights go into {_words(user)}, not into a product with values")
-        _check_writes(user, next(node for node in user.all_input_nodes if node in current))
+        _check_writes(user, _weights_argument(user, current))
         reason = rule.apply(weights, user, walk)
         if reason is not None:
             raise Unproved(reason)
@@ -245,6 +250,17 @@ def _follow_weights(
         if not in_place and len(users) > 1:
             raise Unproved(f"the weights are also used by {_words(users[-1])}")
         current = {*current, user} if in_place else {user}
+
+
+def _weights_argument(user: fx.Node, current: set[fx.Node]) -> fx.Node:
+    """The argument as which a node reads the weights: what it computes from, nothing else."""
+    candidates = [argument(user, 0, "input")]
+    if operation(user) == "where" and user.op == "call_function":
+        candidates = [argument(user, 1, "input"), argument(user, 2, "other")]
+    found = [part for part in candidates if isinstance(part, fx.Node) and part in current]
+    if len(found) != 1 or sum(node in current for node in user.all_input_nodes) != 1:
+        raise Unproved(f"the weights go into {_words(user)} in another place than its first")
+    return found[0]
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:

@@ -64,6 +64,8 @@ def _second(node: fx.Node) -> Any:
 
 
 def _baddbmm(node: fx.Node, known: fx.Node | None, layout: Layout) -> Contraction | str:
+    if not isinstance(argument(node, 0, "input"), fx.Node):
+        return "baddbmm with its arguments in an order that PyTorch has given up"
     found = _product(argument(node, 1, "batch1"), argument(node, 2, "batch2"), known, layout)
     alpha, beta = (scalar(node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
     if isinstance(found, str):

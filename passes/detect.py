@@ -415,6 +415,11 @@ def recognize_operator(node: fx.Node, context: Context) -> str:
 RECOGNIZERS: Final[tuple[Recognizer, ...]] = (
     Recognizer("sdpa", frozenset({"scaled_dot_product_attention"}), recognize_sdpa),
     Recognizer("softmax", frozenset({"softmax", "_softmax"}), recognize_softmax),
+    Recognizer(
+        "softmax of another kind",
+        frozenset({"gumbel_softmax", "log_softmax", "_log_softmax", "softmin"}),
+        _keep("not a plain softmax"),
+    ),
     Recognizer("sage::attention", frozenset({"sage::attention"}), recognize_operator),
     Recognizer(
         "sdpa kernel",

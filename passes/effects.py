@@ -25,6 +25,7 @@ class Effects:
         self._order = list(graph.nodes)
         self._position = {node: at for at, node in enumerate(self._order)}
         self._storages: dict[fx.Node, frozenset[int] | None] = {}
+        self._merged: dict[frozenset[int], list[int]] = {}
 
     def position(self, node: fx.Node) -> int:
         """Where a node stands in the graph, from 0."""
@@ -32,22 +33,26 @@ class Effects:
 
     def changed(self, node: fx.Node, start: fx.Node, end: fx.Node) -> bool:
         """Whether the value of ``node`` may be written from ``start`` on, before ``end``."""
-        first, last = self._position[start], self._position[end]
-        return any(first <= at < last for at in self._writes_to(node))
+        writes = self._writes_to(node)
+        next_write = bisect.bisect_left(writes, self._position[start])
+        return next_write < len(writes) and writes[next_write] < self._position[end]
 
     def latest(self, node: fx.Node, reader: fx.Node) -> fx.Node | None:
         """The last node before ``reader`` that may have written to the value of ``node``.
 
         None when the value is still what ``node`` made it.
         """
-        end, made = self._position[reader], self._position[node]
-        before = [at for at in self._writes_to(node) if made < at < end]
-        return self._order[before[-1]] if before else None
+        writes = self._writes_to(node)
+        count = bisect.bisect_left(writes, self._position[reader])
+        last = writes[count - 1] if count else -1
+        return self._order[last] if last > self._position[node] else None
 
     def written_before(self, node: fx.Node, reader: fx.Node) -> list[fx.Node]:
         """Every node before ``reader`` that may write to the value of ``node``, in order."""
-        end = self._position[reader]
-        return [self._order[at] for at in self._writes_to(node) if at < end]
+        writes = self._writes_to(node)
+        return [
+            self._order[at] for at in writes[: bisect.bisect_left(writes, self._position[reader])]
+        ]
 
     def changes(self, node: fx.Node) -> bool:
         """Whether anything in the graph may write to the value of ``node``."""
@@ -87,13 +92,11 @@ class Effects:
         storages = self._storages_of(node)
         if storages is _ANY:
             return self._places
-        known, unknown = self._writes
-        found = list(unknown)
-        for storage in storages:
-            for at in known.get(storage, ()):
-                if at not in found:
-                    bisect.insort(found, at)
-        return found
+        if storages not in self._merged:
+            known, unknown = self._writes
+            found = set(unknown).union(*(known.get(storage, ()) for storage in storages))
+            self._merged[storages] = sorted(found)
+        return self._merged[storages]
 
     def _written_by(self, mutator: fx.Node) -> frozenset[int] | None:
         if isinstance(mutator.target, OpOverload):

@@ -56,6 +56,8 @@ def sources(operand: Operand, reader: fx.Node, output: fx.Node, walk: Walk) -> l
         before = _before(last)
         if before is None or walk.effects.latest(last.node, last.reader) is not None:
             break
+        if walk.crosses_border(last.node, last.reader):
+            break  # made where gradients are off, or in another dtype
         node, layout = before
         found.append(Source(node, layout, last.node))
         if _widens(last.node):
@@ -79,6 +81,8 @@ def _before(after: Source) -> tuple[fx.Node, Layout] | None:
         return None
     if name == "getitem" and not is_inserting(node):
         return None
+    if tensor.dtype != made.dtype and name not in CASTS:
+        return None  # a view of the same bits as other numbers
     if name == "expand":
         return source, _unexpanded(layout, tensor)
     if name == "repeat_interleave":

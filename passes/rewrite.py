@@ -85,11 +85,11 @@ def _replace(
     inserted: list[fx.Node] = []
     expected = tensor_of(old)
     assert expected is not None
-    casts = not site.without_autocast and any(
+    # What is put together from single operations is cast by name.
+    casts = not site.interior and any(
         _value(now.get(node, node)).dtype != expected.dtype
         for given in (site.query, site.key, site.value)
         for node in nodes_of(given)
-        if tensor_of(node) is not None
     )
     with graph.inserting_before(old):
 

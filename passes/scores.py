@@ -98,6 +98,11 @@ class Scores:
     maxima: list[Dim] = field(default_factory=list)
     helpers: list[fx.Node] = field(default_factory=list)
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether these are a factor of Q K^T, or its softcap, and nothing else."""
+        return not (self.biases or self.shifted or self.maxima or self.sinks is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRule:
@@ -141,20 +146,20 @@ def _multiply(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str
         argument(node, 0, "input") is not source or node.kwargs.get("rounding_mode") is not None
     ):
         return "the scores are not simply divided by a number"
-    number = walk.number(other, node)
+    number = _number(scores, other, node, walk)
     if number is None:
         return _multiply_tensor(scores, node, other, divides)
     if isinstance(number, (SymInt, SymFloat)):
-        if scores.biases or scores.inner is not None:
+        if scores.biases or scores.sinks is not None or scores.inner is not None:
             return "scores and biases are scaled by a number that depends on sizes"
         scores.symbolic.append(1 / number if divides else number)
         return None
     if divides and number == 0:
         return "the scores are divided by 0"
-    return _scale(scores, 1 / number if divides else number)
+    return _scale(scores, 1 / number if divides else number, node)
 
 
-def _scale(scores: Scores, factor: float) -> str | None:
+def _scale(scores: Scores, factor: float, node: fx.Node) -> str | None:
     if not math.isfinite(factor):
         return f"the scores are scaled by {factor}"
     if scores.sinks is not None and factor != 1:
@@ -165,19 +170,36 @@ def _scale(scores: Scores, factor: float) -> str | None:
     scores.biases = [
         replace(bias, factor=bias.factor * factor)
         if bias.kind is TermKind.ADDITIVE
-        else replace(bias, fill=bias.fill * factor)
+        else replace(bias, fill=_in_range(bias.fill * factor, node))
         for bias in scores.biases
     ]
     return None
 
 
+def _number(
+    scores: Scores, given: Any, reader: fx.Node, walk: Walk
+) -> float | SymFloat | SymInt | None:
+    """A number, or a constant that holds one number and leaves the scores their shape."""
+    tensor = tensor_of(given)
+    if tensor is not None and isinstance(_layout_of(given, scores), str):
+        return None
+    return walk.number(given, reader)
+
+
+def _in_range(fill: float, node: fx.Node) -> float:
+    """A number as the dtype of a node holds it: below its range it is -inf."""
+    tensor = tensor_of(node)
+    assert tensor is not None
+    return fill if fill >= torch.finfo(tensor.dtype).min else -math.inf
+
+
 def _negate(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | None:
-    return _scale(scores, -1.0)
+    return _scale(scores, -1.0, node)
 
 
 def _multiply_tensor(scores: Scores, node: fx.Node, other: Any, divides: bool) -> str | None:
-    if scores.biases or scores.inner is not None or scores.sinks is not None:
-        return "biased or masked scores are multiplied by a tensor"
+    if not scores.is_bare or scores.inner is not None:
+        return "biased, shifted or masked scores are multiplied by a tensor"
     layout = _layout_of(other, scores)
     if isinstance(layout, str):
         return layout
@@ -185,11 +207,12 @@ def _multiply_tensor(scores: Scores, node: fx.Node, other: Any, divides: bool) -
     return None
 
 
-def unexpanded(node: Any) -> Any:
+def unexpanded(node: Any, reader: fx.Node, walk: Walk) -> Any:
     """A tensor before it was expanded, which broadcasting does as well."""
     while isinstance(node, fx.Node) and operation(node) in ("expand", "expand_as"):
         source = argument(node, 0, "input")
-        if tensor_of(source) is None or tensor_of(node) is None:
+        before, after = tensor_of(source), tensor_of(node)
+        if before is None or after is None or walk.crosses_border(node, reader):
             break
         node = source
     return node
@@ -202,6 +225,8 @@ def _layout_of(node: Any, scores: Scores) -> Layout | str:
         return "the shape of a tensor that meets the scores is not recorded in the graph"
     if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
         return f"a tensor of {tensor.dtype} meets the scores"
+    if tensor.dim() > len(scores.layout):
+        return "a tensor that meets the scores has more dims than they have"
     layout = broadcast(tensor.shape, scores.layout)
     return "a tensor that meets the scores is larger than they are" if layout is None else layout
 
@@ -210,8 +235,8 @@ def _layout_of(node: Any, scores: Scores) -> Layout | str:
 
 
 def _tanh(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | None:
-    if scores.biases or scores.shifted or scores.sinks is not None:
-        return "biased or masked scores go through tanh"
+    if not scores.is_bare:
+        return "biased, shifted or masked scores go through tanh"
     if scores.inner is not None:
         return "the scores go through tanh twice"
     scores.inner, scores.factor = scores.factor, 1.0
@@ -227,15 +252,15 @@ def _add(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | No
     alpha = node.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)) or (alpha != 1 and argument(node, 1, "other") is source):
         return "the scores are added with a factor"
-    if subtracts and _is_maximum_of(other, source, scores):
+    if subtracts and _subtrahend(node) is other and _is_maximum_of(other, source, scores):
         return None  # the softmax of a row does not change when a number is subtracted from it
     if scores.sinks is not None:
         return "the scores change after the sinks were attached"
-    number = walk.number(other, node)
+    number = _number(scores, other, node, walk)
     if isinstance(number, float) and abs(number) > MOST_SHIFTED:
         return f"{number} is added to all scores, which then lose digits"
     if subtracts and _subtrahend(node) is source:
-        reason = _scale(scores, -1.0)
+        reason = _scale(scores, -1.0, node)
         if reason is not None:
             return reason
         subtracts = False
@@ -243,16 +268,16 @@ def _add(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | No
     if isinstance(number, float):
         scores.shifted = True  # the same number everywhere: a softmax does not see it
         return None
-    return add_bias(scores, other, node, sign)
+    return add_bias(scores, other, node, sign, walk)
 
 
 def _subtrahend(node: fx.Node) -> Any:
     return argument(node, 0 if base_operation(node) == "rsub" else 1, "other")
 
 
-def add_bias(scores: Scores, bias: Any, reader: fx.Node, factor: float) -> str | None:
+def add_bias(scores: Scores, bias: Any, reader: fx.Node, factor: float, walk: Walk) -> str | None:
     """A tensor, times a number, is added to the scores."""
-    bias = unexpanded(bias)
+    bias = unexpanded(bias, reader, walk)
     layout = _layout_of(bias, scores)
     if isinstance(layout, str):
         return layout
@@ -320,14 +345,14 @@ def _where_sources(node: fx.Node) -> list[Any]:
 def _fill(
     scores: Scores, reader: fx.Node, mask: Any, kind: TermKind, value: Any, walk: Walk
 ) -> str | None:
-    fill = walk.number(value, reader)
+    fill = _number(scores, value, reader, walk)
     if not isinstance(fill, float):
         return "scores are replaced by numbers that are not known here"
     if not fill <= LOWEST_FILL:
         return f"scores are replaced by {fill}, which is no mask"
     if scores.sinks is not None:
         return "the scores are masked after the sinks were attached"
-    mask = unexpanded(mask)
+    mask = unexpanded(mask, reader, walk)
     tensor = tensor_of(mask)
     if tensor is None or tensor.dtype != torch.bool:
         return "scores are replaced where a tensor that is not bool says"
@@ -348,6 +373,8 @@ def _concatenate(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> 
         return "the scores are concatenated with something that is no column of sinks"
     if scores.sinks is not None:
         return "the scores are concatenated twice"
+    if scores.shifted or scores.maxima:
+        return "numbers are added to the scores, but not to their sinks"
     first = parts[1] is source
     column = parts[0] if first else parts[1]
     tensor = tensor_of(column)
@@ -371,7 +398,9 @@ def _pad(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | No
     columns = tuple(width) if isinstance(width, (tuple, list)) else ()
     if columns not in ((1, 0), (0, 1)) or mode != "constant" or scores.sinks is not None:
         return "the scores are padded by other than one column"
-    if not isinstance(value, (int, float, type(None))) or not math.isfinite(value or 0.0):
+    if scores.shifted or scores.maxima:
+        return "numbers are added to the scores, but not to their sinks"
+    if not isinstance(value, (int, float, type(None))) or not abs(value or 0.0) <= MOST_SHIFTED:
         return "the scores are padded with numbers that are not known here"
     scores.sinks = Sinks(None, (), node, columns == (1, 0), float(value or 0.0))
     return None
@@ -399,15 +428,29 @@ def follow_view(state: Scores | Any, node: fx.Node) -> str | None:
 
 def layout_after(layout: Layout, node: fx.Node) -> Layout | None:
     """The axes of a view or transpose of a tensor with ``layout``; None where they are torn."""
-    permutation = permutation_of(node, len(layout))
-    if permutation is not None:
-        return tuple(layout[dim] for dim in permutation)
-    tensor = tensor_of(node)
-    return None if tensor is None else reshape(layout, tensor.shape)
+    if base_operation(node) in PERMUTES:
+        permutation = permutation_of(node, len(layout))
+        return None if permutation is None else tuple(layout[dim] for dim in permutation)
+    tensor, source = tensor_of(node), tensor_of(argument(node, 0, "input"))
+    if tensor is None or source is None or tensor.dtype != source.dtype:
+        return None  # a view of the same bits as other numbers
+    return reshape(layout, tensor.shape)
 
 
 def _cast(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str | None:
-    return follow_cast(node)
+    dtype = cast_of(node)
+    return follow_cast(node) or (None if dtype is None else narrows(scores, source, dtype))
+
+
+def narrows(scores: Scores, source: fx.Node, dtype: torch.dtype) -> str | None:
+    """Whether masked scores go to a dtype in which finite fills may become -inf."""
+    tensor = tensor_of(source)
+    assert tensor is not None
+    finite = [bias for bias in scores.biases if bias.fill > -math.inf]
+    finite += [bias for bias in scores.biases if bias.kind is TermKind.ADDITIVE]
+    if finite and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        return f"masked scores are cast to {dtype}, where finite masks may become infinite"
+    return None
 
 
 def follow_cast(node: fx.Node) -> str | None:
@@ -428,8 +471,6 @@ def _dropout(scores: Scores, node: fx.Node, source: fx.Node, walk: Walk) -> str 
 
 def follow_dropout(node: fx.Node) -> str | None:
     """Dropout that drops nothing."""
-    if operation(node) == "feature_dropout":
-        return "dropout of whole channels"
     probability, training = argument(node, 1, "p", 0.5), argument(node, 2, "training", True)
     training = argument(node, 2, "train", training)
     if training is False or (isinstance(probability, (int, float)) and probability == 0):

@@ -29,9 +29,9 @@ _SAME_OPERATION: Final = {
     "__neg__": "neg",
     "negative": "neg",
     "__getitem__": "getitem",
-    "constant_pad_nd": "constant_pad_nd",
 }
-_TRANSPOSES: Final = frozenset({"mT", "T"})
+# Of real numbers; H is T of a matrix.
+_TRANSPOSES: Final = {"mT": "mT", "mH": "mT", "T": "T", "H": "T"}
 _PERMUTING: Final = frozenset(
     ["transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis"]
 )
@@ -53,7 +53,7 @@ def permutation_of(node: fx.Node, rank: int) -> list[int] | None:
     if name == "getattr":
         if node.args[1] not in _TRANSPOSES:
             return None
-        name = str(node.args[1])
+        name = _TRANSPOSES[str(node.args[1])]
     elif name not in _PERMUTING:
         return None
     with _disable_current_modes():

@@ -13,7 +13,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from sage_compiler.passes.axes import Size, Sizes
 from sage_compiler.passes.effects import Effects
 from sage_compiler.passes.masks import MaskContext
-from sage_compiler.passes.normalize import argument, operation
+from sage_compiler.passes.normalize import argument, operation, tensor_of
 
 # What changes how the operations after it compute: they must all stand in one such region.
 _BORDERS: Final = frozenset(
@@ -38,7 +38,13 @@ class Walk:
 
     def _constant(self, node: fx.Node, reader: fx.Node) -> float | None:
         """The value of a tensor of one element, or of one that is filled with one number."""
-        if operation(node) in ("full_like", "full") and not self.effects.changes(node):
+        tensor = tensor_of(node)
+        if (
+            operation(node) in ("full_like", "full")
+            and tensor is not None
+            and tensor.is_floating_point()
+            and not self.effects.changes(node)
+        ):
             fill = argument(node, 1, "fill_value")
             return float(fill) if isinstance(fill, (int, float)) else None
         return self.masks.constant_number(node, reader)

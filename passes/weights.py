@@ -119,7 +119,7 @@ def _zero(
     """Weights of hidden keys become zero, which they are, but for rows without a visible key."""
     if walk.number(value, node) != 0:
         return "weights are replaced by numbers other than 0"
-    mask = unexpanded(mask)
+    mask = unexpanded(mask, node, walk)
     tensor = tensor_of(mask)
     if tensor is None or len(weights.biases) != 1:
         return "weights are set to 0 by a mask that is not the one of the scores"

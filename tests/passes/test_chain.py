@@ -347,6 +347,24 @@ def test_widened_operands_are_taken_as_they_were() -> None:
     assert call.target is torch.ops.sage.attention.default  # no cast before it
 
 
+def test_gradients_through_rows_that_an_additive_mask_hides() -> None:
+    """What is added has a gradient, what is replaced has none."""
+    inputs = [part.requires_grad_() for part in qkv()]
+    hidden = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
+    hidden[0, 0, 2] = True
+
+    def added(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+        low = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+        return ((q @ k.mT + low).softmax(-1) @ v)[:, :, 2].square().sum()
+
+    expected = torch.autograd.grad(added(*inputs, hidden), inputs[:2])
+    compiled = Compiled(added)
+    actual = torch.autograd.grad(compiled(*inputs, hidden), inputs[:2])
+    assert len(compiled.report.rewritten) == 1
+    for found, wanted in zip(actual, expected, strict=True):
+        assert bool(wanted[0].any()) == bool(found[0].any())
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_autocast(inside: bool) -> None:
     q, k, v = qkv()
@@ -417,6 +435,23 @@ def test_other_lengths_of_the_same_graph() -> None:
 # --- what is kept ---------------------------------------------------------------------------
 
 NEAR_MISSES: list[tuple[str, str, Callable[..., Any]]] = [
+    (
+        "subtracted from the maximum",
+        "used by amax",
+        lambda q, k, v: ((s := q @ k.mT).amax(-1, keepdim=True) - s).softmax(-1) @ v,
+    ),
+    (
+        "shifted without its sink",
+        "not to their sinks",
+        lambda q, k, v: F.pad(q @ k.mT + 3, (0, 1)).softmax(-1)[..., :-1] @ v,
+    ),
+    (
+        "shifted by its maximum without its sink",
+        "not to their sinks",
+        lambda q, k, v: (
+            F.pad((s := q @ k.mT) - s.amax(-1, keepdim=True), (0, 1)).softmax(-1)[..., :-1] @ v
+        ),
+    ),
     ("a large number added", "digits", lambda q, k, v: (q @ k.mT + 1e8).softmax(-1) @ v),
     (
         "a mask scaled away",
@@ -511,6 +546,75 @@ def test_fills_and_masks_of_about_the_same_size() -> None:
         return ((q @ k.mT).masked_fill(mask > 0, -1e4) + mask).softmax(-1) @ v
 
     assert "beside an additive mask" in keeps(function, *qkv(), normal(5, 7))[0]
+
+
+def _maximum(scores: Tensor) -> Tensor:
+    return scores - scores.amax(-1, keepdim=True)
+
+
+LOW = torch.finfo(torch.float32).min
+HALF_DEAD = torch.zeros(2, 1, 5, 7, dtype=torch.bool)
+HALF_DEAD[0, 0, 2] = True
+HOSTILE: dict[str, Callable[..., Any]] = {
+    "shift, then a factor of the keys": lambda s, v, x: ((s + 3) * x).softmax(-1) @ v,
+    "maximum, then a factor": lambda s, v, x: (_maximum(s) * x).softmax(-1) @ v,
+    "maximum, then tanh": lambda s, v, x: (5 * torch.tanh(_maximum(s) / 5)).softmax(-1) @ v,
+    "integer constant": lambda s, v, x: (
+        (s * torch.full((), 2.7, dtype=torch.int64)).softmax(-1) @ v
+    ),
+    "integers like": lambda s, v, x: (
+        (s * torch.full_like(s, 2.7, dtype=torch.int32)).softmax(-1) @ v
+    ),
+    "constant of more dims": lambda s, v, x: (s * torch.full((3, 1, 1, 1, 1), 0.5)).softmax(-1) @ v,
+    "fill of more dims": lambda s, v, x: (
+        torch.where(x > 0, s, torch.full((3, 1, 1, 1, 1), -1e9)).softmax(-1) @ v
+    ),
+    "bits of scores": lambda s, v, x: s.half().view(torch.bfloat16).softmax(-1).float() @ v,
+    "bits of weights": lambda s, v, x: s.softmax(-1).half().view(torch.bfloat16).float() @ v,
+    "bits of values": lambda s, v, x: s.softmax(-1) @ v.half().view(torch.bfloat16).float(),
+    "another tensor in the weights' dtype": lambda s, v, x: x.expand_as(s).to(s.softmax(-1)) @ v,
+    "fill that scaling makes infinite": lambda s, v, x: (
+        (s.masked_fill(HALF_DEAD, LOW) * 2).softmax(-1) @ v
+    ),
+    "mask that scaling makes infinite": lambda s, v, x: (
+        ((s + torch.zeros(5, 7).masked_fill(HALF_DEAD, LOW)) * 2).softmax(-1) @ v
+    ),
+    "fill that a cast makes infinite": lambda s, v, x: (
+        s.masked_fill(HALF_DEAD, -1e9).half().softmax(-1).float() @ v
+    ),
+    "mask that a cast makes infinite": lambda s, v, x: (
+        F.softmax(s + HALF_DEAD * -1e9, dim=-1, dtype=torch.float16).float() @ v
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_looks_like_attention(name: str) -> None:
+    """Rewritten or kept, it stays what it was."""
+    factor = normal(2, 1, 1, 7)
+    inputs = (*qkv(), factor)
+    check(lambda q, k, v, x: HOSTILE[name](q @ k.mT, v, x), *inputs)
+
+
+def test_adjoints_are_transposes() -> None:
+    q, k, v = (normal(6, 6, seed=seed) for seed in range(3))
+    rewrites(lambda q, k, v: (q @ k.mT).mH.softmax(-1) @ v, q, k, v)
+    check(lambda q, k, v: (q @ k.mT).softmax(-1).H @ v, q, k, v)
+
+
+def test_keys_transposed_without_gradients() -> None:
+    """What is made where gradients are off has none, though it lies in the memory of the key."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.no_grad():
+            turned = k.transpose(-2, -1)
+        return ((q @ turned).softmax(-1) @ v).square().sum()
+
+    inputs = [part.requires_grad_() for part in qkv()]
+    compiled = Compiled(function)
+    compiled(*inputs).backward()
+    assert inputs[1].grad is None and inputs[0].grad is not None
+    assert len(compiled.report.rewritten) == 1
 
 
 @pytest.mark.parametrize("part", [0, 1, 2])
