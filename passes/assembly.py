@@ -126,6 +126,7 @@ def assemble(facts: Facts, interior: tuple[fx.Node, ...], walk: Walk) -> Proof:
         sinks=sinks,
         result=_result(facts, heads, compute, walk),
         interior=interior,
+        autocasts=False,
         without_autocast=walk.may_autocast(device.device.type),
     )
 

@@ -85,8 +85,7 @@ def _replace(
     inserted: list[fx.Node] = []
     expected = tensor_of(old)
     assert expected is not None
-    # What is put together from single operations is cast by name.
-    casts = not site.interior and any(
+    casts = site.autocasts and any(
         _value(now.get(node, node)).dtype != expected.dtype
         for given in (site.query, site.key, site.value)
         for node in nodes_of(given)

@@ -51,6 +51,7 @@ class Proof:
         sinks: (H,) logits that only enter the denominator.
         result: what follows the operator; ``RESULT`` stands for its output.
         interior: nodes that the operator makes superfluous, first to last.
+        autocasts: whether query, key and value are what autocast, where it is on, has yet to cast.
         without_autocast: query, key and value are cast as the model's were, and the operator
             itself must run outside autocast.
     """
@@ -66,6 +67,7 @@ class Proof:
     sinks: Value | None = None
     result: Value = RESULT
     interior: tuple[fx.Node, ...] = ()
+    autocasts: bool = True
     without_autocast: bool = False
 
 

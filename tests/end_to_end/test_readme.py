@@ -13,15 +13,18 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     # The first block is the one line that the page opens with; it has no model.
     tour = [code for language, code in blocks if language == "python"][1:]
-    assert len(tour) == 4
+    assert len(tour) == 6
     script = tmp_path / "tour.py"
     script.write_text("\n".join(tour))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", script], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    (shown,) = [code for language, code in blocks if language == "text"]
-    assert done.stdout.startswith(shown)
+    first, second = [code for language, code in blocks if language == "text"]
+    assert done.stdout.startswith(first)
+    # The last line names the kernel, which the machine decides.
+    assert second.rpartition("  recipe ")[0] in done.stdout
+    assert done.stdout.endswith("['0#0', '1#0', '2#0']\n")
     assert "2 rewritten; []" in done.stdout
     assert "sage.attention.default" in done.stdout
     assert "PackedKV(123 of 4096 tokens" in done.stdout
