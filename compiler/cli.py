@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sage_compiler.cli_kernels import add_commands
 from sage_compiler.errors import SageError, UsageError
 from sage_compiler.precision import PRECISIONS
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--fallback", default="emulate", metavar="WHAT", help="emulate, sdpa or error"
     )
     explain.set_defaults(run=_explain)
+    add_commands(commands.add_parser("kernels", help="the CUDA kernels: check, build, list"))
     return parser
 
 

@@ -58,6 +58,7 @@ class Accumulator(StrEnum):
 
     FP32 = "fp32"
     FP22 = "fp22"  # 13 mantissa bits: what the FP8 tensor cores of Ada and Hopper keep
+    FP16 = "fp16"  # SageAttention2++: V is scaled so that a tile's sum stays in range
 
 
 @dataclass(frozen=True, slots=True)

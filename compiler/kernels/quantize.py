@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sage_compiler.precision import Format, Granularity, Recipe, Statistics, Tile
+from sage_compiler.precision import Accumulator, Format, Granularity, Recipe, Statistics, Tile
 
 E4M3_MAX: Final = 448.0
 FP16_MAX: Final = 65504.0
+FP16_ACCUMULATOR_MAX: Final = 2.25  # of |V| in E4M3: 64 keys * 448 * 2.25 stays below FP16_MAX
 FP16_TOP_EXPONENT: Final = 15  # 2**15 is the largest power of two below FP16_MAX
 SMALLEST_SCALE: Final = 2.0**-126  # smallest normal float32: a group of zeros is not 0/0
 
@@ -185,7 +186,8 @@ def quantize_value(
         v = torch.where(reachable, v - offset, 0.0)
     amax = (v.abs() * counted).amax(-2, keepdim=True)
     if recipe.pv is Format.FP8:
-        scale = _scale(amax, E4M3_MAX)
+        half = recipe.accumulator is Accumulator.FP16
+        scale = _scale(amax, FP16_ACCUMULATOR_MAX if half else E4M3_MAX)
         data = _to_range(v / scale, E4M3_MAX).to(torch.float8_e4m3fn).float()
     elif recipe.pv is Format.FP16:
         if value.dtype == torch.float16 and not recipe.smooth_v:

@@ -12,6 +12,7 @@ float32; products of integers are exact in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf, log, log2, nan
 from typing import Final, assert_never
@@ -48,9 +49,9 @@ LOG2_E: Final = 1.0 / log(2.0)
 LN_2: Final = log(2.0)
 LOG2_E4M3_MAX: Final = log2(E4M3_MAX)
 
-# The model of the FP8 tensor core's accumulator: mma.m16n8k32 adds 32 products at a time, and
-# 13 of float32's 23 mantissa bits survive.
-FP22_STEP: Final = 32
+# The models of the FP8 tensor core's accumulators: mma.m16n8k32 adds 32 products at a time. Of
+# float32's 23 mantissa bits, 13 survive in FP22.
+FP8_STEP: Final = 32
 _FP22_MASK: Final = ~((1 << (23 - 13)) - 1)
 
 _PLAIN: Final = Semantics()
@@ -342,6 +343,8 @@ def _product(weights: Tensor, value: Tensor, recipe: Recipe) -> Tensor:
             return weights @ value
         case Accumulator.FP22:
             return _fp22_product(weights, value)
+        case Accumulator.FP16:
+            return _fp16_product(weights, value)
         case _:
             assert_never(recipe.accumulator)
 
@@ -352,8 +355,24 @@ def _fp22_product(weights: Tensor, value: Tensor) -> Tensor:
     Real hardware also aligns and cuts the products inside a step; that is not modelled.
     """
     total = weights.new_zeros(*weights.shape[:-1], value.shape[-1])
-    for start in range(0, weights.shape[-1], FP22_STEP):
-        stop = start + FP22_STEP
-        total = total + weights[..., start:stop] @ value[..., start:stop, :]
-        total = (total.view(torch.int32) & _FP22_MASK).view(torch.float32)
+    for part in _steps(weights, value):
+        total = ((total + part).view(torch.int32) & _FP22_MASK).view(torch.float32)
     return total
+
+
+def _fp16_product(weights: Tensor, value: Tensor) -> Tensor:
+    """weights @ value, the sum rounded to FP16 after every 32 keys: SageAttention2++.
+
+    Its source is arXiv 2505.21136. The scale of V keeps the sum of a tile in range.
+    """
+    total = weights.new_zeros(*weights.shape[:-1], value.shape[-1])
+    for part in _steps(weights, value):
+        total = (total + part).half().float()
+    return total
+
+
+def _steps(weights: Tensor, value: Tensor) -> Iterator[Tensor]:
+    """The products of 32 keys each."""
+    for start in range(0, weights.shape[-1], FP8_STEP):
+        stop = start + FP8_STEP
+        yield weights[..., start:stop] @ value[..., start:stop, :]

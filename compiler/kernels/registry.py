@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from sage_compiler.kernels.cpu import kernel as cpu_kernel
+from sage_compiler.kernels.cuda import kernel as cuda_kernel
 from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
 from sage_compiler.precision import AUTO, EXACT
 
-KERNELS: Final[list[Kernel]] = [*cpu_kernel.KERNELS]  # in order of preference
+KERNELS: Final[list[Kernel]] = [*cpu_kernel.KERNELS, *cuda_kernel.KERNELS]  # in order of preference
 
-# What `auto` means on a device that has a kernel for it.
+# What `auto` means on a device that has a kernel for it. On a GPU that depends on its architecture,
+# and follows from measurements on it, which there are none of yet.
 DEFAULT_RECIPES: Final[dict[str, str]] = {"cpu": "int8_int8"}
 
 

@@ -100,7 +100,7 @@ def random_call(seed: int, *, longest: int = 200) -> Call:
     key = normal(batch, kv_heads, key_length, head_dim) + bias
     value = normal(batch, kv_heads, key_length, value_dim)
     layout = rng.choice(("contiguous", "tokens_first", "expanded", "every_other"))
-    query, key, value = (_laid_out(x.to(dtype), layout) for x in (query, key, value))
+    query, key, value = (laid_out(x.to(dtype), layout) for x in (query, key, value))
 
     mask_class = rng.choice((MaskClass.NONE, MaskClass.NONE, *MaskClass))
     semantics = Semantics(
@@ -145,7 +145,7 @@ def channel_outliers(length: int = 1024, heads: int = 4, seed: int = 0) -> Call:
     return Call(query, key, normal(*shape))
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
     """The same shape with other strides; "expanded" repeats the first batch by stride 0."""
     match layout:
         case "tokens_first":

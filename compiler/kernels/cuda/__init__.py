@@ -1,0 +1,1 @@
+"""The CUDA kernels: specified, rendered, built, cached and launched, without nvcc."""

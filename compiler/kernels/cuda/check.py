@@ -1,0 +1,208 @@
+"""Whether a kernel became the machine code that it must be, whatever GPU is here.
+
+An instruction that an architecture lacks does not fail to compile: CuTe makes a trap of it, and
+the compiler a call or a sequence of others. So the code itself is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda.binary import Resources
+from sage_compiler.kernels.cuda.parallel import each
+from sage_compiler.kernels.cuda.render import render
+from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
+from sage_compiler.kernels.cuda.spec import (
+    ARCHS,
+    AttendSpec,
+    KernelSpec,
+    KeySpec,
+    QuerySpec,
+    StatisticsSpec,
+    ValueSpec,
+)
+from sage_compiler.kernels.cuda.toolchain import Compiler
+from sage_compiler.precision import RECIPES, Accumulator, Format
+
+# Bytes per thread. A variant that is nobody's default may keep a few rarely used registers in
+# local memory.
+SPILL_BUDGET: Final = 64
+_LARGEST_WITHOUT_SPILLS: Final = 128  # head_dim
+
+_TRAP: Final = "BPT.TRAP"  # CuTe's "this architecture has no such instruction"
+_CALL: Final = "CALL"  # of an emulation, or of a division's slow path
+_ASYNC_COPY: Final = "LDGSTS"
+_LOAD_MATRIX: Final = "LDSM"
+_QK_PRODUCTS: Final[Mapping[Format, str]] = {
+    Format.INT4: "IMMA.16864.S4",
+    Format.INT8: "IMMA.16832.S8",
+}
+_PV_PRODUCTS: Final[Mapping[Format, str]] = {Format.FP8: "QMMA.16832", Format.FP16: "HMMA.16816"}
+_HALF_PRODUCT: Final = "HMMA"
+_SHOWN: Final = (
+    *_QK_PRODUCTS.values(),
+    *_PV_PRODUCTS.values(),
+    "HMMA.1688",
+    _ASYNC_COPY,
+    _LOAD_MATRIX,
+    _CALL,
+    _TRAP,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was found of one kernel.
+
+    Attributes:
+        resources: None when it does not compile.
+        shared_bytes: of a block, dynamic and static.
+        opcodes: counts of the telling ones, with whatever modifiers.
+        problems: one sentence each; empty when the kernel is as it must be.
+        warnings: the compiler's.
+    """
+
+    arch: str
+    symbol: str
+    resources: Resources | None
+    shared_bytes: int
+    opcodes: Mapping[str, int]
+    problems: tuple[str, ...]
+    warnings: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its members, as JSON has them."""
+        resources = self.resources
+        return {
+            "arch": self.arch,
+            "symbol": self.symbol,
+            "registers": resources and resources.registers,
+            "spill_stores": resources and resources.spill_stores,
+            "spill_loads": resources and resources.spill_loads,
+            "stack": resources and resources.stack,
+            "shared_bytes": self.shared_bytes,
+            "opcodes": dict(self.opcodes),
+            "problems": list(self.problems),
+            "warnings": self.warnings,
+        }
+
+
+def check(
+    specs: Sequence[KernelSpec], compiler: Compiler, disassembler: Disassembler, jobs: int
+) -> Iterator[Row]:
+    """Compile and look at kernels, in ``jobs`` processes."""
+    return each(partial(_examine, compiler, disassembler), specs, jobs)
+
+
+def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> tuple[str, ...]:
+    """What is wrong with the code of a kernel, one sentence each."""
+    found = [
+        f"no {opcode}, which it must have"
+        for opcode in required(spec)
+        if not occurrences(opcodes, opcode)
+    ]
+    for opcode in forbidden(spec):
+        times = occurrences(opcodes, opcode)
+        if times:
+            found.append(f"{opcode} {times} times, which it must not have")
+    budget = spill_budget(spec)
+    if resources.spill_stores > budget:
+        found.append(f"{resources.spill_stores} bytes of spills; at most {budget}")
+    shared, most = spec.shared_bytes + resources.static_shared, ARCHS[spec.arch].shared_bytes
+    if shared > most:
+        found.append(f"{shared} bytes of shared memory; {spec.arch} has {most}")
+    return tuple(found)
+
+
+def required(spec: KernelSpec) -> tuple[str, ...]:
+    """The opcodes that a kernel must have, with whatever modifiers after them."""
+    if not isinstance(spec, AttendSpec):
+        return ()
+    accumulator = "F16" if spec.accumulator is Accumulator.FP16 else "F32"
+    return (
+        _QK_PRODUCTS[spec.qk],
+        f"{_PV_PRODUCTS[spec.pv]}.{accumulator}",
+        _ASYNC_COPY,
+        _LOAD_MATRIX,
+    )
+
+
+def forbidden(spec: KernelSpec) -> tuple[str, ...]:
+    """The opcodes that a kernel must not have."""
+    if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
+        return (_TRAP, _CALL, _HALF_PRODUCT)  # an emulation converts to half
+    return (_TRAP, _CALL)
+
+
+def spill_budget(spec: KernelSpec) -> int:
+    """The most bytes of registers that a thread may keep in local memory."""
+    return 0 if is_default(spec) and spec.head_dim <= _LARGEST_WITHOUT_SPILLS else SPILL_BUDGET
+
+
+def is_default(spec: KernelSpec) -> bool:
+    """Whether the default recipe of the spec's architecture uses it."""
+    recipe = RECIPES[ARCHS[spec.arch].recipes[0]]
+    match spec:
+        case AttendSpec(qk=qk, pv=pv, accumulator=accumulator):
+            return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)
+        case QuerySpec(qk=qk) | KeySpec(qk=qk):
+            return qk is recipe.qk
+        case ValueSpec(pv=pv, accumulator=accumulator):
+            return (pv, accumulator) == (recipe.pv, recipe.accumulator)
+        case StatisticsSpec():
+            return True
+    raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as text, with the problems and the warnings below."""
+    lines = [("arch", "variant", "registers", "spills", "shared", "opcodes", "verdict")]
+    notes = []
+    for row in rows:
+        resources = row.resources
+        lines.append(
+            (
+                row.arch,
+                row.symbol,
+                str(resources.registers) if resources else "-",
+                f"{resources.spill_stores}/{resources.spill_loads}" if resources else "-",
+                str(row.shared_bytes),
+                " ".join(f"{name}:{times}" for name, times in row.opcodes.items()) or "-",
+                "FAILED" if row.problems else "ok",
+            )
+        )
+        notes += [f"{row.symbol}: {problem}" for problem in row.problems]
+        notes += [f"{row.symbol}: {line}" for line in row.warnings.splitlines()]
+    return "\n".join([*columns(lines), *([""] if notes else []), *notes])
+
+
+def columns(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells, the first one the heading, in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -> Row:
+    try:
+        binary = compiler.compile(render(spec), spec.arch)
+        opcodes = disassembler.opcodes(binary.image)
+    except KernelUnavailableError as error:
+        return Row(spec.arch, spec.symbol, None, spec.shared_bytes, {}, (str(error),), "")
+    counts = {name: occurrences(opcodes, name) for name in _SHOWN}
+    return Row(
+        arch=spec.arch,
+        symbol=spec.symbol,
+        resources=binary.resources,
+        shared_bytes=spec.shared_bytes + binary.resources.static_shared,
+        opcodes={name: times for name, times in counts.items() if times},
+        problems=problems(spec, opcodes, binary.resources),
+        warnings=binary.warnings,
+    )

@@ -1,0 +1,254 @@
+"""The CUDA driver, by ctypes: loading an image on a device, and launching what is in it.
+
+Nothing here knows of torch: the caller says on which device and stream. A device's context is its
+primary one, which torch and the CUDA runtime use too.
+
+Environment, read when the driver is loaded:
+    SAGE_CUDA_DRIVER: the driver's library, instead of the system's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, Final
+
+from sage_compiler.errors import KernelUnavailableError, SageError
+
+_SYSTEM_DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+
+# CUresult
+SUCCESS: Final = 0
+_INVALID_IMAGE: Final = 200
+_INVALID_CONTEXT: Final = 201
+_NO_BINARY_FOR_GPU: Final = 209
+_NOT_FOUND: Final = 500
+_CAPTURE_IMPLICIT: Final = 906  # asked of the default stream while another one is capturing
+
+# CUdevice_attribute, CUfunction_attribute
+_COMPUTE_CAPABILITY: Final = (75, 76)  # major, minor
+_MAX_DYNAMIC_SHARED_BYTES: Final = 8
+
+_SHARED_BYTES_UNASKED: Final = 48 << 10
+
+_Handle = ctypes.c_void_p
+_Out = ctypes.POINTER(_Handle)
+_IntOut = ctypes.POINTER(ctypes.c_int)
+_Text = ctypes.POINTER(ctypes.c_char_p)
+_Uint = ctypes.c_uint
+_SIGNATURES: Final[Mapping[str, list[Any]]] = {
+    "cuInit": [_Uint],
+    "cuGetErrorName": [ctypes.c_int, _Text],
+    "cuGetErrorString": [ctypes.c_int, _Text],
+    "cuDeviceGet": [_IntOut, ctypes.c_int],
+    "cuDeviceGetAttribute": [_IntOut, ctypes.c_int, ctypes.c_int],
+    "cuDevicePrimaryCtxRetain": [_Out, ctypes.c_int],
+    "cuCtxPushCurrent_v2": [_Handle],
+    "cuCtxPopCurrent_v2": [_Out],
+    "cuModuleLoadData": [_Out, ctypes.c_char_p],
+    "cuModuleUnload": [_Handle],
+    "cuModuleGetFunction": [_Out, _Handle, ctypes.c_char_p],
+    "cuFuncSetAttribute": [_Handle, ctypes.c_int, ctypes.c_int],
+    "cuStreamIsCapturing": [_Handle, _IntOut],
+    # function, grid, block, dynamic shared bytes, stream, parameters, extra
+    "cuLaunchKernel": [_Handle, *[_Uint] * 6, _Uint, _Handle, ctypes.c_void_p, ctypes.c_void_p],
+}
+
+_Parameters = ctypes.c_char_p * 1
+
+
+class DriverError(SageError, RuntimeError):
+    """A call of the CUDA driver failed.
+
+    Attributes:
+        code: the CUresult.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Launch:
+    """A kernel that is loaded on a device, ready to be launched, from any thread."""
+
+    __slots__ = ("_device", "_driver", "_function", "_launch", "_shared_bytes", "_threads")
+
+    def __init__(
+        self, driver: Driver, device: int, function: int, *, threads: int, shared_bytes: int
+    ) -> None:
+        self._driver = driver
+        self._device = device
+        self._function = function
+        self._launch = driver.functions["cuLaunchKernel"]
+        self._threads = threads
+        self._shared_bytes = shared_bytes
+
+    def __call__(self, blocks: int, stream: int, params: bytes) -> None:
+        """Start the kernel; the call returns before it ends.
+
+        Args:
+            blocks: of a one-dimensional grid.
+            stream: a CUstream of the kernel's device. The context of that device is the thread's
+                current one, as it is inside ``torch.cuda.device``, or it has none yet.
+            params: the kernel's struct, which the driver copies. It is immutable, so that nothing
+                is shared between threads.
+
+        Raises:
+            DriverError: the driver refuses, or an earlier kernel failed.
+        """
+        status = self._call(blocks, stream, params)
+        if status == _INVALID_CONTEXT:  # a thread that has not used the device
+            with self._driver.context(self._device):
+                status = self._call(blocks, stream, params)
+        if status != SUCCESS:
+            raise self._driver.error("cuLaunchKernel", status)
+
+    def _call(self, blocks: int, stream: int, params: bytes) -> int:
+        status: int = self._launch(
+            self._function,
+            blocks,
+            1,
+            1,
+            self._threads,
+            1,
+            1,
+            self._shared_bytes,
+            stream,
+            _Parameters(params),
+            None,
+        )
+        return status
+
+
+class Driver:
+    """A loaded and initialized driver; threads may share it."""
+
+    def __init__(self, path: str) -> None:
+        """Raises KernelUnavailableError when there is no such driver, or no device for it."""
+        try:
+            library = ctypes.CDLL(path)
+            self.functions = {name: _function(library, name) for name in _SIGNATURES}
+        except (OSError, AttributeError) as error:
+            raise KernelUnavailableError(
+                f"there is no CUDA driver: {error}; install NVIDIA's driver, or use a recipe that "
+                "this machine has kernels for"
+            ) from None
+        self._contexts: dict[int, int] = {}
+        self._lock = threading.Lock()
+        status = self.functions["cuInit"](0)
+        if status != SUCCESS:
+            raise KernelUnavailableError(f"the CUDA driver {path}: {self._describe(status)}")
+
+    def capability(self, device: int) -> tuple[int, int]:
+        """The compute capability of a device, major and minor."""
+        handle = self._device(device)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        for value, attribute in zip((major, minor), _COMPUTE_CAPABILITY, strict=True):
+            self._call("cuDeviceGetAttribute", value, attribute, handle)
+        return major.value, minor.value
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether a CUDA graph is being captured on a stream."""
+        status = ctypes.c_int()
+        code = self.functions["cuStreamIsCapturing"](stream, status)
+        if code == _CAPTURE_IMPLICIT:
+            return True
+        self._check("cuStreamIsCapturing", code)
+        return status.value != 0
+
+    def load(
+        self, image: bytes, symbol: str, device: int, *, threads: int, shared_bytes: int
+    ) -> Launch:
+        """Load an image with one kernel on a device, for as long as the process lives.
+
+        Args:
+            threads: of a block.
+            shared_bytes: dynamic shared memory of a block.
+
+        Raises:
+            KernelUnavailableError: the image is not for this device, or has no such kernel.
+            DriverError: something else is wrong.
+        """
+        module, function = _Handle(), _Handle()
+        with self.context(device):
+            try:
+                self._call("cuModuleLoadData", module, image)
+                self._call("cuModuleGetFunction", function, module, symbol.encode())
+                if shared_bytes > _SHARED_BYTES_UNASKED:
+                    attribute = _MAX_DYNAMIC_SHARED_BYTES
+                    self._call("cuFuncSetAttribute", function, attribute, shared_bytes)
+            except DriverError as error:
+                if module:
+                    self._call("cuModuleUnload", module)
+                if error.code not in (_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _NOT_FOUND):
+                    raise
+                raise KernelUnavailableError(f"{symbol} on device {device}: {error}") from None
+        assert function.value is not None
+        return Launch(self, device, function.value, threads=threads, shared_bytes=shared_bytes)
+
+    @contextlib.contextmanager
+    def context(self, device: int) -> Iterator[None]:
+        """Make a device's primary context the thread's current one."""
+        self._call("cuCtxPushCurrent_v2", self._context(device))
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent_v2", _Handle())
+
+    def error(self, call: str, status: int) -> DriverError:
+        """The exception for a call that returned this status."""
+        return DriverError(f"{call}: {self._describe(status)}", status)
+
+    def _context(self, device: int) -> int:
+        with self._lock:
+            found = self._contexts.get(device)
+            if found is None:
+                context = _Handle()
+                # Never released: what is loaded stays, and the runtime keeps it as well.
+                self._call("cuDevicePrimaryCtxRetain", context, self._device(device))
+                assert context.value is not None
+                found = self._contexts[device] = context.value
+        return found
+
+    def _device(self, device: int) -> int:
+        handle = ctypes.c_int()
+        self._call("cuDeviceGet", handle, device)
+        return handle.value
+
+    def _call(self, name: str, *arguments: object) -> None:
+        self._check(name, self.functions[name](*arguments))
+
+    def _check(self, name: str, status: int) -> None:
+        if status != SUCCESS:
+            raise self.error(name, status)
+
+    def _describe(self, status: int) -> str:
+        """The name and the words of a CUresult."""
+        name, words = ctypes.c_char_p(), ctypes.c_char_p()
+        self.functions["cuGetErrorName"](status, name)
+        self.functions["cuGetErrorString"](status, words)
+        if name.value is None or words.value is None:
+            return f"CUresult {status}"
+        return f"{name.value.decode()} ({status}), {words.value.decode()}"
+
+
+@cache
+def system_driver() -> Driver:
+    """The machine's driver, or the one that SAGE_CUDA_DRIVER names, loaded once.
+
+    Raises:
+        KernelUnavailableError: there is none.
+    """
+    return Driver(os.environ.get("SAGE_CUDA_DRIVER") or _SYSTEM_DRIVER)
+
+
+def _function(library: ctypes.CDLL, name: str) -> Any:
+    function = library[name]  # a new object: the types are set on nobody else's
+    function.argtypes = _SIGNATURES[name]
+    return function

@@ -1,0 +1,364 @@
+"""The CUDA kernels as the registry knows them: attention on tensors of a GPU.
+
+An attention is five launches on the caller's stream: statistics of K and V, then Q, K and V
+quantized, then the fused attention. Nothing is copied: inputs are read with their strides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log, nan
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda import params
+from sage_compiler.kernels.cuda.loader import Loader, default_loader
+from sage_compiler.kernels.cuda.spec import (
+    ARCHS,
+    HEAD_DIMS,
+    KernelSpec,
+    KeyValueTile,
+    arch_of,
+)
+from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.kernel import CLOSED, Kernel, Problem
+from sage_compiler.kernels.layout import empty_output
+from sage_compiler.precision import TILE_MMA, Accumulator, Format
+from sage_compiler.semantics import DeadRows, MaskClass, Semantics
+
+LOG2_E: Final = 1.0 / log(2.0)
+_EVERYTHING: Final = 1 << 40  # a diagonal beyond any length
+
+_DTYPE_NAMES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_MASK_CLASSES: Final = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
+
+# Chunks of tokens whose statistics are taken apart: enough blocks for a GPU with few heads, few
+# enough to add up again in every block of the quantizers.
+_MOST_CHUNKS: Final = 32
+_LEAST_CHUNK: Final = 256
+_QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
+_ALIGNMENT: Final = 256
+
+Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
+"""Sizes in bytes to addresses, aligned to 256, and what keeps them alive."""
+
+
+def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
+    """Scratch memory on a device, in one piece."""
+    offsets, end = [], 0
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    arena = torch.empty(end + _ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    return [start + offset for offset in offsets], arena
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the kernels run.
+
+    Attributes:
+        arch: a key of ``spec.ARCHS``.
+        device: the index of the device.
+        stream: a CUstream of it, as torch gives it.
+        loader: where the kernels come from.
+        allocate: where scratch memory comes from.
+    """
+
+    arch: str
+    device: int
+    stream: int
+    loader: Loader
+    allocate: Allocate = allocate
+
+    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
+        """Start one kernel."""
+        self.loader.loaded(spec, self.device, self.stream)(blocks, self.stream, packed)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    *,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    want_lse: bool,
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.attention``, on the current stream of the tensors' device.
+
+    Args:
+        query, key, value: float16 or bfloat16, any strides.
+        semantics: of a mask class and without what ``refuse`` names.
+        attn_mask, sinks: must be None, as ``refuse`` has it.
+        want_lse: without it the LSE is empty.
+        recipe: one of those of the device's ``spec.Arch``.
+
+    Raises:
+        KernelUnavailableError: the kernels can be neither found nor compiled here, or would have
+            to be loaded while a CUDA graph is captured.
+    """
+    assert attn_mask is None and sinks is None, "refused before"
+    with torch.cuda.device(query.device):
+        index = query.device.index
+        target = Target(
+            _arch(index),
+            index,
+            torch.cuda.current_stream(query.device).cuda_stream,
+            default_loader(),
+        )
+        return run(target, query, key, value, semantics, want_lse=want_lse, recipe=recipe)
+
+
+def run(
+    target: Target,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    *,
+    want_lse: bool,
+    recipe: str,
+    accumulator: Accumulator = Accumulator.FP32,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, on a target; ``accumulator`` as for ``variant``."""
+    output = empty_output(query, value)
+    lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
+    if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
+        return output.zero_(), lse.fill_(-torch.inf)
+    dtype = _DTYPE_NAMES[query.dtype]
+    kernels = variant(target.arch, dtype, query.shape[3], recipe, accumulator)
+    Call(target, kernels, query, key, value, semantics, output, lse if want_lse else None).run()
+    return output, lse
+
+
+class Call:
+    """One attention: its sizes, its scratch memory, its launches."""
+
+    def __init__(
+        self,
+        target: Target,
+        kernels: Variant,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        output: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Take the scratch memory; no length is zero.
+
+        Args:
+            output: (B, H, Lq, D), the last stride 1.
+            lse: float32 (B, H, Lq), dense, if it is wanted.
+        """
+        self.target, self.kernels = target, kernels
+        self.query, self.key, self.value = query, key, value
+        self.output, self.lse = output, lse
+        self.semantics = semantics
+        self.batch, self.heads, self.query_length, self.head_dim = query.shape
+        self.kv_heads, self.key_length = key.shape[1], key.shape[2]
+        self.group = self.heads // self.kv_heads
+        self.scale = semantics.scale_for(self.head_dim)
+
+        band = semantics.band(self.query_length, self.key_length)
+        self.diagonal = _EVERYTHING if band is None else band.offset
+        self.counted_keys = min(self.key_length, max(0, self.query_length + self.diagonal))
+        self.first_live = max(0, -self.diagonal)
+        self.query_blocks = -(-self.query_length // TILE_MMA.q_block)
+        self.key_blocks = -(-self.key_length // TILE_MMA.kv_block)
+        self.chunk_tokens = max(_LEAST_CHUNK, -(-self.key_length // _MOST_CHUNKS))
+        self.chunks = -(-self.key_length // self.chunk_tokens)
+
+        attend = kernels.attend
+        self.smooths_query = attend.qk is Format.INT4
+        self.tile: KeyValueTile = attend.tile
+        rows = self.batch * self.heads * self.query_blocks
+        heads = self.batch * self.kv_heads
+        sums = heads * self.chunks * self.head_dim * 4
+        delta = rows * self.key_blocks * TILE_MMA.kv_block * 4
+        sizes = (
+            sums,
+            sums,
+            rows * attend.query_tile_bytes,
+            rows * _QUERY_SCALES * 4,
+            rows * self.head_dim * 4 if self.smooths_query else 0,
+            self.batch * self.heads * self.query_length * 4 if lse is not None else 0,
+            heads * self.key_blocks * self.tile.bytes,
+            heads * self.head_dim * 4,
+            delta if self.smooths_query else 0,
+        )
+        addresses, self._scratch = target.allocate(sizes, query.device)
+        present = [address if size else 0 for address, size in zip(addresses, sizes, strict=True)]
+        (
+            self.key_sums,
+            self.value_amax,
+            self.query_codes,
+            self.query_scales,
+            self.means,
+            self.row_term,
+            self.tiles,
+            self.value_scales,
+            self.delta,
+        ) = present
+
+    def run(self) -> None:
+        """Start the kernels. Their order is that of what they need: K's mean, then Q's."""
+        self._statistics()
+        self._query()
+        self._key()
+        self._value()
+        self._attend()
+
+    def _statistics(self) -> None:
+        key_tasks = self.batch * self.kv_heads * self.chunks
+        packed = params.STATISTICS.pack(
+            *_tensor(self.key),
+            *_tensor(self.value),
+            self.key_sums,
+            self.value_amax,
+            self.kv_heads,
+            self.counted_keys,
+            self.chunks,
+            self.chunk_tokens,
+            key_tasks,
+        )
+        self.target.launch(self.kernels.statistics, 2 * key_tasks, packed)
+
+    def _query(self) -> None:
+        packed = params.QUERY.pack(
+            *_tensor(self.query),
+            self.key_sums,
+            self.query_codes,
+            self.query_scales,
+            self.means,
+            self.row_term,
+            self.heads,
+            self.group,
+            self.query_length,
+            self.query_blocks,
+            self.first_live,
+            self.counted_keys,
+            self.chunks,
+            abs(self.scale) * LOG2_E,
+            self.scale,
+        )
+        self.target.launch(self.kernels.query, self.batch * self.heads * self.query_blocks, packed)
+
+    def _key(self) -> None:
+        packed = params.KEY.pack(
+            *_tensor(self.key),
+            self.key_sums,
+            self.means,
+            self.tiles,
+            self.tiles + self.tile.scales_offset,
+            self.delta,
+            self.tile.bytes,
+            self.kv_heads,
+            self.key_blocks,
+            self.group * self.query_blocks,
+            self.counted_keys,
+            self.chunks,
+        )
+        self.target.launch(self.kernels.key, self.batch * self.kv_heads * self.key_blocks, packed)
+
+    def _value(self) -> None:
+        packed = params.VALUE.pack(
+            *_tensor(self.value),
+            self.value_amax,
+            self.tiles + self.tile.value_offset,
+            self.value_scales,
+            self.tile.bytes,
+            self.kv_heads,
+            self.key_blocks,
+            self.counted_keys,
+            self.chunks,
+        )
+        self.target.launch(self.kernels.value, self.batch * self.kv_heads * self.key_blocks, packed)
+
+    def _attend(self) -> None:
+        packed = params.ATTEND.pack(
+            self.query_codes,
+            self.query_scales,
+            self.tiles,
+            self.value_scales,
+            self.delta,
+            self.row_term,
+            self.output.data_ptr(),
+            0 if self.lse is None else self.lse.data_ptr(),
+            *self.output.stride()[:3],
+            self.heads,
+            self.group,
+            self.query_length,
+            self.key_length,
+            self.query_blocks,
+            self.key_blocks,
+            self.diagonal,
+            nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
+            0.0,
+        )
+        self.target.launch(self.kernels.attend, self.batch * self.heads * self.query_blocks, packed)
+
+
+def _tensor(tensor: Tensor) -> tuple[int, ...]:
+    """Data and strides."""
+    return (tensor.data_ptr(), *tensor.stride())
+
+
+@functools.cache
+def _arch(device: int) -> str:
+    """The architecture whose kernels a device runs; KernelUnavailableError where there are none."""
+    return arch_of(torch.cuda.get_device_capability(device)).name
+
+
+def _refuse(recipe: str, problem: Problem) -> str | None:
+    try:
+        arch = _arch(problem.device_index)
+    except KernelUnavailableError as error:
+        return str(error)
+    return refuse(recipe, problem, arch)
+
+
+def refuse(recipe: str, problem: Problem, arch: str) -> str | None:
+    """Why the kernels of an architecture do not take a problem, in one sentence, or None."""
+    if recipe not in ARCHS[arch].recipes:
+        return f"{arch} has no instructions for it, but for {', '.join(ARCHS[arch].recipes)}"
+    if problem.dtype not in _DTYPE_NAMES:
+        return f"{problem.dtype} is none of {', '.join(map(str, _DTYPE_NAMES))}"
+    if problem.head_dim not in HEAD_DIMS:
+        return f"head_dim {problem.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if problem.value_head_dim != problem.head_dim:
+        return f"value head_dim {problem.value_head_dim} is not head_dim, {problem.head_dim}"
+    if problem.has_mask:
+        return "an explicit mask is not supported"
+    if problem.mask_class not in _MASK_CLASSES:
+        return f"mask class {problem.mask_class} is none of {', '.join(_MASK_CLASSES)}"
+    if problem.has_softcap or problem.has_sinks:
+        return f"{'a softcap is' if problem.has_softcap else 'sinks are'} not supported"
+    return None
+
+
+def _gate(problem: Problem) -> str:
+    return f"nobody has measured yet where it gains on {_arch(problem.device_index)}"
+
+
+KERNELS: Final = tuple(
+    Kernel(
+        name=lambda: "cuda-mma",
+        device_type="cuda",
+        recipe=recipe,
+        refuse=functools.partial(_refuse, recipe),
+        gate=_gate,
+        run=functools.partial(attention, recipe=recipe),
+        smallest=lambda: CLOSED,
+    )
+    for recipe in dict.fromkeys(recipe for arch in ARCHS.values() for recipe in arch.recipes)
+)

@@ -1,0 +1,315 @@
+"""What one compiled kernel is: the only source of its symbol, template arguments and cache key.
+
+A spec is plain data. It knows nothing of torch, of a compiler or of a device.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import ClassVar, Final
+
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda import params
+from sage_compiler.precision import TILE_MMA, Accumulator, Format
+
+HEAD_DIMS: Final = (64, 128)
+DTYPES: Final[Mapping[str, str]] = MappingProxyType(
+    {"float16": "cutlass::half_t", "bfloat16": "cutlass::bfloat16_t"}
+)
+"""The dtypes of Q, K, V and the output, as torch and as C++ name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arch:
+    """What a GPU architecture offers to these kernels.
+
+    Attributes:
+        capability: major and minor.
+        recipes: those whose matrix products are single instructions here, the default one first.
+        shared_bytes: shared memory that a block can have.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    recipes: tuple[str, ...]
+    shared_bytes: int
+
+
+_16_BIT_PV: Final = ("int8_fp16", "int4_fp16")
+_ALL: Final = ("int8_fp8", "int4_fp8", *_16_BIT_PV)
+
+# s4 products are single instructions up to sm_89 and emulated from sm_90 on, where they would be
+# slower than s8. e4m3 products of mma.sync exist on sm_89 and sm_120; on sm_90 and sm_100 they are
+# converted to half first, and these GPUs have wgmma and tcgen05 for them instead.
+ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
+    {
+        arch.name: arch
+        for arch in (
+            Arch("sm_80", (8, 0), _16_BIT_PV, 163 << 10),
+            Arch("sm_86", (8, 6), _16_BIT_PV, 99 << 10),
+            Arch("sm_89", (8, 9), _ALL, 99 << 10),
+            Arch("sm_90a", (9, 0), ("int8_fp16",), 227 << 10),
+            Arch("sm_100a", (10, 0), ("int8_fp16",), 227 << 10),
+            Arch("sm_120a", (12, 0), ("int8_fp8", "int8_fp16"), 99 << 10),
+        )
+    }
+)
+
+
+def arch_of(capability: tuple[int, int]) -> Arch:
+    """The architecture whose kernels a device of this compute capability runs.
+
+    Raises:
+        KernelUnavailableError: there is none.
+    """
+    for arch in ARCHS.values():
+        if arch.capability == capability:
+            return arch
+    major, minor = capability
+    if major == 8 and minor > 6:  # 8.7: machine code of a lower minor version runs there
+        return ARCHS["sm_86"]
+    known = ", ".join(f"{a}.{b}" for a, b in (arch.capability for arch in ARCHS.values()))
+    raise KernelUnavailableError(
+        f"compute capability {major}.{minor}: there are kernels for {known}; "
+        "use precision='exact' on this device"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec(ABC):
+    """One kernel, compiled for one architecture.
+
+    Attributes:
+        arch: a key of ``ARCHS``.
+        dtype: a key of ``DTYPES``.
+        head_dim: one of ``HEAD_DIMS``.
+    """
+
+    arch: str
+    dtype: str
+    head_dim: int
+
+    kind: ClassVar[str]
+    template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
+    params: ClassVar[struct.Struct]
+
+    @property
+    def symbol(self) -> str:
+        """The name of the kernel in its binary, unique among all specs; also a file's name."""
+        values = (str(getattr(self, field.name)) for field in fields(self))
+        return "_".join(("sage", self.kind, *values))
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> tuple[str, ...]:
+        """The template arguments, in C++."""
+
+
+_CPP_FORMATS: Final[Mapping[Format, str]] = MappingProxyType(
+    {
+        Format.INT4: "sage::Int4",
+        Format.INT8: "sage::Int8",
+        Format.FP8: "sage::E4m3",
+        Format.FP16: "sage::Half",
+    }
+)
+_BITS: Final[Mapping[Format, int]] = MappingProxyType(
+    {Format.INT4: 4, Format.INT8: 8, Format.FP8: 8, Format.FP16: 16}
+)
+
+QUANTIZER_THREADS: Final = 256
+_FLOAT_BYTES: Final = 4
+_CACHE_LINE: Final = 128
+_BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsSpec(KernelSpec):
+    """Sums of K and largest magnitudes of V over chunks of tokens."""
+
+    kind: ClassVar[str] = "statistics"
+    template: ClassVar[str] = "Statistics"
+    params: ClassVar[struct.Struct] = params.STATISTICS
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        return _rows_at_once(self.head_dim) * self.head_dim * _FLOAT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (DTYPES[self.dtype], str(self.head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySpec(KernelSpec):
+    """Smoothing and quantization of Q; INT4 comes with Q smoothing."""
+
+    qk: Format
+
+    kind: ClassVar[str] = "query"
+    template: ClassVar[str] = "QuantizeQuery"
+    params: ClassVar[struct.Struct] = params.QUERY
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        rows = _rows_at_once(self.head_dim)
+        groups = TILE_MMA.q_block // 4 * (rows // 8)
+        return (rows * self.head_dim + groups) * _FLOAT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (DTYPES[self.dtype], _CPP_FORMATS[self.qk], str(self.head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpec(KernelSpec):
+    """Smoothing and quantization of K; INT4 comes with Q smoothing, so with its term of K."""
+
+    qk: Format
+
+    kind: ClassVar[str] = "key"
+    template: ClassVar[str] = "QuantizeKey"
+    params: ClassVar[struct.Struct] = params.KEY
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        rows = _rows_at_once(self.head_dim)
+        smoothed = TILE_MMA.kv_block * (self.head_dim + _BANK_PADDING)
+        return (rows + (smoothed if self.qk is Format.INT4 else 0)) * _FLOAT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (DTYPES[self.dtype], _CPP_FORMATS[self.qk], str(self.head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSpec(KernelSpec):
+    """Quantization of V, transposed, in the order of tokens that P has."""
+
+    pv: Format
+    accumulator: Accumulator = Accumulator.FP32
+
+    kind: ClassVar[str] = "value"
+    template: ClassVar[str] = "QuantizeValue"
+    params: ClassVar[struct.Struct] = params.VALUE
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        return TILE_MMA.kv_block * (self.head_dim + _BANK_PADDING) * _FLOAT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.pv],
+            str(self.head_dim),
+            _half_accumulator(self.accumulator),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AttendSpec(KernelSpec):
+    """The fused attention over quantized operands.
+
+    Attributes:
+        qk, pv: formats of the operands of both products.
+        accumulator: of P @ V within a tile of keys.
+        warp_rows: queries of a warp, 16 or 32: more of them read K and V from shared memory less
+            often, and take more registers.
+        stages: tiles of K and V in shared memory.
+    """
+
+    qk: Format
+    pv: Format
+    accumulator: Accumulator
+    warp_rows: int
+    stages: int
+
+    kind: ClassVar[str] = "attend"
+    template: ClassVar[str] = "Attend"
+    params: ClassVar[struct.Struct] = params.ATTEND
+
+    @property
+    def threads(self) -> int:
+        return TILE_MMA.q_block // self.warp_rows * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        delta = TILE_MMA.kv_block * _FLOAT_BYTES if self.qk is Format.INT4 else 0
+        return self.query_tile_bytes + self.stages * (self.tile.bytes + delta)
+
+    @property
+    def query_tile_bytes(self) -> int:
+        """The codes of one query block."""
+        return TILE_MMA.q_block * self.head_dim * _BITS[self.qk] // 8
+
+    @property
+    def tile(self) -> KeyValueTile:
+        """How a tile of keys and values is packed."""
+        return KeyValueTile.of(self.head_dim, self.qk, self.pv)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.qk],
+            _CPP_FORMATS[self.pv],
+            str(self.head_dim),
+            _half_accumulator(self.accumulator),
+            str(self.warp_rows),
+            str(self.stages),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueTile:
+    """A packed tile of keys and values, KeyValueTile of tile.cuh: sizes in bytes."""
+
+    value_offset: int
+    scales_offset: int
+    bytes: int
+
+    @classmethod
+    def of(cls, head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
+        key = TILE_MMA.kv_block * head_dim * _BITS[qk] // 8
+        scales_offset = key + TILE_MMA.kv_block * head_dim * _BITS[pv] // 8
+        return cls(key, scales_offset, scales_offset + _CACHE_LINE)
+
+
+def _half_accumulator(accumulator: Accumulator) -> str:
+    return "true" if accumulator is Accumulator.FP16 else "false"
+
+
+def _rows_at_once(head_dim: int) -> int:
+    """Tokens that a quantizer's block reads at once, 8 channels a thread."""
+    return QUANTIZER_THREADS // (head_dim // 8)

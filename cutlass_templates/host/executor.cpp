@@ -1,0 +1,547 @@
+#include "executor.hpp"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <random>
+
+#include "fiber.hpp"
+#include "shadow.hpp"
+#include "warp.hpp"
+
+namespace sage::host {
+
+namespace {
+
+constexpr size_t kRedzone = 4096;
+constexpr size_t kSharedAlignment = 1024;
+constexpr int kGarbage = 0xCD;
+constexpr int kRedzoneByte = 0xFA;
+
+constexpr char kBarrier[] = "barrier";
+
+// On average, a thread is interrupted after this many accesses to memory.
+constexpr uint32_t kMeanSlice = 32;
+
+struct Copy {
+    char* to;
+    char bytes[16];
+};
+
+struct Thread {
+    Context context;
+    char const* waits_at = nullptr;  // the operation; null when it can run
+    Site site = {};                  // of the operation
+    bool exited = false;
+    std::vector<Copy> copies;        // in flight, oldest first
+    std::vector<size_t> groups;      // the number of copies of each committed group, oldest first
+    size_t uncommitted = 0;
+};
+
+struct Warp {
+    int arrived = 0;  // at the collective
+    int first = 0;    // the thread that arrived first
+    Collective operation = {};
+    void* arguments[kLanes] = {};
+    int exited = 0;
+    int at_barrier = 0;
+    int first_at_barrier = 0;
+};
+
+bool same(Site x, Site y) { return x.line == y.line && std::strcmp(x.file, y.file) == 0; }
+
+char const* file_name(char const* path) {
+    char const* const slash = std::strrchr(path, '/');
+    return slash == nullptr ? path : slash + 1;
+}
+
+// printf to a string; not on large buffers of its own, since it runs on a fiber's stack.
+__attribute__((format(printf, 1, 2))) std::string format(char const* pattern, ...) {
+    char text[512];
+    va_list values;
+    va_start(values, pattern);
+    std::vsnprintf(text, sizeof text, pattern, values);
+    va_end(values);
+    return text;
+}
+
+std::string at(Site site) { return format(" (%s:%d)", file_name(site.file), site.line); }
+
+// The random numbers that choose who runs: xorshift64*.
+class Dice {
+   public:
+    void seed(uint64_t seed) { state_ = (seed + 1) * 0x9e37'79b9'7f4a'7c15; }
+    // 0 .. count - 1
+    uint32_t roll(uint32_t count) {
+        state_ ^= state_ >> 12;
+        state_ ^= state_ << 25;
+        state_ ^= state_ >> 27;
+        auto const high = static_cast<uint32_t>((state_ * 0x2545'f491'4f6c'dd1d) >> 32);
+        return static_cast<uint32_t>(static_cast<uint64_t>(high) * count >> 32);
+    }
+
+   private:
+    uint64_t state_ = 1;
+};
+
+class Executor {
+   public:
+    std::string execute(Launch const& launch);
+
+    // The services; see Runtime.
+    int thread_index() const { return current_; }
+    int64_t block_index() const { return block_; }
+    char* shared_memory() { return shared_; }
+    void barrier(Site site);
+    void access(Access access, void const* address, int bytes, Site site);
+    void copy_async(void* shared, void const* global, Site site);
+    void copy_async_commit();
+    void copy_async_wait(int newest);
+    void collective(Collective operation, void* argument, Site site);
+
+    static thread_local Executor* running;
+
+   private:
+    void run_block(int64_t block);
+    static void run_thread();
+    void exit_thread();
+
+    void run_next();
+    void wait(char const* operation, Site site);
+    void wake(int thread);
+    void interrupt();
+
+    void check_shared(void const* address, int bytes, char const* operation, Site site);
+    void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_race(Conflict conflict, void const* address, char const* operation, Site site);
+    void check_redzones();
+    void read_rows(Warp const& warp);
+    [[noreturn]] void fail(std::string const& what);
+    std::string name(int thread) const;
+    std::string deadlock() const;
+
+    Launch const* launch_ = nullptr;
+    int threads_count_ = 0;
+    int64_t block_ = 0;
+    int current_ = 0;
+    int at_barrier_ = 0;
+    int exited_ = 0;
+    uint32_t slice_ = 0;
+    size_t last_range_ = 0;
+    char* shared_ = nullptr;
+    int64_t shared_bytes_ = 0;
+    std::string failure_;
+    Context host_;
+    Dice dice_;
+    Shadow shadow_;
+    Stacks stacks_;
+    std::vector<Thread> threads_;
+    std::vector<Warp> warps_;
+    std::vector<int> ready_;
+    std::vector<char> arena_;
+};
+
+thread_local Executor* Executor::running = nullptr;
+
+std::string Executor::execute(Launch const& launch) {
+    launch_ = &launch;
+    threads_count_ = launch.entry.threads;
+    shared_bytes_ = launch.entry.shared_bytes;
+    failure_.clear();
+    stacks_.reserve(threads_count_);
+    threads_.resize(static_cast<size_t>(threads_count_));
+    warps_.resize(static_cast<size_t>(threads_count_ / kLanes));
+    arena_.resize(static_cast<size_t>(shared_bytes_) + 2 * kRedzone + kSharedAlignment);
+    auto const low = reinterpret_cast<uintptr_t>(arena_.data()) + kRedzone;
+    shared_ = reinterpret_cast<char*>((low + kSharedAlignment - 1) & ~(kSharedAlignment - 1));
+    if (launch.detect_races) shadow_.reset(static_cast<size_t>(shared_bytes_));
+
+    // Blocks may run in any order, too.
+    std::vector<int64_t> blocks(static_cast<size_t>(launch.grid));
+    std::iota(blocks.begin(), blocks.end(), 0);
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937_64(launch.seed));
+    running = this;
+    for (int64_t const block : blocks) {
+        run_block(block);
+        if (!failure_.empty()) break;
+    }
+    running = nullptr;
+    return failure_;
+}
+
+void Executor::run_block(int64_t block) {
+    block_ = block;
+    at_barrier_ = exited_ = 0;
+    dice_.seed(launch_->seed ^ static_cast<uint64_t>(block) << 20);
+    slice_ = 1 + dice_.roll(2 * kMeanSlice);
+    std::memset(shared_ - kRedzone, kRedzoneByte, kRedzone);
+    std::memset(shared_, kGarbage, static_cast<size_t>(shared_bytes_));
+    std::memset(shared_ + shared_bytes_, kRedzoneByte, kRedzone);
+    if (launch_->detect_races) shadow_.barrier();
+    std::fill(warps_.begin(), warps_.end(), Warp{});
+    ready_.clear();
+    for (int thread = 0; thread < threads_count_; ++thread) {
+        Thread& state = threads_[static_cast<size_t>(thread)];
+        prepare(state.context, stacks_.low(thread), stacks_.top(thread), run_thread);
+        state.exited = false;
+        state.copies.clear();
+        state.groups.clear();
+        state.uncommitted = 0;
+        wake(thread);
+    }
+    std::swap(ready_[dice_.roll(static_cast<uint32_t>(ready_.size()))], ready_.back());
+    current_ = ready_.back();
+    ready_.pop_back();
+    switch_context(host_, threads_[static_cast<size_t>(current_)].context);
+    if (failure_.empty()) check_redzones();
+}
+
+void Executor::run_thread() {
+    running->launch_->entry.run(running->launch_->params);
+    running->exit_thread();
+}
+
+void Executor::exit_thread() {
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    Warp& warp = warps_[static_cast<size_t>(current_ / kLanes)];
+    if (!thread.copies.empty()) {
+        fail(format("exits with %zu asynchronous copies in flight, %zu of them not committed: the "
+                    "kernel must wait for all of its copies",
+                    thread.copies.size(), thread.uncommitted));
+    }
+    if (warp.arrived > 0) {
+        fail(std::string("exits while ") + name(warp.first) + " waits for it at " +
+             name_of(warp.operation) + at(threads_[static_cast<size_t>(warp.first)].site));
+    }
+    for (int other = 0; other < threads_count_ && at_barrier_ > 0; ++other) {
+        Thread const& waiting = threads_[static_cast<size_t>(other)];
+        if (waiting.waits_at == kBarrier) {
+            fail("exits while " + name(other) + " waits for it at barrier" + at(waiting.site));
+        }
+    }
+    thread.exited = true;
+    ++warp.exited;
+    if (++exited_ == threads_count_) switch_context(thread.context, host_);
+    run_next();
+}
+
+// Runs a thread that can run, at random: perhaps this one. Returns when this one is chosen.
+void Executor::run_next() {
+    if (ready_.empty()) fail(deadlock());
+    std::swap(ready_[dice_.roll(static_cast<uint32_t>(ready_.size()))], ready_.back());
+    int const previous = current_;
+    current_ = ready_.back();
+    ready_.pop_back();
+    if (current_ == previous) return;
+    switch_context(threads_[static_cast<size_t>(previous)].context,
+                   threads_[static_cast<size_t>(current_)].context);
+}
+
+void Executor::wait(char const* operation, Site site) {
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    thread.waits_at = operation;
+    thread.site = site;
+}
+
+void Executor::wake(int thread) {
+    threads_[static_cast<size_t>(thread)].waits_at = nullptr;
+    ready_.push_back(thread);
+}
+
+// Between two accesses to memory, any other thread may run.
+void Executor::interrupt() {
+    if (--slice_ > 0) return;
+    slice_ = 1 + dice_.roll(2 * kMeanSlice);
+    ready_.push_back(current_);
+    run_next();
+}
+
+void Executor::barrier(Site site) {
+    Warp& warp = warps_[static_cast<size_t>(current_ / kLanes)];
+    wait(kBarrier, site);
+    if (exited_ > 0) {
+        int exited = 0;
+        while (!threads_[static_cast<size_t>(exited)].exited) ++exited;
+        fail("waits at barrier" + at(site) + ", which " + name(exited) +
+             " has exited without reaching: all threads of a block must");
+    }
+    if (warp.at_barrier == 0) warp.first_at_barrier = current_;
+    Site const first = threads_[static_cast<size_t>(warp.first_at_barrier)].site;
+    if (!same(site, first)) {
+        fail("divergent barrier: it is at barrier" + at(site) + ", and " +
+             name(warp.first_at_barrier) + " of the same warp at barrier" + at(first));
+    }
+    ++warp.at_barrier;
+    if (++at_barrier_ == threads_count_) {
+        at_barrier_ = 0;
+        for (Warp& each : warps_) each.at_barrier = 0;
+        if (launch_->detect_races) shadow_.barrier();
+        for (int thread = 0; thread < threads_count_; ++thread) wake(thread);
+    }
+    run_next();
+}
+
+void Executor::collective(Collective operation, void* argument, Site site) {
+    Warp& warp = warps_[static_cast<size_t>(current_ / kLanes)];
+    int const first_thread = current_ / kLanes * kLanes;
+    wait(name_of(operation), site);
+    if (warp.exited > 0) {
+        int exited = first_thread;
+        while (!threads_[static_cast<size_t>(exited)].exited) ++exited;
+        fail(std::string("waits at ") + name_of(operation) + at(site) + ", which " + name(exited) +
+             " has exited without reaching: all lanes of a warp must");
+    }
+    if (warp.arrived == 0) {
+        warp.first = current_;
+        warp.operation = operation;
+    }
+    Site const first = threads_[static_cast<size_t>(warp.first)].site;
+    if (operation != warp.operation || !same(site, first)) {
+        fail(std::string("divergent warp collective: it is at ") + name_of(operation) + at(site) +
+             ", and " + name(warp.first) + " of the same warp at " + name_of(warp.operation) +
+             at(first));
+    }
+    if (operation == Collective::kShuffleXor) {
+        int const mask = static_cast<ShuffleXor*>(argument)->lane_mask;
+        if (mask < 0 || mask >= kLanes) {
+            fail(format("shuffle_xor with lane mask %d: it must be 0 to 31", mask) + at(site));
+        }
+    } else if (operation == Collective::kLoadMatrix) {
+        check_shared(static_cast<LoadMatrix*>(argument)->row, 16, "load_matrix_x4", site);
+    }
+    warp.arguments[current_ - first_thread] = argument;
+    if (++warp.arrived == kLanes) {
+        warp.arrived = 0;
+        if (operation == Collective::kLoadMatrix && launch_->detect_races) read_rows(warp);
+        perform(operation, warp.arguments);
+        if (launch_->detect_races) shadow_.collective(current_ / kLanes);
+        for (int lane = 0; lane < kLanes; ++lane) wake(first_thread + lane);
+    }
+    run_next();
+}
+
+void Executor::read_rows(Warp const& warp) {
+    int const last = current_;
+    int const first_thread = last / kLanes * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        current_ = first_thread + lane;  // whose address it is
+        auto const* const row =
+            static_cast<char const*>(static_cast<LoadMatrix*>(warp.arguments[lane])->row);
+        check_race(shadow_.read_row(static_cast<size_t>(row - shared_), last / kLanes), row,
+                   "load_matrix_x4", threads_[static_cast<size_t>(last)].site);
+    }
+    current_ = last;
+}
+
+void Executor::access(Access access, void const* address, int bytes, Site site) {
+    interrupt();
+    switch (access) {
+        case Access::kLoadGlobal:
+            return check_global(address, bytes, false, "load_global", site);
+        case Access::kStoreGlobal:
+            return check_global(address, bytes, true, "store_global", site);
+        case Access::kLoadShared:
+        case Access::kStoreShared: {
+            bool const store = access == Access::kStoreShared;
+            char const* const operation = store ? "store_shared" : "load_shared";
+            check_shared(address, bytes, operation, site);
+            if (!launch_->detect_races) return;
+            auto const offset = static_cast<size_t>(static_cast<char const*>(address) - shared_);
+            auto const size = static_cast<size_t>(bytes);
+            check_race(store ? shadow_.write(offset, size, current_)
+                             : shadow_.read(offset, size, current_),
+                       address, operation, site);
+        }
+    }
+}
+
+void Executor::copy_async(void* shared, void const* global, Site site) {
+    interrupt();
+    check_global(global, 16, false, "copy_async from global memory", site);
+    check_shared(shared, 16, "copy_async to shared memory", site);
+    auto* const to = static_cast<char*>(shared);
+    if (launch_->detect_races) {
+        check_race(shadow_.issue_copy(static_cast<size_t>(to - shared_), current_), to,
+                   "copy_async", site);
+    }
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    Copy& copy = thread.copies.emplace_back();
+    copy.to = to;
+    std::memcpy(copy.bytes, global, sizeof copy.bytes);
+    ++thread.uncommitted;
+}
+
+void Executor::copy_async_commit() {
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    thread.groups.push_back(thread.uncommitted);
+    thread.uncommitted = 0;
+}
+
+void Executor::copy_async_wait(int newest) {
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    auto const kept = static_cast<ptrdiff_t>(newest);
+    auto const landing = static_cast<ptrdiff_t>(thread.groups.size()) - kept;
+    if (landing <= 0) return;
+    auto const groups_end = thread.groups.begin() + landing;
+    auto const copies_end =
+        thread.copies.begin() +
+        static_cast<ptrdiff_t>(std::accumulate(thread.groups.begin(), groups_end, size_t{0}));
+    for (auto copy = thread.copies.begin(); copy != copies_end; ++copy) {
+        std::memcpy(copy->to, copy->bytes, sizeof copy->bytes);
+        if (launch_->detect_races) {
+            shadow_.land_copy(static_cast<size_t>(copy->to - shared_), current_);
+        }
+    }
+    thread.copies.erase(thread.copies.begin(), copies_end);
+    thread.groups.erase(thread.groups.begin(), groups_end);
+}
+
+void Executor::check_shared(void const* address, int bytes, char const* operation, Site site) {
+    auto const offset = static_cast<char const*>(address) - shared_;
+    if (offset < 0 || offset > shared_bytes_ - bytes) {
+        fail(format("%s of %d bytes at offset %td is outside of the block's %lld bytes of shared "
+                    "memory",
+                    operation, bytes, offset, static_cast<long long>(shared_bytes_)) +
+             at(site));
+    }
+    if (offset % bytes != 0) {
+        fail(format("%s of %d bytes at offset %td of shared memory is misaligned", operation, bytes,
+                    offset) +
+             at(site));
+    }
+}
+
+void Executor::check_global(void const* address, int bytes, bool store, char const* operation,
+                            Site site) {
+    auto const begin = reinterpret_cast<uintptr_t>(address);
+    auto const size = static_cast<uintptr_t>(bytes);
+    if (begin % size != 0) {
+        fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
+    }
+    std::vector<Range> const& ranges = *launch_->ranges;
+    if (ranges.empty()) return;
+    bool read_only = false;
+    for (size_t i = 0; i < ranges.size(); ++i) {
+        size_t const index = (last_range_ + i) % ranges.size();
+        Range const& range = ranges[index];
+        if (begin < range.begin || begin + size > range.end) continue;
+        if (!store || range.writable) {
+            last_range_ = index;
+            return;
+        }
+        read_only = true;
+    }
+    if (read_only) {
+        fail(format("%s of %d bytes at %p writes to read-only memory", operation, bytes, address) +
+             at(site));
+    }
+    std::string nearest;
+    for (Range const& range : ranges) {
+        if (begin >= range.end && begin - range.end < 4096) {
+            nearest = format(", %zu bytes after the end of [%#zx, %#zx)", begin - range.end,
+                             range.begin, range.end);
+        } else if (begin < range.begin && range.begin - begin < 4096) {
+            nearest = format(", %zu bytes before the begin of [%#zx, %#zx)", range.begin - begin,
+                             range.begin, range.end);
+        }
+    }
+    fail(format("%s of %d bytes at %p is outside of the memory that the kernel may touch", operation,
+                bytes, address) +
+         nearest + at(site));
+}
+
+void Executor::check_race(Conflict conflict, void const* address, char const* operation,
+                          Site site) {
+    if (!conflict) return;
+    std::string other;
+    switch (conflict.other) {
+        case Conflict::Other::kThread: other = name(conflict.index); break;
+        case Conflict::Other::kWarp: other = format("several lanes of warp %d", conflict.index); break;
+        case Conflict::Other::kSeveralWarps: other = "several warps"; break;
+    }
+    std::string what;
+    switch (conflict.kind) {
+        case Conflict::Kind::kNone: return;
+        case Conflict::Kind::kRead: what = "reading by " + other + ": missing barrier"; break;
+        case Conflict::Kind::kWrite: what = "writing by " + other + ": missing barrier"; break;
+        case Conflict::Kind::kLandedCopy:
+            what = "an asynchronous copy of " + other + " that has landed: missing barrier";
+            break;
+        case Conflict::Kind::kCopyInFlight:
+            what = "an asynchronous copy of " + other + " in flight: missing wait";
+            break;
+    }
+    fail(format("race between %s at offset %td of shared memory", operation,
+                static_cast<char const*>(address) - shared_) +
+         at(site) + " and " + what);
+}
+
+void Executor::check_redzones() {
+    auto const intact = [](char const* begin) {
+        return std::all_of(begin, begin + kRedzone,
+                           [](char byte) { return byte == static_cast<char>(kRedzoneByte); });
+    };
+    if (intact(shared_ - kRedzone) && intact(shared_ + shared_bytes_)) return;
+    failure_ = format("block %lld: the memory %s its shared memory was written to, by a raw pointer",
+                      static_cast<long long>(block_),
+                      intact(shared_ - kRedzone) ? "after" : "before");
+}
+
+// Leaves the kernel for good: the threads' stacks are abandoned as they are.
+void Executor::fail(std::string const& what) {
+    failure_ = format("block %lld, ", static_cast<long long>(block_)) + name(current_) + ": " + what;
+    Context abandoned;
+    switch_context(abandoned, host_);
+    __builtin_unreachable();
+}
+
+std::string Executor::name(int thread) const {
+    return format("thread %d (warp %d, lane %d)", thread, thread / kLanes, thread % kLanes);
+}
+
+// Who waits for whom: the first thread of each operation that threads wait at.
+std::string Executor::deadlock() const {
+    std::string text = "deadlock: nobody can run;";
+    std::vector<Thread const*> told;
+    for (int thread = 0; thread < threads_count_; ++thread) {
+        Thread const& state = threads_[static_cast<size_t>(thread)];
+        if (state.exited || told.size() == 8) continue;
+        bool const new_place = std::none_of(told.begin(), told.end(), [&](Thread const* other) {
+            return state.waits_at == other->waits_at && same(state.site, other->site);
+        });
+        if (!new_place) continue;
+        text += (told.empty() ? " " : ", ") + name(thread) + " waits at " + state.waits_at +
+                at(state.site);
+        told.push_back(&state);
+    }
+    return text;
+}
+
+Executor& running() { return *Executor::running; }
+
+}  // namespace
+
+std::string execute(Launch const& launch) {
+    static thread_local Executor executor;
+    return executor.execute(launch);
+}
+
+Runtime const kRuntime = {
+    [] { return running().thread_index(); },
+    [] { return running().block_index(); },
+    [] { return running().shared_memory(); },
+    [](Site site) { running().barrier(site); },
+    [](Access access, void const* address, int bytes, Site site) {
+        running().access(access, address, bytes, site);
+    },
+    [](void* shared, void const* global, Site site) { running().copy_async(shared, global, site); },
+    [] { running().copy_async_commit(); },
+    [](int newest) { running().copy_async_wait(newest); },
+    [](Collective operation, void* argument, Site site) {
+        running().collective(operation, argument, site);
+    },
+};
+
+}  // namespace sage::host

@@ -1,0 +1,33 @@
+// Runs the blocks of a kernel on the calling host thread, one fiber for each of their threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <sage/host/runtime.hpp>
+#include <string>
+#include <vector>
+
+namespace sage::host {
+
+// Global memory that kernels may touch.
+struct Range {
+    uintptr_t begin, end;
+    bool writable;
+};
+
+struct Launch {
+    Entry const& entry;
+    void const* params;
+    int64_t grid;
+    uint64_t seed;                          // of the order in which blocks and threads run
+    bool detect_races;
+    std::shared_ptr<std::vector<Range> const> ranges;  // empty: all of memory
+};
+
+// Runs the launch; returns what failed, or "". Safe to call from several host threads at once.
+std::string execute(Launch const& launch);
+
+// What kernels call.
+extern Runtime const kRuntime;
+
+}  // namespace sage::host

@@ -1,0 +1,78 @@
+// What a kernel image and the driver library agree on. An image is a shared library with one Entry
+// per kernel, under the kernel's name, and the variable sage_host_image, through which the driver
+// hands it the runtime; so an image needs no symbol of the driver when it is loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sage::host {
+
+// Changes with everything in this file.
+constexpr uint64_t kAbi = 0x5341'4745'0000'0001;
+
+// Where in the source an operation is, for messages and for telling operations apart.
+struct Site {
+    char const* file;
+    int line;
+};
+
+enum class Access : int { kLoadGlobal, kStoreGlobal, kLoadShared, kStoreShared };
+
+// What the 32 lanes of a warp do together. The argument of each is the struct of that name below.
+enum class Collective : int {
+    kShuffleXor,
+    kLoadMatrix,
+    kMmaS4,
+    kMmaS8,
+    kMmaE4m3,
+    kMmaE4m3Half,
+    kMmaF16,
+    kMmaTf32,
+};
+
+struct ShuffleXor {
+    uint32_t value;  // replaced by that of the lane's partner
+    int lane_mask;
+};
+
+struct LoadMatrix {
+    uint32_t* registers;  // 4
+    void const* row;
+};
+
+struct Mma {
+    void* accumulators;
+    uint32_t const* a;  // 4
+    uint32_t const* b;  // 2
+};
+
+// The services of the executor for the thread that calls. None returns after a failed check.
+struct Runtime {
+    int (*thread_index)();
+    int64_t (*block_index)();
+    char* (*shared_memory)();
+    void (*barrier)(Site);
+    // Checks an access of 1, 2, 4, 8 or 16 bytes that the caller makes right afterwards.
+    void (*access)(Access, void const*, int bytes, Site);
+    void (*copy_async)(void* shared, void const* global, Site);
+    void (*copy_async_commit)();
+    void (*copy_async_wait)(int newest);
+    void (*collective)(Collective, void* argument, Site);
+};
+
+// sage_host_image of an image.
+struct Image {
+    uint64_t abi;
+    Runtime const* runtime;  // set by the driver
+};
+
+struct Entry {
+    uint64_t abi;
+    void (*run)(void const* params);
+    int threads;
+    int64_t shared_bytes;
+    size_t params_bytes;
+};
+
+}  // namespace sage::host

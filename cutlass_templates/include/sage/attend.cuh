@@ -1,0 +1,422 @@
+// Fused attention over quantized operands, SageAttention2 (arXiv 2411.10958) on mma.sync: a block
+// does kQueryBlock queries of one head, a warp kWarpRows of them, over tiles of kKeyBlock keys that
+// come through a ring of shared memory. "Softmax, P and V" of docs/numerics.md has the formulas.
+//
+// A thread holds rows lane / 4 (+ 8) of every 16 queries and columns 2 (lane % 4) (+ 1) of every 8
+// keys, so that it needs one scale of Q and one of K; and its accumulators of Q K^T are, packed,
+// its operand of P V.
+#pragma once
+
+#include <sage/numeric.cuh>
+#include <sage/params.cuh>
+#include <sage/tile.cuh>
+
+namespace sage {
+
+template <class Output, class Qk, class Pv, int kHeadDim, bool kHalfAccumulator, int kWarpRows,
+          int kStages>
+class Attend {
+ public:
+    using Params = AttendParams;
+
+ private:
+    static_assert(kWarpRows == 16 || kWarpRows == kQueryWarp);
+    static constexpr bool kDelta = Qk::kBits == 4;  // Q was smoothed
+    using QueryTile = Tile<kQueryBlock, kHeadDim * Qk::kBits / 8>;
+    // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it.
+    using Packed = KeyValueTile<Qk, Pv, kHeadDim>;
+    using KeyTile = typename Packed::Key;
+    using ValueTile = typename Packed::Value;
+    static constexpr int kDeltaBytes = kDelta ? kKeyBlock * sizeof(float) : 0;
+    static constexpr int kStageBytes = Packed::kBytes + kDeltaBytes;
+
+    static constexpr int kBands = kWarpRows / 16;  // 16 queries each, the rows of an atom
+    static constexpr int kHalves = 2;              // rows lane / 4 and lane / 4 + 8 of a band
+    static constexpr int kKeyAtoms = kKeyBlock / 8;
+    static constexpr int kChannelAtoms = kHeadDim / 8;
+
+    using PvAtom = cute::conditional_t<
+        Pv::kBits == 16, arch::MmaF16,
+        cute::conditional_t<kHalfAccumulator, arch::MmaE4m3Half, arch::MmaE4m3>>;
+    using Scores = typename Qk::Atom::Accumulator[kBands][kKeyAtoms][4];
+    using Weights = uint32_t[kBands][ValueTile::kSteps][4];
+
+ public:
+    static constexpr int kThreads = kQueryBlock / kWarpRows * 32;
+    static constexpr int kMinBlocks = kWarpRows / 16;  // 8 warps on a multiprocessor at least
+    static constexpr int kSharedBytes = QueryTile::kBytes + kStages * kStageBytes;
+
+    SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
+
+ private:
+    Params const& p_;
+    int query_block_, head_, kv_head_;  // head_ = b * H + h, kv_head_ = b * Hkv + h / G
+    int tiles_;                         // of keys that the block sees
+    char* const query_tile_;
+
+    // The online softmax of the thread's rows: units of log 2, relative to the running maximum.
+    float maximum_[kBands][kHalves];
+    float total_[kBands][kHalves];  // of the thread's own columns
+    float output_[kBands][kChannelAtoms][4];
+
+    SAGE_DEVICE explicit Attend(Params const& p) : p_(p), query_tile_(arch::shared_memory()) {
+        // The last blocks first: under a causal mask they have the most to do.
+        int const task = static_cast<int>(arch::block_index());
+        int const query_blocks = static_cast<int>(p.query_blocks);
+        query_block_ = query_blocks - 1 - task % query_blocks;
+        head_ = task / query_blocks;
+        kv_head_ = head_ / static_cast<int>(p.group);  // G divides H
+        int const end = visible_keys(int64_t{query_block_} * kQueryBlock + kQueryBlock - 1);
+        tiles_ = (end + kKeyBlock - 1) / kKeyBlock;
+
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                maximum_[band][half] = -infinity();
+                total_[band][half] = 0.0f;
+            }
+            SAGE_UNROLL
+            for (int atom = 0; atom < kChannelAtoms; ++atom) {
+                SAGE_UNROLL
+                for (int i = 0; i < 4; ++i) output_[band][atom][i] = 0.0f;
+            }
+        }
+    }
+
+    // Query `row` sees the keys before this one.
+    SAGE_DEVICE int visible_keys(int64_t row) const {
+        int64_t const end = row + p_.diagonal + 1;
+        return static_cast<int>(end < 0 ? 0 : end < p_.key_length ? end : p_.key_length);
+    }
+
+    // The first row of the warp's queries that the thread holds.
+    SAGE_DEVICE int64_t first_row() const {
+        int const thread = arch::thread_index();
+        return int64_t{query_block_} * kQueryBlock + thread / 32 * kWarpRows + thread % 32 / 4;
+    }
+    // The first column, of every eight, that it holds.
+    SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
+
+    SAGE_DEVICE char* stage(int index) const {
+        return query_tile_ + QueryTile::kBytes + index * kStageBytes;
+    }
+
+    SAGE_DEVICE void run() {
+        int64_t const query = head_ * p_.query_blocks + query_block_;
+        QueryTile::template copy_async<kThreads>(
+            query_tile_, static_cast<char const*>(p_.query_codes) + query * QueryTile::kBytes);
+        SAGE_UNROLL
+        for (int tile = 0; tile < kStages - 1; ++tile) {
+            if (tile < tiles_) copy_stage(tile, tile);
+            arch::copy_async_commit();
+        }
+        // All rows that the thread holds share a scale, as all its columns of a tile do.
+        int const thread = arch::thread_index();
+        int const group = thread / 32 * kWarpRows / kQueryWarp * kQueryGroups + thread % 32 / 4;
+        float const query_scale = arch::load_global(
+            p_.query_scales + query * (kQueryBlock / kQueryWarp * kQueryGroups) + group);
+
+        int now = 0, next = kStages - 1;  // places in the ring
+        for (int tile = 0; tile < tiles_; ++tile) {
+            arch::copy_async_wait<kStages - 2>();
+            // Now the tile is there for all threads, and the place of the tile before it is free.
+            arch::barrier();
+            if (tile + kStages - 1 < tiles_) copy_stage(next, tile + kStages - 1);
+            arch::copy_async_commit();
+
+            Scores scores;
+            multiply_query_key(scores, stage(now));
+            Weights weights;
+            float decay[kBands][kHalves];
+            softmax(weights, decay, scores, query_scale, tile, stage(now));
+            multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+
+            now = now + 1 == kStages ? 0 : now + 1;
+            next = next + 1 == kStages ? 0 : next + 1;
+        }
+        arch::copy_async_wait<0>();
+        store();
+    }
+
+    SAGE_DEVICE void copy_stage(int place, int tile) const {
+        char const* const packed = static_cast<char const*>(p_.key_value_tiles) +
+                                   (kv_head_ * p_.key_blocks + tile) * Packed::kBytes;
+        char* const to = stage(place);
+        KeyTile::template copy_async<kThreads>(to, packed);
+        ValueTile::template copy_async<kThreads>(to + Packed::kValueOffset,
+                                                 packed + Packed::kValueOffset);
+        if (arch::thread_index() == 0) {
+            arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
+        }
+        if constexpr (kDelta) {
+            int const byte = arch::thread_index() * kAccessBytes;
+            if (byte < kDeltaBytes) {
+                int64_t const row = head_ * p_.query_blocks + query_block_;
+                float const* const delta = p_.delta + (row * p_.key_blocks + tile) * kKeyBlock;
+                arch::copy_async(to + Packed::kBytes + byte,
+                                 reinterpret_cast<char const*>(delta) + byte);
+            }
+        }
+    }
+
+    // Integers as floats without a conversion, which has a quarter of the rate: accumulators begin
+    // at the bits of 1.5 * 2^23, where a float's last bit is worth 1. |Q K^T| is at most 127^2 *
+    // 256, which is less than the 2^22 of room.
+    static constexpr uint32_t kBiasBits = 0x4b400000u;
+    static constexpr float kBias = 12582912.0f;
+    static_assert(Qk::kLimit * Qk::kLimit * kHeadDim < 4194304.0f);
+
+    SAGE_DEVICE void multiply_query_key(Scores& scores, char const* key_tile) const {
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                SAGE_UNROLL
+                for (int i = 0; i < 4; ++i) scores[band][atom][i] = kBiasBits;
+            }
+        }
+        int const of_lane = KeyTile::of_lane();  // rows of Q are as long
+        char const* const query_rows =
+            query_tile_ + arch::thread_index() / 32 * kWarpRows * (QueryTile::kBytes / kQueryBlock);
+        SAGE_UNROLL
+        for (int step = 0; step < KeyTile::kSteps; ++step) {
+            uint32_t query[kBands][4];
+            SAGE_UNROLL
+            for (int band = 0; band < kBands; ++band) {
+                QueryTile::load(query[band], query_rows, of_lane, band * 16, step);
+            }
+            SAGE_UNROLL
+            for (int pair = 0; pair < kKeyAtoms / 2; ++pair) {
+                uint32_t key[4];
+                KeyTile::load(key, key_tile, of_lane, pair * 16, step);
+                SAGE_UNROLL
+                for (int of_pair = 0; of_pair < 2; ++of_pair) {
+                    uint32_t const b[2] = {key[of_pair], key[of_pair + 2]};
+                    SAGE_UNROLL
+                    for (int band = 0; band < kBands; ++band) {
+                        arch::mma<typename Qk::Atom>(scores[band][2 * pair + of_pair], query[band],
+                                                     b);
+                    }
+                }
+            }
+        }
+    }
+
+    // P of a tile, packed as an operand, and by what the sums so far decay.
+    SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
+                             Scores const& scores, float query_scale, int tile, char const* stage) {
+        // Keys from here on are not seen by some of the block's queries, or do not exist.
+        int const first_key = tile * kKeyBlock;
+        bool const masked =
+            first_key + kKeyBlock > visible_keys(int64_t{query_block_} * kQueryBlock);
+        int const column = first_column();
+        float const* const key_scales =
+            reinterpret_cast<float const*>(stage + Packed::kScalesOffset);
+        float const scale = query_scale * arch::load_shared(key_scales + column / 2);
+        float const* const delta = reinterpret_cast<float const*>(stage + Packed::kBytes);
+        // With a term of its own in each column, the scale must come first; else it can wait, and
+        // then it multiplies -inf too, so it may not be zero.
+        float const remaining = kDelta ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
+
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                float x[kKeyAtoms][2];
+                SAGE_UNROLL
+                for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                    SAGE_UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        x[atom][i] = arch::from_bits(scores[band][atom][2 * half + i]) - kBias;
+                    }
+                    if constexpr (kDelta) {
+                        float2 const of_keys = arch::load_shared(
+                            reinterpret_cast<float2 const*>(delta + atom * 8 + column));
+                        x[atom][0] = arch::fma(x[atom][0], scale, of_keys.x);
+                        x[atom][1] = arch::fma(x[atom][1], scale, of_keys.y);
+                    }
+                }
+                if (masked) {
+                    int const visible =
+                        visible_keys(first_row() + band * 16 + half * 8) - first_key - column;
+                    SAGE_UNROLL
+                    for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                        SAGE_UNROLL
+                        for (int i = 0; i < 2; ++i) {
+                            if (atom * 8 + i >= visible) x[atom][i] = -infinity();
+                        }
+                    }
+                }
+
+                float highest = -infinity();
+                SAGE_UNROLL
+                for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                    highest = arch::maximum(highest, arch::maximum(x[atom][0], x[atom][1]));
+                }
+                highest *= remaining;
+                highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
+                highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
+                highest = arch::maximum(highest, maximum_[band][half]);
+                // Nothing seen yet: -inf - -inf must not arise.
+                float const origin = highest == -infinity() ? 0.0f : highest;
+                decay[band][half] = arch::exp2(maximum_[band][half] - origin);
+                maximum_[band][half] = highest;
+
+                // The factor of P costs nothing: it is part of what is subtracted.
+                float const shift = Pv::kLog2WeightFactor - origin;
+                float total = 0.0f;
+                SAGE_UNROLL
+                for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                    SAGE_UNROLL
+                    for (int i = 0; i < 2; ++i) {
+                        x[atom][i] = arch::exp2(arch::fma(x[atom][i], remaining, shift));
+                        total += x[atom][i];
+                    }
+                }
+                total_[band][half] = arch::fma(total_[band][half], decay[band][half], total);
+                pack(weights[band], x, half);
+            }
+        }
+    }
+
+    // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
+    // the step's 32 bytes the first 16 for r < 2.
+    SAGE_DEVICE static void pack(uint32_t (&weights)[ValueTile::kSteps][4],
+                                 float const (&x)[kKeyAtoms][2], int half) {
+        SAGE_UNROLL
+        for (int step = 0; step < ValueTile::kSteps; ++step) {
+            SAGE_UNROLL
+            for (int part = 0; part < 2; ++part) {
+                uint32_t& packed = weights[step][2 * part + half];
+                if constexpr (Pv::kBits == 8) {
+                    int const atom = 4 * step + 2 * part;
+                    packed =
+                        arch::pack_e4m3(x[atom][0], x[atom][1], x[atom + 1][0], x[atom + 1][1]);
+                } else {
+                    int const atom = 2 * step + part;
+                    packed = arch::pack_half(x[atom][0], x[atom][1]);
+                }
+            }
+        }
+    }
+
+    // output = output * decay + P V. E4M3 tensor cores keep fewer bits of an accumulator than a
+    // float has, so there the product of a tile has one of its own.
+    SAGE_DEVICE void multiply_weights_value(Weights const& weights,
+                                            float const (&decay)[kBands][kHalves],
+                                            char const* value_tile) {
+        int const of_lane = ValueTile::of_lane();
+        SAGE_UNROLL
+        for (int pair = 0; pair < kChannelAtoms / 2; ++pair) {
+            if constexpr (Pv::kBits == 16) {
+                decay_output(decay, pair);
+                SAGE_UNROLL
+                for (int step = 0; step < ValueTile::kSteps; ++step) {
+                    add_product(output_, 2 * pair, weights, value_tile, of_lane, pair, step);
+                }
+            } else {
+                typename PvAtom::Accumulator product[kBands][2][PvAtom::kAccumulators] = {};
+                SAGE_UNROLL
+                for (int step = 0; step < ValueTile::kSteps; ++step) {
+                    add_product(product, 0, weights, value_tile, of_lane, pair, step);
+                }
+                decay_output(decay, pair, product);
+            }
+        }
+    }
+
+    // Adds one step of P V, for 16 channels, to the two atoms of each band from `first` on.
+    template <class Sums>
+    SAGE_DEVICE static void add_product(Sums& sums, int first, Weights const& weights,
+                                        char const* value_tile, int of_lane, int pair, int step) {
+        uint32_t value[4];
+        ValueTile::load(value, value_tile, of_lane, pair * 16, step);
+        SAGE_UNROLL
+        for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            uint32_t const b[2] = {value[of_pair], value[of_pair + 2]};
+            SAGE_UNROLL
+            for (int band = 0; band < kBands; ++band) {
+                arch::mma<PvAtom>(sums[band][first + of_pair], weights[band][step], b);
+            }
+        }
+    }
+
+    SAGE_DEVICE void decay_output(float const (&decay)[kBands][kHalves], int pair) {
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                output_[band][2 * pair + i / 4][i % 4] *= decay[band][i % 4 / 2];
+            }
+        }
+    }
+
+    template <class Product>
+    SAGE_DEVICE void decay_output(float const (&decay)[kBands][kHalves], int pair,
+                                  Product const& product) {
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int of_pair = 0; of_pair < 2; ++of_pair) {
+                SAGE_UNROLL
+                for (int half = 0; half < kHalves; ++half) {
+                    float2 const sum = in_float(product[band][of_pair], half);
+                    float* const of_row = output_[band][2 * pair + of_pair] + 2 * half;
+                    of_row[0] = arch::fma(of_row[0], decay[band][half], sum.x);
+                    of_row[1] = arch::fma(of_row[1], decay[band][half], sum.y);
+                }
+            }
+        }
+    }
+
+    SAGE_DEVICE static float2 in_float(float const (&product)[4], int half) {
+        return make_float2(product[2 * half], product[2 * half + 1]);
+    }
+    SAGE_DEVICE static float2 in_float(uint32_t const (&product)[2], int half) {
+        return arch::unpack_half(product[half]);
+    }
+
+    SAGE_DEVICE void store() {
+        int64_t const batch = head_ / p_.heads;
+        uint16_t* const output = static_cast<uint16_t*>(p_.output) +
+                                 batch * p_.output_batch_stride +
+                                 head_ % p_.heads * p_.output_head_stride + first_column();
+        float const* const value_scales = p_.value_scales + kv_head_ * kHeadDim + first_column();
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                float total = total_[band][half];
+                total += arch::shuffle_xor(total, 1);
+                total += arch::shuffle_xor(total, 2);
+                int64_t const row = first_row() + band * 16 + half * 8;
+                if (row >= p_.query_length) continue;
+
+                bool const dead = total == 0.0f;
+                float const inverse = arch::divide(1.0f, dead ? 1.0f : total);
+                uint16_t* const of_row = output + row * p_.output_token_stride;
+                SAGE_UNROLL
+                for (int atom = 0; atom < kChannelAtoms; ++atom) {
+                    float2 const scale =
+                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + atom * 8));
+                    float const* const sums = output_[band][atom] + 2 * half;
+                    float const low = dead ? p_.dead_value : sums[0] * inverse * scale.x;
+                    float const high = dead ? p_.dead_value : sums[1] * inverse * scale.y;
+                    arch::store_global(reinterpret_cast<uint32_t*>(of_row + atom * 8),
+                                       Packed2<Output>::pack(low, high));
+                }
+                if (p_.lse != nullptr && first_column() == 0) store_lse(row, band, half, total);
+            }
+        }
+    }
+
+    SAGE_DEVICE void store_lse(int64_t row, int band, int half, float total) const {
+        int64_t const index = head_ * p_.query_length + row;
+        float const log2_total = arch::log2(total) - Pv::kLog2WeightFactor;
+        float const lse = (maximum_[band][half] + log2_total) * kLn2;
+        arch::store_global(p_.lse + index, lse + arch::load_global(p_.row_term + index));
+    }
+};
+
+}  // namespace sage

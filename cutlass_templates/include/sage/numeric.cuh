@@ -1,0 +1,89 @@
+// The number formats, and the scales that bring values into their range; see "Q and K" and "P and
+// V" of docs/numerics.md, whose executable form is sage_compiler/kernels/quantize.py.
+#pragma once
+
+#include <cutlass/numeric_types.h>
+
+#include <sage/arch.cuh>
+
+namespace sage {
+
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr uint32_t kInfinityBits = 0x7f800000u;
+constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
+constexpr uint32_t kNanBits = 0x7fffffffu;
+constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126: a group of zeros is not 0/0
+
+SAGE_DEVICE float infinity() { return arch::from_bits(kInfinityBits); }
+
+// Formats of Q and K.
+struct Int4 {
+    static constexpr int kBits = 4;
+    static constexpr float kLimit = 7.0f;
+    using Atom = arch::MmaS4;
+};
+struct Int8 {
+    static constexpr int kBits = 8;
+    static constexpr float kLimit = 127.0f;
+    using Atom = arch::MmaS8;
+};
+
+// Formats of P and V. kWeightFactor is what makes P in [0, 1] fill the range of its format.
+struct E4m3 {
+    static constexpr int kBits = 8;
+    static constexpr float kLimit = 448.0f;
+    static constexpr float kLog2WeightFactor = 8.80735492205760411f;  // log2(448)
+};
+struct Half {
+    static constexpr int kBits = 16;
+    static constexpr float kLimit = 65504.0f;
+    static constexpr float kLog2WeightFactor = 0.0f;
+};
+
+// SageAttention2++: the largest |V|, so that 64 products of at most 448 * 2.25 stay below 65504,
+// the largest half.
+constexpr float kHalfAccumulatorLimit = 2.25f;
+
+// Two values of the input and output type in one register.
+template <class Type>
+struct Packed2;
+
+template <>
+struct Packed2<cutlass::half_t> {
+    SAGE_DEVICE static uint32_t pack(float low, float high) { return arch::pack_half(low, high); }
+    SAGE_DEVICE static float2 unpack(uint32_t x) { return arch::unpack_half(x); }
+};
+
+template <>
+struct Packed2<cutlass::bfloat16_t> {
+    SAGE_DEVICE static uint32_t pack(float low, float high) {
+        return arch::pack_bfloat16(low, high);
+    }
+    SAGE_DEVICE static float2 unpack(uint32_t x) { return arch::unpack_bfloat16(x); }
+};
+
+SAGE_DEVICE float minimum(float a, float b) { return -arch::maximum(-a, -b); }
+
+SAGE_DEVICE float clamp(float x, float limit) { return minimum(arch::maximum(x, -limit), limit); }
+
+SAGE_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+// The bits of |x|: ordered as the magnitudes are, infinity above them and NaN above infinity.
+SAGE_DEVICE uint32_t magnitude_bits(float x) { return arch::bits(x) & kMagnitudeMask; }
+
+// amax / limit; positive for a group of zeros, NaN for a group that is not finite.
+SAGE_DEVICE float scale_of(uint32_t amax_bits, float limit) {
+    if (amax_bits >= kInfinityBits) return arch::from_bits(kNanBits);
+    return arch::maximum(arch::divide(arch::from_bits(amax_bits), limit), kSmallestScale);
+}
+
+// The power of two that brings amax into [2^14, 2^15), the top of FP16's range; NaN for a channel
+// that is not finite.
+SAGE_DEVICE float power_of_two_scale_of(uint32_t amax_bits) {
+    if (amax_bits >= kInfinityBits) return arch::from_bits(kNanBits);
+    // amax lies in [2^(e - 127), 2^(e - 126)), so e - 126 - 15 is the exponent of the scale.
+    int const biased = static_cast<int>(amax_bits >> 23) - 14;
+    return arch::from_bits(static_cast<uint32_t>(biased > 1 ? biased : 1) << 23);
+}
+
+}  // namespace sage

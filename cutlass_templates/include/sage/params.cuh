@@ -1,0 +1,104 @@
+// The parameters of the kernels, each passed as one struct by value;
+// sage_compiler.kernels.cuda.params packs them. Pointers and 64-bit integers come first, then
+// floats, so that there is no padding.
+//
+// Shapes: B batch, H query heads, Hkv key/value heads, G = H / Hkv, Lq and Lk lengths, D head_dim.
+// M query blocks of kQueryBlock tokens and N key blocks of kKeyBlock tokens cover the lengths; what
+// the quantizers write is whole blocks, with zeros beyond the end.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+#include <cuda/std/cstdint>  // NVRTC has no standard library of its own
+#else
+#include <cstdint>
+#endif
+
+namespace sage {
+
+// Tokens of a block, see "Granularity" of docs/numerics.md: 32 tokens of Q make kQueryGroups = 8
+// groups, which are a token's index modulo 8, and kKeyBlock tokens of K make 4.
+constexpr int kQueryBlock = 128;
+constexpr int kQueryWarp = 32;
+constexpr int kQueryGroups = 8;
+constexpr int kKeyBlock = 64;
+constexpr int kKeyGroups = 4;
+
+// A tensor (B, heads, L, D) of the input type as the caller has it: strides in elements.
+struct Strided {
+    void const* data;
+    int64_t batch_stride, head_stride, token_stride, channel_stride;
+};
+
+// One block per (K or V, chunk of tokens, head): sums of K and largest magnitudes of V.
+struct StatisticsParams {
+    Strided key, value;
+    float* key_sums;       // (B, Hkv, chunks, D)
+    uint32_t* value_amax;  // (B, Hkv, chunks, D): bits of |x|, so that NaN is the largest
+    int64_t heads;         // Hkv
+    int64_t counted_keys;  // keys [0, counted_keys) are seen by some query
+    int64_t chunks, chunk_tokens;
+    int64_t key_tasks;  // B * Hkv * chunks; blocks from there on do V
+};
+
+// One block per (query block, head).
+struct QueryParams {
+    Strided query;
+    float const* key_sums;  // as above; null where row_term is
+    void* codes;            // (B, H, M * kQueryBlock, D): INT8, or two INT4 in a byte
+    float* scales;          // (B, H, M * kQueryBlock / 4), times score_factor
+    float* means;           // (B, H, M, D), times score_factor; null without Q smoothing
+    float* row_term;        // (B, H, Lq): scale * q . mean K, natural units; may be null
+    int64_t heads, group;   // H, G
+    int64_t query_length, query_blocks;
+    int64_t first_live;  // queries before it see no key
+    int64_t counted_keys, chunks;
+    float score_factor;  // |scale| * log2(e)
+    float scale;         // negative: Q is negated
+};
+
+// One block per (key block, head).
+struct KeyParams {
+    Strided key;
+    float const* key_sums;
+    float const* means;  // (B, Hkv, G * M, D), or null without Q smoothing
+    char* codes;         // of the first tile, (kKeyBlock, D); a tile is tile_bytes after the last
+    char* scales;        // of the first tile, (kKeyGroups)
+    float* delta;        // (B, Hkv, G * M, N * kKeyBlock): means . K'; null without Q smoothing
+    int64_t tile_bytes;  // tiles are in order (B, Hkv, N)
+    int64_t heads;       // Hkv
+    int64_t key_blocks, mean_rows;
+    int64_t counted_keys, chunks;
+};
+
+// One block per (key block, head).
+struct ValueParams {
+    Strided value;
+    uint32_t const* value_amax;
+    char* codes;    // of the first tile, V transposed, (D, kKeyBlock)
+    float* scales;  // (B, Hkv, D)
+    int64_t tile_bytes;
+    int64_t heads;  // Hkv
+    int64_t key_blocks;
+    int64_t counted_keys, chunks;
+};
+
+// One block per (query block, head).
+struct AttendParams {
+    void const* query_codes;
+    float const* query_scales;
+    void const* key_value_tiles;  // (B, Hkv, N) of KeyValueTile
+    float const* value_scales;
+    float const* delta;     // (B, H, M, N * kKeyBlock), or null
+    float const* row_term;  // (B, H, Lq); null where lse is
+    void* output;           // (B, H, Lq, D) of the output type, channels contiguous
+    float* lse;             // (B, H, Lq), natural logarithm; may be null
+    int64_t output_batch_stride, output_head_stride, output_token_stride;
+    int64_t heads, group;  // H, G
+    int64_t query_length, key_length;
+    int64_t query_blocks, key_blocks;
+    int64_t diagonal;  // query i sees the keys j <= i + diagonal
+    float dead_value;  // the output of a row that sees no key: 0 or NaN
+    float padding;     // to a multiple of 8 bytes
+};
+
+}  // namespace sage

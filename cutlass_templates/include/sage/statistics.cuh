@@ -1,0 +1,64 @@
+// Sums of K and largest magnitudes of V, per channel, over chunks of the tokens that some query
+// sees. The kernels that use them add up the chunks, in order: the result is the same in every run.
+#pragma once
+
+#include <sage/tokens.cuh>
+
+namespace sage {
+
+template <class Input, int kHeadDim>
+struct Statistics {
+    using Params = StatisticsParams;
+    using At = Position<kHeadDim>;
+    static constexpr int kThreads = kQuantizerThreads;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = At::kRows * kHeadDim * sizeof(float);
+
+    SAGE_DEVICE static void run(Params const& p) {
+        int64_t const task = arch::block_index();
+        if (task < p.key_tasks) {
+            reduce(p, task, p.key, p.key_sums, [](float sum, float x) { return sum + x; });
+        } else {
+            // Kept as floats of the same bits: NaN is the largest.
+            reduce(p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
+                   [](float amax, float x) {
+                       return arch::from_bits(larger(arch::bits(amax), magnitude_bits(x)));
+                   });
+        }
+    }
+
+ private:
+    // Combines the tokens of one chunk of one head into `results` (B * Hkv, chunks, D).
+    template <class Combine>
+    SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
+                                   float* results, Combine combine) {
+        At const at;
+        int64_t const head = task / p.chunks;
+        Head const tokens(tensor, head / p.heads, head % p.heads);
+        int64_t const begin = task % p.chunks * p.chunk_tokens;
+        int64_t const all = begin + p.chunk_tokens;
+        int64_t const end = all < p.counted_keys ? all : p.counted_keys;
+
+        float total[kChunk] = {};
+        for (int64_t token = begin + at.row; token < end; token += At::kRows) {
+            float x[kChunk];
+            tokens.chunk(token, at.channel, true).template unpack<Input>(x);
+            SAGE_UNROLL
+            for (int i = 0; i < kChunk; ++i) total[i] = combine(total[i], x[i]);
+        }
+
+        float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
+        store_floats_shared(shared + at.row * kHeadDim + at.channel, total);
+        arch::barrier();
+        int const channel = arch::thread_index();
+        if (channel >= kHeadDim) return;
+        float result = 0.0f;
+        SAGE_UNROLL
+        for (int row = 0; row < At::kRows; ++row) {
+            result = combine(result, arch::load_shared(shared + row * kHeadDim + channel));
+        }
+        arch::store_global(results + task * kHeadDim + channel, result);
+    }
+};
+
+}  // namespace sage

@@ -1,0 +1,159 @@
+// How the quantizers read a tensor: 8 channels a thread, a row of threads for each of
+// kRows tokens at once, any strides.
+#pragma once
+
+#include <sage/numeric.cuh>
+#include <sage/params.cuh>
+
+namespace sage {
+
+constexpr int kQuantizerThreads = 256;
+constexpr int kChunk = 8;  // channels that one thread has of a token: 16 bytes
+
+// One chunk of a token, two channels in a register.
+struct Chunk {
+    uint32_t packed[kChunk / 2];
+
+    template <class Input>
+    SAGE_DEVICE void unpack(float (&x)[kChunk]) const {
+        SAGE_UNROLL
+        for (int i = 0; i < kChunk / 2; ++i) {
+            float2 const pair = Packed2<Input>::unpack(packed[i]);
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
+
+    // Both 16-bit types have their sign in the highest bit.
+    SAGE_DEVICE void negate() {
+        SAGE_UNROLL
+        for (int i = 0; i < kChunk / 2; ++i) packed[i] ^= 0x80008000u;
+    }
+};
+
+// The tokens of one head of a tensor.
+class Head {
+ public:
+    SAGE_DEVICE Head(Strided const& tensor, int64_t batch, int64_t head)
+        : data_(static_cast<uint16_t const*>(tensor.data) + batch * tensor.batch_stride +
+                head * tensor.head_stride),
+          token_stride_(tensor.token_stride),
+          channel_stride_(tensor.channel_stride),
+          whole_(channel_stride_ == 1 && token_stride_ % kChunk == 0 &&
+                 reinterpret_cast<uintptr_t>(data_) % sizeof(uint4) == 0) {}
+
+    // The chunk from `channel` on; zeros where the token is not `present`.
+    SAGE_DEVICE Chunk chunk(int64_t token, int channel, bool present) const {
+        Chunk chunk = {};
+        if (!present) return chunk;
+        uint16_t const* const address = data_ + token * token_stride_ + channel * channel_stride_;
+        if (whole_) {
+            uint4 const all = arch::load_global(reinterpret_cast<uint4 const*>(address));
+            chunk.packed[0] = all.x;
+            chunk.packed[1] = all.y;
+            chunk.packed[2] = all.z;
+            chunk.packed[3] = all.w;
+        } else {
+            SAGE_UNROLL
+            for (int i = 0; i < kChunk / 2; ++i) {
+                uint32_t const low = arch::load_global(address + (2 * i) * channel_stride_);
+                uint32_t const high = arch::load_global(address + (2 * i + 1) * channel_stride_);
+                chunk.packed[i] = low | high << 16;
+            }
+        }
+        return chunk;
+    }
+
+ private:
+    uint16_t const* data_;
+    int64_t token_stride_, channel_stride_;
+    bool whole_;  // a chunk is one aligned load
+};
+
+// Where a thread stands in a block of kQuantizerThreads: thread = row * kColumns + column.
+template <int kHeadDim>
+struct Position {
+    static constexpr int kColumns = kHeadDim / kChunk;
+    static constexpr int kRows = kQuantizerThreads / kColumns;
+    static_assert(kColumns <= 32 && 32 % kColumns == 0, "a token's chunks are lanes of one warp");
+    static_assert(kRows % kQueryGroups == 0, "a thread's tokens have one index modulo 8");
+
+    int row, channel;
+
+    SAGE_DEVICE Position()
+        : row(arch::thread_index() / kColumns), channel(arch::thread_index() % kColumns * kChunk) {}
+
+    SAGE_DEVICE bool first_column() const { return channel == 0; }
+};
+
+// The largest magnitude among the chunks of each token.
+template <int kHeadDim>
+SAGE_DEVICE uint32_t largest_of_token(uint32_t amax_bits) {
+    SAGE_UNROLL
+    for (int mask = 1; mask < Position<kHeadDim>::kColumns; mask *= 2) {
+        amax_bits = larger(amax_bits, arch::shuffle_xor(amax_bits, mask));
+    }
+    return amax_bits;
+}
+
+// Eight floats, as two accesses of 16 bytes.
+SAGE_DEVICE void load_floats(float (&x)[kChunk], float const* address) {
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; i += 4) {
+        float4 const four = arch::load_global(reinterpret_cast<float4 const*>(address + i));
+        x[i] = four.x;
+        x[i + 1] = four.y;
+        x[i + 2] = four.z;
+        x[i + 3] = four.w;
+    }
+}
+
+SAGE_DEVICE void store_floats_shared(float* address, float const (&x)[kChunk]) {
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; i += 4) {
+        arch::store_shared(reinterpret_cast<float4*>(address + i),
+                           make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+    }
+}
+
+// mean K of 8 channels, from the sums of the chunks of its tokens: key_sums (chunks, D).
+template <int kHeadDim>
+SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int64_t chunks,
+                              int channel, int64_t counted_keys) {
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; ++i) mean[i] = 0.0f;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        float sums[kChunk];
+        load_floats(sums, key_sums + chunk * kHeadDim + channel);
+        SAGE_UNROLL
+        for (int i = 0; i < kChunk; ++i) mean[i] += sums[i];
+    }
+    float const count = static_cast<float>(counted_keys > 1 ? counted_keys : 1);
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; ++i) mean[i] = arch::divide(mean[i], count);
+}
+
+// Rounds 8 channels to the integers of Format and stores them as `token`'s codes of a (tokens, D)
+// matrix.
+template <class Format, int kHeadDim>
+SAGE_DEVICE void store_codes(void* codes, int64_t token, int channel, float const (&x)[kChunk],
+                             float scale) {
+    uint32_t packed[2] = {0, 0};
+    constexpr uint32_t kMask = (1u << Format::kBits) - 1;
+    constexpr int kPerWord = 32 / Format::kBits;
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; ++i) {
+        float const rounded = clamp(arch::divide(x[i], scale), Format::kLimit);
+        uint32_t const code = static_cast<uint32_t>(arch::round_to_int(rounded)) & kMask;
+        packed[i / kPerWord] |= code << (i % kPerWord * Format::kBits);
+    }
+    int64_t const offset = (token * kHeadDim + channel) * Format::kBits / 8;
+    char* const address = static_cast<char*>(codes) + offset;
+    if constexpr (Format::kBits == 8) {
+        arch::store_global(reinterpret_cast<uint2*>(address), make_uint2(packed[0], packed[1]));
+    } else {
+        arch::store_global(reinterpret_cast<uint32_t*>(address), packed[0]);
+    }
+}
+
+}  // namespace sage

@@ -1,0 +1,159 @@
+"""The CUDA kernels, launched as on a GPU, executed on the CPU: cutlass_templates/host/.
+
+Inputs, outputs and scratch are registered with the driver look-alike one by one, so that any access
+outside of them fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.driver import Driver
+from sage_compiler.kernels.cuda.loader import Loader
+from sage_compiler.kernels.cuda.render import render
+from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.layout import empty_output
+from sage_compiler.precision import RECIPES, Accumulator, Recipe
+from tests.compiler.kernels.dense import Call
+from tests.cutlass_templates import host
+
+ARCH = "sm_89"  # the one with all recipes
+GARBAGE = 0xC5  # what scratch holds before: large numbers, in every format
+
+# (recipe, accumulator of P @ V) of all attention kernels.
+RECIPE_VARIANTS = [
+    ("int4_fp8", Accumulator.FP32),
+    ("int4_fp8", Accumulator.FP16),
+    ("int8_fp8", Accumulator.FP32),
+    ("int8_fp8", Accumulator.FP16),
+    ("int4_fp16", Accumulator.FP32),
+    ("int8_fp16", Accumulator.FP32),
+]
+
+
+@functools.cache
+def the_host() -> host.Host:
+    """The driver look-alike of this process."""
+    return host.Host()
+
+
+def build(spec: KernelSpec) -> bytes:
+    """A ``Builder`` for the look-alike."""
+    return host.compile_kernel(render(spec), spec.symbol)
+
+
+@functools.cache
+def loader() -> Loader:
+    """Kernels as they are."""
+    return Loader(Driver(str(host.driver())), build)
+
+
+def broken(kind: str, change: Callable[[str], str]) -> Loader:
+    """Kernels of which those of one kind have their header changed; their images are not kept."""
+
+    def build_broken(spec: KernelSpec) -> bytes:
+        source = render(spec)
+        if spec.kind == kind:
+            header = (host.TEMPLATES / "include" / "sage" / f"{kind}.cuh").read_text()
+            changed = change(header)
+            assert changed != header, "there is nothing to break"
+            include = f"#include <sage/{kind}.cuh>"
+            assert include in source
+            source = source.replace(include, changed.replace("#pragma once", ""))
+        return host.compile_kernel(source, spec.symbol)
+
+    return Loader(Driver(str(host.driver())), build_broken)
+
+
+def replacing(old: str, new: str) -> Callable[[str], str]:
+    """A change that replaces a text, which is there once; white space does not count."""
+    pattern = re.compile(r"\s+".join(re.escape(word) for word in old.split()))
+
+    def change(header: str) -> str:
+        changed, count = pattern.subn(lambda _: new, header)
+        assert count == 1, f"{old!r} is there {count} times"
+        return changed
+
+    return change
+
+
+def named(recipe: str, accumulator: Accumulator) -> Recipe:
+    """The recipe that the reference computes."""
+    return replace(RECIPES[recipe], accumulator=accumulator)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one attention left behind.
+
+    Attributes:
+        output, lse: as of ``kernel.run``.
+        call: its scratch memory's addresses and sizes.
+        scratch: the memory itself, uint8, in the order of ``kernel.Call``.
+    """
+
+    output: Tensor
+    lse: Tensor | None
+    call: kernel.Call
+    scratch: list[Tensor]
+
+
+def attend(
+    call: Call,
+    recipe: str,
+    accumulator: Accumulator = Accumulator.FP32,
+    *,
+    want_lse: bool = True,
+    kernels: Loader | None = None,
+    change: Callable[[Variant], Variant] = lambda same: same,
+    seed: int = 0,
+) -> Result:
+    """Run one attention.
+
+    Args:
+        kernels: other than ``loader()``.
+        change: of what is launched.
+        seed: of the order in which threads and blocks run.
+
+    Raises:
+        DriverError: a check failed.
+    """
+    here = the_host()
+    here.reset()
+    here.seed(seed)
+    for tensor in (call.query, call.key, call.value):
+        here.allow(tensor, writable=False)
+    scratch: list[Tensor] = []
+
+    def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
+        for size in sizes:
+            scratch.append(_aligned(size))
+            here.allow(scratch[-1], writable=True)
+        return [memory.data_ptr() for memory in scratch], scratch
+
+    output = empty_output(call.query, call.value).fill_(torch.nan)
+    lse = torch.full(call.query.shape[:3], torch.nan) if want_lse else None
+    for tensor in (output, lse):
+        if tensor is not None:
+            here.allow(tensor, writable=True)
+    target = kernel.Target(ARCH, 0, 0, kernels or loader(), allocate)
+    dtype = str(call.query.dtype).removeprefix("torch.")
+    chosen = change(variant(ARCH, dtype, call.query.shape[3], recipe, accumulator))
+    running = kernel.Call(
+        target, chosen, call.query, call.key, call.value, call.semantics, output, lse
+    )
+    running.run()
+    return Result(output, lse, running, scratch)
+
+
+def _aligned(size: int) -> Tensor:
+    """``size`` bytes of garbage with a storage of their own, which torch aligns to 64."""
+    return torch.full((size,), GARBAGE, dtype=torch.uint8)

@@ -1,0 +1,324 @@
+"""Every attention kernel, executed on the CPU, against the reference and against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from math import inf, log, nan
+
+import pytest
+import torch
+from torch import Tensor
+
+from sage_compiler.kernels import reference
+from sage_compiler.kernels.cuda.driver import DriverError
+from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.precision import Accumulator
+from sage_compiler.semantics import DeadRows, MaskClass, Semantics
+from tests.compiler.kernels.cuda import emulation
+from tests.compiler.kernels.cuda.emulation import RECIPE_VARIANTS, attend, broken, named, replacing
+from tests.compiler.kernels.dense import Call, dense, laid_out
+from tests.cutlass_templates import host
+from tests.tolerances import check, check_lse
+
+pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+
+MASKS = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
+DTYPES = (torch.float16, torch.bfloat16)
+
+# Lq, Lk: one token, one short of a tile, whole tiles, one more, several with a tail.
+LENGTHS = [(1, 1), (1, 190), (63, 64), (128, 128), (129, 65), (200, 333), (300, 130)]
+
+# How far a kernel may be from the reference, which computes the same: the relative L2 distance of
+# the outputs, and the absolute one of the LSE. They add up in other orders, so that a rounding at a
+# tie goes the other way now and then; one of INT4 is a seventh of a channel's range. Worst of 500
+# random calls, and of the matrix: INT8 .00075, INT4 .0035, and .012 in outputs of few elements; LSE
+# .00025.
+DISTANCE = {"int8": 1.5e-3, "int4": 6e-3}
+DISTANCE_OF_FEW = {"int8": 1.5e-3, "int4": 3e-2}
+FEW_ELEMENTS = 4096
+LSE_DISTANCE = 1e-3
+
+
+def make_call(
+    query_length: int,
+    key_length: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    kv_heads: int = 1,
+    group: int = 1,
+    seed: int = 0,
+    **semantics: object,
+) -> Call:
+    """Gaussian Q, K, V, with a channel bias on K."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    heads = kv_heads * group
+    key = normal(batch, kv_heads, key_length, head_dim) + 2 * normal(1, kv_heads, 1, head_dim)
+    return Call(
+        normal(batch, heads, query_length, head_dim).to(dtype),
+        key.to(dtype),
+        normal(batch, kv_heads, key_length, head_dim).to(dtype),
+        Semantics(**semantics),  # type: ignore[arg-type]
+    )
+
+
+def assert_right(call: Call, recipe: str, accumulator: Accumulator, **options: object) -> None:
+    """As the reference within rounding, and as float64 within the recipe's tolerance."""
+    result = attend(call, recipe, accumulator, **options)  # type: ignore[arg-type]
+    assert result.lse is not None
+    expected, expected_lse = reference.attention(
+        call.query, call.key, call.value, named(recipe, accumulator), call.semantics
+    )
+    limits = DISTANCE if call.query.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
+    assert distance(result.output, expected) <= limits[recipe[:4]]
+    torch.testing.assert_close(result.lse, expected_lse, rtol=0, atol=LSE_DISTANCE)
+    exact, exact_lse = dense(call)
+    check(result.output, exact, call.value, recipe)
+    check_lse(result.lse, exact_lse.float(), recipe)
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|; NaN must be in the same places."""
+    assert torch.equal(actual.isnan(), expected.isnan())
+    a, e = actual.double().nan_to_num(), expected.double().nan_to_num()
+    norm = float(e.norm())
+    return float((a - e).norm()) / norm if norm > 0 else float(a.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("recipe", "accumulator"), RECIPE_VARIANTS)
+def test_the_whole_matrix(
+    recipe: str, accumulator: Accumulator, head_dim: int, dtype: torch.dtype
+) -> None:
+    cells = itertools.product(LENGTHS, MASKS, ((1, 1), (2, 4)))
+    for seed, ((query_length, key_length), mask_class, (kv_heads, group)) in enumerate(cells):
+        call = make_call(
+            query_length,
+            key_length,
+            head_dim,
+            dtype,
+            kv_heads=kv_heads,
+            group=group,
+            seed=seed,
+            mask_class=mask_class,
+        )
+        assert_right(call, recipe, accumulator, seed=seed)
+
+
+def test_tiles_of_other_architectures() -> None:
+    """16 rows a warp where the table has 32, and the other way round; other numbers of stages."""
+    for recipe, rows, stages in itertools.product(("int8_fp16", "int4_fp8"), (16, 32), (2, 3, 4)):
+
+        def change(kernels: Variant, rows: int = rows, stages: int = stages) -> Variant:
+            attend = dataclasses.replace(kernels.attend, warp_rows=rows, stages=stages)
+            return dataclasses.replace(kernels, attend=attend)
+
+        call = make_call(150, 400, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+        assert_right(call, recipe, Accumulator.FP32, change=change)
+
+
+def random_call(seed: int) -> tuple[Call, str, Accumulator]:
+    """Any call that the kernels take: layouts, batches, groups, scales, dead rows."""
+    rng = random.Random(seed)
+    recipe, accumulator = rng.choice(RECIPE_VARIANTS)
+    call = make_call(
+        rng.randint(1, 280),
+        rng.randint(1, 280),
+        rng.choice((64, 128)),
+        rng.choice(DTYPES),
+        batch=rng.randint(1, 2),
+        kv_heads=rng.randint(1, 2),
+        group=rng.choice((1, 2, 3)),
+        seed=seed,
+        mask_class=rng.choice(MASKS),
+        scale=rng.choice((None, None, 0.05, -0.1)),
+        dead_rows=rng.choice(tuple(DeadRows)),
+    )
+    layouts = ("contiguous", "tokens_first", "expanded", "every_other")
+    query, key, value = (
+        laid_out(x, rng.choice(layouts)) for x in (call.query, call.key, call.value)
+    )
+    return dataclasses.replace(call, query=query, key=key, value=value), recipe, accumulator
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls(seed: int) -> None:
+    call, recipe, accumulator = random_call(seed)
+    assert_right(call, recipe, accumulator, seed=seed)
+
+
+def test_the_order_of_threads_does_not_matter() -> None:
+    """Bit by bit: a result that depends on it is a race."""
+    call = make_call(130, 200, 64, torch.float16)
+    for recipe in ("int4_fp8", "int8_fp16"):
+        first = attend(call, recipe, seed=0)
+        for seed in range(1, 6):
+            again = attend(call, recipe, seed=seed)
+            assert torch.equal(first.output, again.output)
+            assert first.lse is not None and again.lse is not None
+            assert torch.equal(first.lse, again.lse)
+
+
+def test_a_scale_of_zero_and_zeros() -> None:
+    for recipe in ("int8_fp16", "int4_fp8"):
+        call = make_call(70, 90, 64, torch.float16, scale=0.0, mask_class=MaskClass.CAUSAL)
+        assert_right(call, recipe, Accumulator.FP32)
+        zeros = [torch.zeros_like(x) for x in (call.query, call.key, call.value)]
+        result = attend(Call(*zeros, Semantics()), recipe)
+        assert torch.equal(result.output, zeros[0])
+        assert result.lse is not None
+        torch.testing.assert_close(result.lse, torch.full_like(result.lse, log(90)))
+
+
+@pytest.mark.parametrize(("recipe", "accumulator"), RECIPE_VARIANTS)
+def test_large_values_stay_finite(recipe: str, accumulator: Accumulator) -> None:
+    """V near the top of float16, and of bfloat16 far above it, in an accumulator of 16 bits too."""
+    for dtype, size in ((torch.float16, 6e4), (torch.bfloat16, 1e30)):
+        call = make_call(64, 128, 64, dtype)
+        value = torch.full_like(call.value, size)
+        result = attend(dataclasses.replace(call, value=value), recipe, accumulator)
+        torch.testing.assert_close(result.output, value[:, :, :64], rtol=4e-2, atol=0)
+
+
+def test_what_nobody_sees_has_no_effect() -> None:
+    """Keys after the last query, queries before the first key: NaN there is bitwise as zero."""
+    for recipe in ("int4_fp8", "int8_fp16"):
+        call = make_call(100, 150, 64, torch.bfloat16, mask_class=MaskClass.CAUSAL)
+        clean = [call.key.clone(), call.value.clone()]
+        for x in clean:
+            x[:, :, 100:] = 0.0
+        dirty = [call.key.clone(), call.value.clone()]
+        for x in dirty:
+            x[:, :, 100:] = nan
+        results = [attend(Call(call.query, *kv, call.semantics), recipe) for kv in (clean, dirty)]
+        assert torch.equal(results[0].output, results[1].output)
+        assert not results[1].output.isnan().any()
+
+        call = make_call(100, 40, 64, torch.bfloat16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+        queries = [call.query.clone(), call.query.clone()]
+        queries[0][:, :, :60], queries[1][:, :, :60] = 0.0, inf
+        results = [attend(dataclasses.replace(call, query=query), recipe) for query in queries]
+        assert torch.equal(results[0].output, results[1].output)
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("what", [nan, inf])
+def test_what_is_not_finite_is_seen(where: str, what: float) -> None:
+    """NaN in all that it has a part in, as docs/numerics.md has it, never a plausible number."""
+    reached = {"query": (0, 0, 17), "key": (0, 0), "value": (0, 0, slice(None), 5)}
+    for recipe, accumulator in RECIPE_VARIANTS:
+        call = make_call(70, 100, 64, torch.bfloat16)
+        poisoned = getattr(call, where).clone()
+        poisoned[0, 0, 17, 5] = what
+        call = dataclasses.replace(call, **{where: poisoned})
+        result = attend(call, recipe, accumulator)
+        assert result.output[reached[where]].isnan().all()
+
+
+def test_positions_beyond_32_bits() -> None:
+    """Offsets above 2**31 elements, and above 2**32 bytes: memory that is mostly never touched."""
+    call = make_call(5, 6, 64, torch.float16)
+    stride = (1 << 31) // 5 + 64
+    assert stride * 5 > 1 << 31
+
+    def far_apart(x: Tensor) -> Tensor:
+        length = x.shape[2]
+        memory = torch.empty(stride * (length - 1) + 64, dtype=x.dtype)
+        spread = memory.as_strided((1, 1, length, 64), (0, 0, stride, 1))
+        return spread.copy_(x)
+
+    try:
+        spread = [far_apart(x) for x in (call.query, call.key, call.value)]
+    except RuntimeError as error:
+        pytest.skip(f"no address space for it: {error}")
+    near = attend(call, "int8_fp16")
+    assert torch.equal(attend(Call(*spread, call.semantics), "int8_fp16").output, near.output)
+
+
+# --- what must fail ---------------------------------------------------------------------------
+
+CAUSAL = make_call(150, 333, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+DEAD_BLOCK = make_call(300, 130, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of means
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "call", "words"),
+    [
+        ("attend", "arch::copy_async_wait<kStages - 2>();", "", CAUSAL, "in flight"),
+        ("attend", "arch::copy_async_wait<0>();", "", DEAD_BLOCK, "in flight"),
+        ("attend", "arch::barrier();", "", CAUSAL, "race"),
+        (
+            "attend",
+            "arch::barrier();",
+            "if (arch::thread_index() < 64) arch::barrier();",
+            CAUSAL,
+            "barrier",
+        ),
+        ("statistics", "arch::barrier();", "", CAUSAL, "race"),
+        ("value", "arch::barrier();", "", CAUSAL, "race"),
+    ],
+)
+def test_broken_synchronization_is_reported(
+    kind: str, old: str, new: str, call: Call, words: str
+) -> None:
+    loader = broken(kind, replacing(old, new))
+    with pytest.raises(DriverError):
+        attend(call, "int8_fp8", kernels=loader)
+    assert words in emulation.the_host().message()
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        # a scale of the wrong rows, of the wrong columns, of the wrong channel
+        ("attend", "kQueryGroups + thread % 32 / 4;", "kQueryGroups + thread % 8;"),
+        ("attend", "load_shared(key_scales + column / 2)", "load_shared(key_scales)"),
+        ("value", "at.channel + i, scale[i]", "at.channel + i, scale[0]"),
+        # one key more than there are, and one fewer than the diagonal shows
+        ("attend", "? end : p_.key_length)", "? end : p_.key_length + 1)"),
+        ("attend", "row + p_.diagonal + 1", "row + p_.diagonal"),
+        # sums not made relative to the new maximum
+        ("attend", "arch::fma(total_[band][half], decay[band][half], total)", "total"),
+        # tokens of V in the order of memory
+        ("value", "at_token(column, token + 8)", "at_token(column, token + 2)"),
+        # K not smoothed; a scale from a part of its group
+        ("key", "key[t][i] - mean[i]", "key[t][i]"),
+        (
+            "key",
+            "largest = larger(largest, arch::load_shared(amax + group * kParts + other));",
+            "largest = arch::load_shared(amax + group * kParts);",
+        ),
+        (
+            "query",
+            "largest = larger(largest, arch::load_shared(amax + index));",
+            "largest = arch::load_shared(amax + index);",
+        ),
+    ],
+)
+def test_broken_numerics_are_noticed(kind: str, old: str, new: str) -> None:
+    loader = broken(kind, replacing(old, new))
+    with pytest.raises(AssertionError):
+        assert_right(CAUSAL, "int8_fp8", Accumulator.FP32, kernels=loader)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("query", "live ? x[i] - mean[i] : 0.0f", "live ? x[i] : 0.0f"),
+        ("key", "of_low[2 * step], of_high[2 * step]", "of_low[2 * step], of_low[2 * step]"),
+        ("attend", "fma(x[atom][1], scale, of_keys.y)", "fma(x[atom][1], scale, of_keys.x)"),
+    ],
+)
+def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
+    loader = broken(kind, replacing(old, new))
+    with pytest.raises(AssertionError):
+        assert_right(MANY_BLOCKS, "int4_fp16", Accumulator.FP32, kernels=loader)

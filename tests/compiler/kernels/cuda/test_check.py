@@ -1,0 +1,176 @@
+"""What the machine code of a kernel must and must not have."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda.binary import Binary, Resources
+from sage_compiler.kernels.cuda.check import (
+    Row,
+    check,
+    is_default,
+    problems,
+    required,
+    spill_budget,
+    table,
+)
+from sage_compiler.kernels.cuda.sass import Disassembler
+from sage_compiler.kernels.cuda.spec import (
+    ARCHS,
+    AttendSpec,
+    KernelSpec,
+    KeySpec,
+    QuerySpec,
+    StatisticsSpec,
+    ValueSpec,
+)
+from sage_compiler.precision import Accumulator, Format
+from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
+
+LEAN = Resources(registers=200, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
+S8_E4M3 = AttendSpec("sm_89", "float16", 128, Format.INT8, Format.FP8, Accumulator.FP32, 16, 2)
+S4_E4M3 = replace(S8_E4M3, qk=Format.INT4)
+S8_HALF = replace(S8_E4M3, arch="sm_80", pv=Format.FP16)
+PLUS_PLUS = replace(S8_E4M3, accumulator=Accumulator.FP16)
+STATISTICS = StatisticsSpec("sm_89", "float16", 64)
+
+COPIES = Counter({"LDGSTS.E.BYPASS.128": 8, "LDSM.16.M88.4": 8})
+CODE: list[tuple[KernelSpec, Counter[str]]] = [
+    (S8_E4M3, COPIES + Counter({"IMMA.16832.S8.S8": 32, "QMMA.16832.F32.E4M3.E4M3": 32})),
+    (S4_E4M3, COPIES + Counter({"IMMA.16864.S4.S4": 32, "QMMA.16832.F32.E4M3.E4M3": 32})),
+    (PLUS_PLUS, COPIES + Counter({"IMMA.16832.S8.S8": 32, "QMMA.16832.F16.E4M3.E4M3": 32})),
+    (S8_HALF, COPIES + Counter({"IMMA.16832.S8.S8": 32, "HMMA.16816.F32": 32})),
+    (STATISTICS, Counter({"LDG.E.128": 3})),
+]
+IDS = [spec.symbol for spec, _ in CODE]
+
+
+@pytest.mark.parametrize(("spec", "opcodes"), CODE, ids=IDS)
+def test_the_right_code_is_right(spec: KernelSpec, opcodes: Counter[str]) -> None:
+    assert problems(spec, opcodes, LEAN) == ()
+
+
+@pytest.mark.parametrize(("spec", "opcodes"), CODE, ids=IDS)
+def test_every_opcode_of_an_attention_is_required(spec: KernelSpec, opcodes: Counter[str]) -> None:
+    for name in opcodes:
+        rest = Counter({other: times for other, times in opcodes.items() if other != name})
+        found = problems(spec, rest, LEAN)
+        assert len(found) == (1 if isinstance(spec, AttendSpec) else 0)
+        assert all("which it must have" in problem for problem in found)
+
+
+@pytest.mark.parametrize("opcode", ["BPT.TRAP", "CALL.REL.NOINC", "CALL.ABS.NOINC"])
+@pytest.mark.parametrize(("spec", "opcodes"), CODE, ids=IDS)
+def test_traps_and_calls_are_forbidden(
+    spec: KernelSpec, opcodes: Counter[str], opcode: str
+) -> None:
+    (problem,) = problems(spec, opcodes + Counter({opcode: 2}), LEAN)
+    assert "2 times, which it must not have" in problem
+
+
+def test_products_in_half_are_forbidden_where_e4m3_is_meant() -> None:
+    spec, opcodes = CODE[0]
+    emulated = opcodes + Counter({"HMMA.16816.F32": 64})
+    assert problems(spec, emulated, LEAN) == ("HMMA 64 times, which it must not have",)
+    del emulated["QMMA.16832.F32.E4M3.E4M3"]
+    assert len(problems(spec, emulated, LEAN)) == 2
+
+
+def test_the_accumulator_is_looked_at() -> None:
+    assert problems(S8_E4M3, CODE[2][1], LEAN) == ("no QMMA.16832.F32, which it must have",)
+    assert problems(PLUS_PLUS, CODE[0][1], LEAN) == ("no QMMA.16832.F16, which it must have",)
+
+
+def test_the_format_of_qk_is_looked_at() -> None:
+    assert problems(S4_E4M3, CODE[0][1], LEAN) == ("no IMMA.16864.S4, which it must have",)
+
+
+@pytest.mark.parametrize(
+    ("spec", "spills", "fits"),
+    [
+        (S8_E4M3, 0, True),
+        (S8_E4M3, 4, False),
+        (S4_E4M3, 64, True),
+        (S4_E4M3, 65, False),
+        (PLUS_PLUS, 64, True),
+        (replace(S8_E4M3, head_dim=256, stages=1), 64, True),
+        (replace(S8_E4M3, head_dim=256, stages=1), 65, False),
+    ],
+)
+def test_spills_have_a_budget(spec: AttendSpec, spills: int, fits: bool) -> None:
+    (opcodes,) = (code for known, code in CODE if required(known) == required(spec))
+    found = problems(spec, opcodes, replace(LEAN, spill_stores=spills))
+    assert (found == ()) == fits, found
+    assert spill_budget(spec) in (0, 64)
+
+
+def test_shared_memory_has_a_limit() -> None:
+    free = ARCHS["sm_89"].shared_bytes - S8_E4M3.shared_bytes
+    assert problems(S8_E4M3, CODE[0][1], replace(LEAN, static_shared=free)) == ()
+    (problem,) = problems(S8_E4M3, CODE[0][1], replace(LEAN, static_shared=free + 1))
+    assert "bytes of shared memory; sm_89 has" in problem
+
+
+def test_what_the_default_recipe_uses_is_default() -> None:
+    assert is_default(S8_E4M3) and is_default(STATISTICS)
+    assert is_default(S8_HALF)
+    assert not is_default(S4_E4M3) and not is_default(PLUS_PLUS)
+    assert not is_default(replace(S8_HALF, arch="sm_89"))
+    assert is_default(QuerySpec("sm_89", "float16", 64, Format.INT8))
+    assert not is_default(KeySpec("sm_89", "float16", 64, Format.INT4))
+    assert is_default(ValueSpec("sm_89", "float16", 64, Format.FP8))
+    assert not is_default(ValueSpec("sm_89", "float16", 64, Format.FP16))
+    assert not is_default(ValueSpec("sm_89", "float16", 64, Format.FP8, Accumulator.FP16))
+    with pytest.raises(TypeError, match="ToySpec"):
+        is_default(TOY)
+
+
+def test_rows_are_of_all_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = {spec.symbol: opcodes for spec, opcodes in CODE}
+
+    class Compiler(FakeCompiler):
+        def compile(self, source: str, arch: str) -> Binary:
+            binary = super().compile(source, arch)
+            return replace(binary, resources=replace(LEAN, spill_stores=8), warnings="odd")
+
+    def opcodes(self: Disassembler, image: bytes) -> Counter[str]:
+        (symbol,) = (symbol for symbol in codes if f"({symbol}," in image.decode())
+        return codes[symbol]
+
+    monkeypatch.setattr(Disassembler, "opcodes", opcodes)
+    specs = [S8_HALF, S4_E4M3, STATISTICS]
+    rows = list(check(specs, Compiler(broken=STATISTICS.symbol), Disassembler(()), jobs=1))
+    assert [bool(row.problems) for row in rows] == [True, False, True]
+    assert rows[1].opcodes == {"IMMA.16864.S4": 32, "QMMA.16832": 32, "LDGSTS": 8, "LDSM": 8}
+    assert rows[2].resources is None and "it is broken" in rows[2].problems[0]
+
+    lines = table(rows).splitlines()
+    assert lines[0].split() == [
+        "arch",
+        "variant",
+        "registers",
+        "spills",
+        "shared",
+        "opcodes",
+        "verdict",
+    ]
+    assert lines[1].startswith("sm_80") and lines[1].endswith("FAILED") and " 8/0 " in lines[1]
+    assert lines[2].endswith("ok") and "IMMA.16864.S4:32 QMMA.16832:32" in lines[2]
+    assert lines[3].endswith("FAILED")
+    assert f"{S8_HALF.symbol}: 8 bytes of spills; at most 0" in lines
+    assert f"{S4_E4M3.symbol}: odd" in lines
+
+    data = rows[0].to_dict()
+    assert (data["registers"], data["spill_stores"], data["arch"]) == (200, 8, "sm_80")
+    assert rows[2].to_dict()["registers"] is None
+
+
+def test_code_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opcodes(self: Disassembler, image: bytes) -> Counter[str]:
+        raise KernelUnavailableError("nvdisasm finds no code")
+
+    monkeypatch.setattr(Disassembler, "opcodes", opcodes)
+    (row,) = check([S8_HALF], FakeCompiler(), Disassembler(()), jobs=1)
+    assert isinstance(row, Row) and row.problems == ("nvdisasm finds no code",)

@@ -1,0 +1,120 @@
+"""The command ``sagec kernels``."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from sage_compiler import cli, cli_kernels
+from sage_compiler.kernels.cuda import headers
+from sage_compiler.kernels.cuda.cache import Cache
+from sage_compiler.kernels.cuda.sass import Disassembler
+from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec, StatisticsSpec
+from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
+
+
+@pytest.fixture(autouse=True)
+def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two variants of each architecture, a compiler and a disassembler, an empty cache, no pack."""
+
+    def all_specs(arch: str) -> tuple[KernelSpec, ...]:
+        return tuple(StatisticsSpec(arch, dtype, 64) for dtype in ("float16", "bfloat16"))
+
+    monkeypatch.setattr(cli_kernels, "all_specs", all_specs)
+    monkeypatch.setattr(cli_kernels, "find", lambda *names: FakeCompiler(" or ".join(names)))
+    monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
+    monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
+    monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
+
+
+def test_check_compiles_every_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "check", "--jobs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * len(ARCHS)
+    assert all(line.endswith("ok") for line in lines[1:])
+
+
+def test_check_fails_with_its_table_and_its_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"BPT.TRAP": 1}))
+    file = tmp_path / "rows.json"
+    arguments = ["kernels", "check", "--arch", "sm_80", "--jobs", "1", "--json", str(file)]
+    assert cli.main(arguments) == 1
+    output = capsys.readouterr()
+    assert "BPT.TRAP 1 times, which it must not have" in output.out
+    assert output.err.endswith("sagec: 2 of 2 kernels are not as they must be\n")
+    rows = json.loads(file.read_text())
+    assert [row["arch"] for row in rows] == ["sm_80", "sm_80"]
+    assert rows[0]["opcodes"] == {"BPT.TRAP": 1} and rows[0]["problems"]
+
+
+def test_build_makes_a_pack_and_list_shows_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "pack"
+    archs = ["--arch", "sm_89", "--arch", "sm_80", "--arch", "sm_89"]
+    assert cli.main(["kernels", "build", *archs, "--out", str(out), "--jobs", "1"]) == 0
+    assert capsys.readouterr().out.startswith("4 kernels, ")
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(out))
+    assert cli.main(["kernels", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["symbol", "arch", "bytes", "registers", "spills", "where", "age"]
+    assert len(lines) == 5
+    assert all(f"pack {out}" in line for line in lines[1:])
+
+
+def test_ahead_of_time_nvcc_is_asked_first(tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    build = ["kernels", "build", "--arch", "sm_80", "--out", str(out), "--jobs", "1"]
+    for more, identity in (([], "nvcc or nvrtc"), (["--compiler", "nvrtc"], "nvrtc")):
+        assert cli.main([*build, *more]) == 0
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert {kernel["compiler"] for kernel in manifest["kernels"]} == {identity}
+
+
+def test_list_shows_what_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["kernels", "list"]) == 0
+    assert capsys.readouterr().out.startswith("no kernels:")
+    for spec in (TOY, replace(TOY, bytes=16)):
+        build = partial(FakeCompiler().compile, arch=spec.arch)
+        Cache(tmp_path / "cache").image(spec, "fake", build)
+    manifests = sorted((tmp_path / "cache").glob("*/manifest.json"))
+    for manifest, hours in zip(manifests, (3, 72), strict=True):
+        written = manifest.stat().st_mtime - hours * 3600
+        os.utime(manifest, (written, written))
+    assert cli.main(["kernels", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].endswith(" 3 h") and lines[2].endswith(" 3 d")
+    assert str(tmp_path / "cache") in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "--arch", "sm_8"], "unknown architecture 'sm_8'; known: sm_80, sm_86"),
+        (["build", "--out", "x"], "--arch is missing; known: sm_80"),
+        (["check", "--jobs", "0"], "--jobs 0; it must be at least 1"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["kernels", *arguments]) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_disassembler_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(headers, "tool", lambda name: None)
+    assert cli.main(["kernels", "check", "--arch", "sm_80"]) == 1
+    assert "pip install nvidia-cuda-nvdisasm" in capsys.readouterr().err

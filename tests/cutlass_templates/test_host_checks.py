@@ -1,0 +1,143 @@
+"""The checks of the host execution, each with a kernel that must fail it and one that must not."""
+
+from __future__ import annotations
+
+import functools
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cutlass_templates.host import Host, compile_kernel, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+SEEDS = range(20)
+OTHER = r"thread \d+ \(warp \d, lane \d+\)"
+
+
+@functools.cache
+def image() -> bytes:
+    folder = Path(__file__).parent / "kernels"
+    # The name of the file is for messages.
+    return compile_kernel('#line 1 "faults.cu"\n' + (folder / "faults.cu").read_text(), "faults")
+
+
+def run(host: Host, kernel: str, fault: int) -> torch.Tensor:
+    """Runs a kernel of faults.cu; its memory afterwards, which was 0 .. 1023."""
+    memory = torch.arange(1024, dtype=torch.int32)
+    host.launch(image(), kernel, 1, 128, 4096, struct.pack("Pq", memory.data_ptr(), fault))
+    return memory
+
+
+FAULTS = {
+    "removed_wait": f"race between load_shared .* copy of {OTHER} in flight: missing wait",
+    "newest_not_landed": "asynchronous copy .* in flight: missing wait",
+    "removed_commit": "exits with 1 asynchronous copies in flight, 1 of them not committed",
+    "missing_barrier": rf"race between (load|store)_shared .* {OTHER}: missing barrier",
+    "overwritten_while_read": rf"race between (load|store)_shared .* by {OTHER}: missing barrier",
+    "written_twice": f"race between store_shared .* and writing by {OTHER}: missing barrier",
+    "unordered_lanes": rf"race between (load|store)_shared .* {OTHER}: missing barrier",
+    "unordered_matrix": rf"race between load_matrix_x4 .* writing by {OTHER}: missing barrier",
+    "landed_without_barrier": f"asynchronous copy of {OTHER} that has landed: missing barrier",
+    "refilled_while_read": "race between (copy_async|load_matrix_x4) at offset",
+    "copied_twice": f"race between copy_async .* asynchronous copy of {OTHER}",
+    "partial_barrier": f"waits .*at barrier|exits while {OTHER} waits for it at barrier",
+    "divergent_barrier": f"divergent barrier: .* {OTHER} of the same warp at barrier",
+    "divergent_operations": r"divergent warp collective: it is at (shuffle_xor|mma<MmaS8>) "
+    rf"\(faults.cu:\d+\), and {OTHER} of the same warp at (shuffle_xor|mma<MmaS8>)",
+    "divergent_places": "divergent warp collective: it is at shuffle_xor .* at shuffle_xor",
+    "deadlock": r"deadlock: nobody can run; thread 0 .* waits at barrier .*, "
+    r"thread 1 .* waits at shuffle_xor .*, thread 32 .* waits at barrier",
+    "early_exit": r"thread 37 \(warp 1, lane 5\)",
+    "early_exit_before_barrier": r"thread 37 \(warp 1, lane 5\)",
+    "wrong_mask": "shuffle_xor with lane mask 32: it must be 0 to 31",
+}
+
+
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_a_fault_is_found_in_every_order(host: Host, kernel: str) -> None:
+    for seed in SEEDS:
+        host.seed(seed)
+        run(host, kernel, 0)
+        with pytest.raises(RuntimeError, match=FAULTS[kernel]) as error:
+            run(host, kernel, 1)
+        assert re.search(rf"cuLaunchKernel: 719: {kernel}: block 0, thread", str(error.value))
+        if kernel != "removed_commit":
+            assert re.search(r"\(faults\.cu:\d+\)", str(error.value))
+
+
+BEYOND = "outside of the block's 4096 bytes of shared memory"
+OUTSIDE = "outside of the memory that the kernel may touch"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "distance", "message"),
+    [
+        ("off_load_global", 2, r"load_global of 4 bytes at 0x\w+ is misaligned"),
+        ("off_store_global", 1, r"store_global of 4 bytes at 0x\w+ is misaligned"),
+        ("off_load_shared", 2, "load_shared of 4 bytes at offset 2 of shared memory is misaligned"),
+        ("off_store_shared", 2, "store_shared of 4 bytes at offset 282 .* is misaligned"),
+        ("off_load_matrix", 8, "load_matrix_x4 of 16 bytes at offset 1128 .* is misaligned"),
+        ("off_copy_from", 8, r"copy_async from global memory of 16 bytes at 0x\w+ is misaligned"),
+        ("off_copy_to", 8, "copy_async to shared memory of 16 bytes at offset 1128 .* misaligned"),
+        ("off_load_shared", 4096, f"load_shared of 4 bytes at offset 4096 is {BEYOND}"),
+        ("off_load_shared", -4, f"load_shared of 4 bytes at offset -4 is {BEYOND}"),
+        ("off_store_shared", 3816, f"store_shared of 4 bytes at offset 4096 is {BEYOND}"),
+        ("off_load_matrix", 2976, f"load_matrix_x4 of 16 bytes at offset 4096 is {BEYOND}"),
+        ("off_copy_to", 1 << 20, f"copy_async to shared memory of 16 bytes .* is {BEYOND}"),
+        ("off_load_global", 4096, f"{OUTSIDE}, 0 bytes after the end of"),
+        ("off_load_global", -4, f"{OUTSIDE}, 4 bytes before the begin of"),
+        ("off_store_global", 3816, f"{OUTSIDE}, 0 bytes after the end of"),
+        ("off_copy_from", 1 << 20, OUTSIDE),
+    ],
+)
+def test_an_access_that_is_off_is_found(
+    host: Host, kernel: str, distance: int, message: str
+) -> None:
+    memory = torch.zeros(1024, dtype=torch.int32)
+    host.allow(memory, writable=True)
+    host.allow(torch.zeros(16), writable=True)
+    arguments = (image(), kernel, 1, 128, 4096)
+    host.launch(*arguments, struct.pack("Pq", memory.data_ptr(), 0))
+    with pytest.raises(RuntimeError, match=message) as error:
+        host.launch(*arguments, struct.pack("Pq", memory.data_ptr(), distance))
+    assert re.search(r"block 0, thread 70 \(warp 2, lane 6\): .* \(faults\.cu:", str(error.value))
+
+
+def test_a_read_only_tensor_refuses_writes(host: Host) -> None:
+    memory = torch.zeros(1024, dtype=torch.int32)
+    host.allow(memory, writable=False)
+    params = struct.pack("Pq", memory.data_ptr(), 0)
+    host.launch(image(), "off_load_global", 1, 128, 4096, params)
+    with pytest.raises(RuntimeError, match=r"store_global of 4 bytes at .* to read-only memory"):
+        host.launch(image(), "off_store_global", 1, 128, 4096, params)
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(("offset", "side"), [(4096, "after"), (8188, "after"), (-4, "before")])
+def test_a_raw_write_beside_shared_memory_is_found(host: Host, offset: int, side: str) -> None:
+    run(host, "raw_store", 0)
+    with pytest.raises(RuntimeError, match=f"block 0: the memory {side} its shared memory"):
+        run(host, "raw_store", offset)
+
+
+def test_without_the_race_detector_a_removed_wait_gives_garbage(host: Host) -> None:
+    with host.without_race_detector():
+        expected = (torch.arange(128, dtype=torch.int32) * 4 + 64) % 512
+        assert torch.equal(run(host, "removed_wait", 0)[512:640], expected)
+        # What other threads copy lands whenever these have come to their second wait.
+        result = run(host, "removed_wait", 1)[512:640]
+        garbage = result == 0xCDCDCDCD - (1 << 32)
+        assert garbage.any()
+        assert torch.equal(result[~garbage], expected[~garbage])
+
+
+def test_a_failed_launch_leaves_the_executor_usable(host: Host) -> None:
+    """Fibers are abandoned where they are; the next launch starts anew, on the same stacks."""
+    for _ in range(50):
+        with pytest.raises(RuntimeError, match="deadlock"):
+            run(host, "deadlock", 1)
+        run(host, "deadlock", 0)
