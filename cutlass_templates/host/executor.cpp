@@ -9,6 +9,7 @@
 
 #include "fiber.hpp"
 #include "shadow.hpp"
+#include "stores.hpp"
 #include "warp.hpp"
 
 namespace sage::host {
@@ -35,8 +36,8 @@ struct Thread {
     char const* waits_at = nullptr;  // the operation; null when it can run
     Site site = {};                  // of the operation
     bool exited = false;
-    std::vector<Copy> copies;        // in flight, oldest first
-    std::vector<size_t> groups;      // the number of copies of each committed group, oldest first
+    std::vector<Copy> copies;    // in flight, oldest first
+    std::vector<size_t> groups;  // the number of copies of each committed group, oldest first
     size_t uncommitted = 0;
 };
 
@@ -71,7 +72,7 @@ std::string at(Site site) { return format(" (%s:%d)", file_name(site.file), site
 
 // The random numbers that choose who runs: xorshift64*.
 class Dice {
-   public:
+ public:
     void seed(uint64_t seed) { state_ = (seed + 1) * 0x9e37'79b9'7f4a'7c15; }
     // 0 .. count - 1
     uint32_t roll(uint32_t count) {
@@ -82,12 +83,12 @@ class Dice {
         return static_cast<uint32_t>(static_cast<uint64_t>(high) * count >> 32);
     }
 
-   private:
+ private:
     uint64_t state_ = 1;
 };
 
 class Executor {
-   public:
+ public:
     std::string execute(Launch const& launch);
 
     // The services; see Runtime.
@@ -103,7 +104,7 @@ class Executor {
 
     static thread_local Executor* running;
 
-   private:
+ private:
     void run_block(int64_t block);
     static void run_thread();
     void exit_thread();
@@ -115,6 +116,7 @@ class Executor {
 
     void check_shared(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
     void check_race(Conflict conflict, void const* address, char const* operation, Site site);
     void check_redzones();
     void read_rows(Warp const& warp);
@@ -136,6 +138,7 @@ class Executor {
     Context host_;
     Dice dice_;
     Shadow shadow_;
+    Stores stores_;
     Stacks stacks_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
@@ -156,7 +159,10 @@ std::string Executor::execute(Launch const& launch) {
     arena_.resize(static_cast<size_t>(shared_bytes_) + 2 * kRedzone + kSharedAlignment);
     auto const low = reinterpret_cast<uintptr_t>(arena_.data()) + kRedzone;
     shared_ = reinterpret_cast<char*>((low + kSharedAlignment - 1) & ~(kSharedAlignment - 1));
-    if (launch.detect_races) shadow_.reset(static_cast<size_t>(shared_bytes_));
+    if (launch.detect_races) {
+        shadow_.reset(static_cast<size_t>(shared_bytes_));
+        stores_.clear();
+    }
 
     // Blocks may run in any order, too.
     std::vector<int64_t> blocks(static_cast<size_t>(launch.grid));
@@ -207,9 +213,10 @@ void Executor::exit_thread() {
     Thread& thread = threads_[static_cast<size_t>(current_)];
     Warp& warp = warps_[static_cast<size_t>(current_ / kLanes)];
     if (!thread.copies.empty()) {
-        fail(format("exits with %zu asynchronous copies in flight, %zu of them not committed: the "
-                    "kernel must wait for all of its copies",
-                    thread.copies.size(), thread.uncommitted));
+        fail(
+            format("exits with %zu asynchronous copies in flight, %zu of them not committed: the "
+                   "kernel must wait for all of its copies",
+                   thread.copies.size(), thread.uncommitted));
     }
     if (warp.arrived > 0) {
         fail(std::string("exits while ") + name(warp.first) + " waits for it at " +
@@ -420,8 +427,21 @@ void Executor::check_global(void const* address, int bytes, bool store, char con
     if (begin % size != 0) {
         fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
     }
+    if (!launch_->ranges->empty()) check_range(begin, size, store, operation, site);
+    if (!launch_->detect_races) return;
+    if (store) {
+        stores_.add(begin, size);
+    } else if (stores_.any(begin, size)) {
+        fail(format("race between %s of %d bytes at %p and a store of the same launch: blocks run "
+                    "in any order, and a device loads through a cache that is not kept coherent",
+                    operation, bytes, address) +
+             at(site));
+    }
+}
+
+void Executor::check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation,
+                           Site site) {
     std::vector<Range> const& ranges = *launch_->ranges;
-    if (ranges.empty()) return;
     bool read_only = false;
     for (size_t i = 0; i < ranges.size(); ++i) {
         size_t const index = (last_range_ + i) % ranges.size();
@@ -434,7 +454,7 @@ void Executor::check_global(void const* address, int bytes, bool store, char con
         read_only = true;
     }
     if (read_only) {
-        fail(format("%s of %d bytes at %p writes to read-only memory", operation, bytes, address) +
+        fail(format("%s of %zu bytes at %#zx writes to read-only memory", operation, size, begin) +
              at(site));
     }
     std::string nearest;
@@ -447,8 +467,8 @@ void Executor::check_global(void const* address, int bytes, bool store, char con
                              range.begin, range.end);
         }
     }
-    fail(format("%s of %d bytes at %p is outside of the memory that the kernel may touch", operation,
-                bytes, address) +
+    fail(format("%s of %zu bytes at %#zx is outside of the memory that the kernel may touch",
+                operation, size, begin) +
          nearest + at(site));
 }
 
@@ -457,15 +477,26 @@ void Executor::check_race(Conflict conflict, void const* address, char const* op
     if (!conflict) return;
     std::string other;
     switch (conflict.other) {
-        case Conflict::Other::kThread: other = name(conflict.index); break;
-        case Conflict::Other::kWarp: other = format("several lanes of warp %d", conflict.index); break;
-        case Conflict::Other::kSeveralWarps: other = "several warps"; break;
+        case Conflict::Other::kThread:
+            other = name(conflict.index);
+            break;
+        case Conflict::Other::kWarp:
+            other = format("several lanes of warp %d", conflict.index);
+            break;
+        case Conflict::Other::kSeveralWarps:
+            other = "several warps";
+            break;
     }
     std::string what;
     switch (conflict.kind) {
-        case Conflict::Kind::kNone: return;
-        case Conflict::Kind::kRead: what = "reading by " + other + ": missing barrier"; break;
-        case Conflict::Kind::kWrite: what = "writing by " + other + ": missing barrier"; break;
+        case Conflict::Kind::kNone:
+            return;
+        case Conflict::Kind::kRead:
+            what = "reading by " + other + ": missing barrier";
+            break;
+        case Conflict::Kind::kWrite:
+            what = "writing by " + other + ": missing barrier";
+            break;
         case Conflict::Kind::kLandedCopy:
             what = "an asynchronous copy of " + other + " that has landed: missing barrier";
             break;
@@ -484,14 +515,16 @@ void Executor::check_redzones() {
                            [](char byte) { return byte == static_cast<char>(kRedzoneByte); });
     };
     if (intact(shared_ - kRedzone) && intact(shared_ + shared_bytes_)) return;
-    failure_ = format("block %lld: the memory %s its shared memory was written to, by a raw pointer",
-                      static_cast<long long>(block_),
-                      intact(shared_ - kRedzone) ? "after" : "before");
+    failure_ =
+        format("block %lld: the memory %s its shared memory was written to, by a raw pointer",
+               static_cast<long long>(block_), intact(shared_ - kRedzone) ? "after" : "before");
 }
 
-// Leaves the kernel for good: the threads' stacks are abandoned as they are.
+// Leaves the kernel for good. The threads' stacks are abandoned as they are, without destructors: a
+// failure leaks the few strings that made its message.
 void Executor::fail(std::string const& what) {
-    failure_ = format("block %lld, ", static_cast<long long>(block_)) + name(current_) + ": " + what;
+    failure_ =
+        format("block %lld, ", static_cast<long long>(block_)) + name(current_) + ": " + what;
     Context abandoned;
     switch_context(abandoned, host_);
     __builtin_unreachable();

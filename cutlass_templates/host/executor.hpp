@@ -19,7 +19,7 @@ struct Launch {
     Entry const& entry;
     void const* params;
     int64_t grid;
-    uint64_t seed;                          // of the order in which blocks and threads run
+    uint64_t seed;  // of the order in which blocks and threads run
     bool detect_races;
     std::shared_ptr<std::vector<Range> const> ranges;  // empty: all of memory
 };

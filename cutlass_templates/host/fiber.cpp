@@ -45,8 +45,9 @@ sage_switch_stack:
 
 void prepare(Context& context, char*, char* stack_top, void (*entry)()) {
     // Six registers, the address to return to, and the return address of `entry`: none.
-    void* frame[8] = {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                      reinterpret_cast<void*>(entry), nullptr};
+    void* frame[8] = {
+        nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, reinterpret_cast<void*>(entry),
+        nullptr};
     static_assert(sizeof frame % 16 == 0, "a called function finds rsp 8 below a multiple of 16");
     context.stack_pointer = stack_top - sizeof frame;
     std::memcpy(context.stack_pointer, frame, sizeof frame);

@@ -28,7 +28,7 @@ void switch_context(Context& from, Context& to);
 
 // Stacks, each behind an inaccessible page. A stack takes memory as it is touched.
 class Stacks {
-   public:
+ public:
     Stacks() = default;
     Stacks(Stacks const&) = delete;
     Stacks& operator=(Stacks const&) = delete;
@@ -39,7 +39,7 @@ class Stacks {
     char* low(int index) const;
     char* top(int index) const;
 
-   private:
+ private:
     char* memory_ = nullptr;
     int count_ = 0;
 };

@@ -22,13 +22,12 @@ void Shadow::reset(size_t bytes) {
     writes_.assign(bytes, 0);
     reads_.assign(bytes, 0);
     in_flight_.assign((bytes + 15) / 16, 0);
-    now_ = 1;
+    now_ = kEndOfTime;
     barrier();
 }
 
-void Shadow::tick() {
-    if (++now_ < kEndOfTime) return;
-    // Time starts over, once in thousands of tiles: the epoch's accesses so far are forgotten.
+// Time starts over: the epoch's accesses so far are forgotten.
+void Shadow::restart() {
     std::fill(writes_.begin(), writes_.end(), 0);
     std::fill(reads_.begin(), reads_.end(), 0);
     std::fill(std::begin(collective_), std::end(collective_), 0);
@@ -37,13 +36,14 @@ void Shadow::tick() {
 }
 
 void Shadow::barrier() {
-    tick();
+    // Rather now, when nothing is lost, than amid an epoch.
+    if (++now_ >= kEndOfTime / 2) restart();
     epoch_ = tag(0);
     std::fill(std::begin(collective_), std::end(collective_), now_);
 }
 
 void Shadow::collective(int warp) {
-    tick();
+    if (++now_ >= kEndOfTime) restart();
     collective_[warp] = now_;
 }
 
@@ -51,7 +51,7 @@ void Shadow::collective(int warp) {
 bool Shadow::races(Tag earlier, uint32_t agent) const {
     if (earlier < epoch_) return false;
     uint32_t const other = earlier & kAgent;
-    if (other == agent && agent < kSeveralLanes) return false;
+    if (other == agent) return false;
     if ((earlier & kLanded) != 0 || warp_of(other) != warp_of(agent)) return true;
     return earlier >> 12 >= collective_[warp_of(agent)];
 }

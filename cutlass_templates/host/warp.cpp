@@ -36,9 +36,9 @@ void load_matrix(void* const (&arguments)[kLanes]) {
 
 constexpr int kRows = 16, kColumns = 8, kStepBytes = 32;
 
-// The operands of a product as bytes along the contracted dim, whatever their format: PTX gives lane
-// l the 4 bytes from 4 * (l % 4) on, and 16 further on, of rows l / 4 and l / 4 + 8 of A and of
-// column l / 4 of B.
+// The operands of a product as bytes along the contracted dim, whatever their format: PTX gives
+// lane l the 4 bytes from 4 * (l % 4) on, and 16 further on, of rows l / 4 and l / 4 + 8 of A and
+// of column l / 4 of B.
 struct Operands {
     uint8_t a[kRows][kStepBytes];
     uint8_t b[kColumns][kStepBytes];
@@ -160,28 +160,44 @@ void mma_e4m3_half(void* const (&arguments)[kLanes]) {
 
 char const* name_of(Collective operation) {
     switch (operation) {
-        case Collective::kShuffleXor: return "shuffle_xor";
-        case Collective::kLoadMatrix: return "load_matrix_x4";
-        case Collective::kMmaS4: return "mma<MmaS4>";
-        case Collective::kMmaS8: return "mma<MmaS8>";
-        case Collective::kMmaE4m3: return "mma<MmaE4m3>";
-        case Collective::kMmaE4m3Half: return "mma<MmaE4m3Half>";
-        case Collective::kMmaF16: return "mma<MmaF16>";
-        case Collective::kMmaTf32: return "mma<MmaTf32>";
+        case Collective::kShuffleXor:
+            return "shuffle_xor";
+        case Collective::kLoadMatrix:
+            return "load_matrix_x4";
+        case Collective::kMmaS4:
+            return "mma<MmaS4>";
+        case Collective::kMmaS8:
+            return "mma<MmaS8>";
+        case Collective::kMmaE4m3:
+            return "mma<MmaE4m3>";
+        case Collective::kMmaE4m3Half:
+            return "mma<MmaE4m3Half>";
+        case Collective::kMmaF16:
+            return "mma<MmaF16>";
+        case Collective::kMmaTf32:
+            return "mma<MmaTf32>";
     }
     __builtin_unreachable();
 }
 
 void perform(Collective operation, void* const (&arguments)[kLanes]) {
     switch (operation) {
-        case Collective::kShuffleXor: return shuffle_xor(arguments);
-        case Collective::kLoadMatrix: return load_matrix(arguments);
-        case Collective::kMmaS4: return mma<S4>(arguments);
-        case Collective::kMmaS8: return mma<S8>(arguments);
-        case Collective::kMmaE4m3: return mma<E4m3>(arguments);
-        case Collective::kMmaE4m3Half: return mma_e4m3_half(arguments);
-        case Collective::kMmaF16: return mma<F16>(arguments);
-        case Collective::kMmaTf32: return mma<Tf32>(arguments);
+        case Collective::kShuffleXor:
+            return shuffle_xor(arguments);
+        case Collective::kLoadMatrix:
+            return load_matrix(arguments);
+        case Collective::kMmaS4:
+            return mma<S4>(arguments);
+        case Collective::kMmaS8:
+            return mma<S8>(arguments);
+        case Collective::kMmaE4m3:
+            return mma<E4m3>(arguments);
+        case Collective::kMmaE4m3Half:
+            return mma_e4m3_half(arguments);
+        case Collective::kMmaF16:
+            return mma<F16>(arguments);
+        case Collective::kMmaTf32:
+            return mma<Tf32>(arguments);
     }
 }
 

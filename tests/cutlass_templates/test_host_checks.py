@@ -32,18 +32,34 @@ def run(host: Host, kernel: str, fault: int) -> torch.Tensor:
     return memory
 
 
+# Either the thread that exits finds one that waits for it, or the other way round.
+EXITED = r"thread 37 \(warp 1, lane 5\)"
+
+
+def exit_before(operation: str) -> str:
+    where = rf"{operation} \(faults\.cu:\d+\)"
+    return (
+        f"{EXITED}: exits while {OTHER} waits for it at {where}"
+        f"|{OTHER}: waits at {where}, which {EXITED} has exited without reaching: all"
+    )
+
+
 FAULTS = {
     "removed_wait": f"race between load_shared .* copy of {OTHER} in flight: missing wait",
     "newest_not_landed": "asynchronous copy .* in flight: missing wait",
     "removed_commit": "exits with 1 asynchronous copies in flight, 1 of them not committed",
     "missing_barrier": rf"race between (load|store)_shared .* {OTHER}: missing barrier",
     "overwritten_while_read": rf"race between (load|store)_shared .* by {OTHER}: missing barrier",
+    "overwritten_while_others_read": r"race between (load|store)_shared at offset 0 .*: missing",
+    "overwritten_by_a_reader": r"race between (load|store)_shared at offset 0 .*: missing",
     "written_twice": f"race between store_shared .* and writing by {OTHER}: missing barrier",
     "unordered_lanes": rf"race between (load|store)_shared .* {OTHER}: missing barrier",
     "unordered_matrix": rf"race between load_matrix_x4 .* writing by {OTHER}: missing barrier",
     "landed_without_barrier": f"asynchronous copy of {OTHER} that has landed: missing barrier",
     "refilled_while_read": "race between (copy_async|load_matrix_x4) at offset",
     "copied_twice": f"race between copy_async .* asynchronous copy of {OTHER}",
+    "loaded_after_store": r"race between load_global of 4 bytes at 0x\w+ and a store of the same",
+    "copied_after_store": "race between copy_async from global memory of 16 bytes .* and a store",
     "partial_barrier": f"waits .*at barrier|exits while {OTHER} waits for it at barrier",
     "divergent_barrier": f"divergent barrier: .* {OTHER} of the same warp at barrier",
     "divergent_operations": r"divergent warp collective: it is at (shuffle_xor|mma<MmaS8>) "
@@ -51,8 +67,10 @@ FAULTS = {
     "divergent_places": "divergent warp collective: it is at shuffle_xor .* at shuffle_xor",
     "deadlock": r"deadlock: nobody can run; thread 0 .* waits at barrier .*, "
     r"thread 1 .* waits at shuffle_xor .*, thread 32 .* waits at barrier",
-    "early_exit": r"thread 37 \(warp 1, lane 5\)",
-    "early_exit_before_barrier": r"thread 37 \(warp 1, lane 5\)",
+    "early_exit": exit_before("shuffle_xor"),
+    "late_exit": exit_before("shuffle_xor"),
+    "early_exit_before_barrier": exit_before("barrier"),
+    "late_exit_before_barrier": exit_before("barrier"),
     "wrong_mask": "shuffle_xor with lane mask 32: it must be 0 to 31",
 }
 
@@ -67,6 +85,12 @@ def test_a_fault_is_found_in_every_order(host: Host, kernel: str) -> None:
         assert re.search(rf"cuLaunchKernel: 719: {kernel}: block 0, thread", str(error.value))
         if kernel != "removed_commit":
             assert re.search(r"\(faults\.cu:\d+\)", str(error.value))
+
+
+def test_races_are_found_after_the_clock_of_the_detector_started_over(host: Host) -> None:
+    run(host, "after_long", 0)
+    with pytest.raises(RuntimeError, match="missing barrier"):
+        run(host, "after_long", 1)
 
 
 BEYOND = "outside of the block's 4096 bytes of shared memory"

@@ -20,7 +20,8 @@ VOCABULARY: Final = ("errors", "precision", "semantics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "ops", "functional")
 RUNTIME: Final = (*VOCABULARY, *OPERATOR, "packed_kv")
 DECISION: Final = (*VOCABULARY, "config", "passes", "policy", "report")
-ANYTHING: Final = (*RUNTIME, *DECISION, "fence", "backend", "explain", "prepare", "cli", "")
+MEETING: Final = ("fence", "backend", "explain", "prepare", "cli_kernels", "cli")
+ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
 # subpackage with all its modules; "" is the package itself, sage_compiler/__init__.py.
@@ -47,6 +48,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "fence": (),
     "backend": (*RUNTIME, *DECISION, "fence"),
     "explain": (*RUNTIME, *DECISION, "backend"),
+    "cli_kernels": (*VOCABULARY, "kernels"),
     "cli": ANYTHING,
     "": ANYTHING,
 }

@@ -175,7 +175,7 @@ class Cache:
         """
         if self._folder is None:
             raise FileNotFoundError("this user has no home")
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(self._folder)
         check_safe(self._folder)
         path = self._folder / f"{name}.lock"
         try:
@@ -207,7 +207,7 @@ class Cache:
         """Move away what is not a sound kernel."""
         assert self._folder is not None
         quarantine = self._folder / QUARANTINE
-        quarantine.mkdir(mode=0o700, exist_ok=True)
+        _make_private(quarantine)
         place = quarantine / f"{name}-{time.time_ns()}"
         os.replace(self._folder / name, place)
         warnings.warn(
@@ -257,6 +257,13 @@ def check_safe(folder: Path, kernel: Path | None = None) -> None:
             f"the kernel cache {folder} is not safe: {problem}, or set SAGE_CACHE_DIR to a folder "
             "of yours that nobody else can write to"
         )
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder and those above it that are missing, for the user alone whatever the umask."""
+    for path in (*reversed(folder.parents), folder):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
 
 
 class _Corrupt(Exception):

@@ -36,6 +36,7 @@ _LARGEST_WITHOUT_SPILLS: Final = 128  # head_dim
 
 _TRAP: Final = "BPT.TRAP"  # CuTe's "this architecture has no such instruction"
 _CALL: Final = "CALL"  # of an emulation, or of a division's slow path
+_RETURN: Final = "RET"  # ptxas leaves some loops by a CALL too, from which nothing returns
 _ASYNC_COPY: Final = "LDGSTS"
 _LOAD_MATRIX: Final = "LDSM"
 _QK_PRODUCTS: Final[Mapping[Format, str]] = {
@@ -108,7 +109,7 @@ def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> t
     ]
     for opcode in forbidden(spec):
         times = occurrences(opcodes, opcode)
-        if times:
+        if times and (opcode != _CALL or occurrences(opcodes, _RETURN)):
             found.append(f"{opcode} {times} times, which it must not have")
     budget = spill_budget(spec)
     if resources.spill_stores > budget:

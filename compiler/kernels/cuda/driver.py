@@ -154,7 +154,7 @@ class Driver:
         return major.value, minor.value
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether a CUDA graph is being captured on a stream."""
+        """Whether a CUDA graph is being captured on a stream of the thread's current context."""
         status = ctypes.c_int()
         code = self.functions["cuStreamIsCapturing"](stream, status)
         if code == _CAPTURE_IMPLICIT:

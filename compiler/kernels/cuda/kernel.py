@@ -211,12 +211,13 @@ class Call:
         ) = present
 
     def run(self) -> None:
-        """Start the kernels. Their order is that of what they need: K's mean, then Q's."""
-        self._statistics()
-        self._query()
-        self._key()
-        self._value()
-        self._attend()
+        """Start the kernels."""
+        for step in self.steps():
+            step()
+
+    def steps(self) -> tuple[Callable[[], None], ...]:
+        """Each launches one kernel, in the order of what they need: K's mean, then Q's."""
+        return (self._statistics, self._query, self._key, self._value, self._attend)
 
     def _statistics(self) -> None:
         key_tasks = self.batch * self.kv_heads * self.chunks

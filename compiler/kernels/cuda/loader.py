@@ -48,7 +48,9 @@ class Loader:
         return found if found is not None else self._load(spec, device, stream)
 
     def _load(self, spec: KernelSpec, device: int, stream: int) -> Launch:
-        if self.driver.is_capturing(stream):
+        with self.driver.context(device):  # a thread may not have one yet
+            is_capturing = self.driver.is_capturing(stream)
+        if is_capturing:
             raise KernelUnavailableError(
                 f"{spec.symbol} is not loaded, and nothing can be while a CUDA graph is captured; "
                 "warm up before the capture: run the same call once outside of it"

@@ -5,6 +5,7 @@ The choices of tiles stand here, with their reasons.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Variant:
         return (self.statistics, self.query, self.key, self.value, self.attend)
 
 
+@functools.cache
 def variant(
     arch: str,
     dtype: str,

@@ -61,11 +61,10 @@ class Attend {
 
     SAGE_DEVICE explicit Attend(Params const& p) : p_(p), query_tile_(arch::shared_memory()) {
         // The last blocks first: under a causal mask they have the most to do.
-        int const task = static_cast<int>(arch::block_index());
-        int const query_blocks = static_cast<int>(p.query_blocks);
-        query_block_ = query_blocks - 1 - task % query_blocks;
-        head_ = task / query_blocks;
-        kv_head_ = head_ / static_cast<int>(p.group);  // G divides H
+        Split const task(arch::block_index(), p.query_blocks);
+        query_block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
+        head_ = task.outer;
+        kv_head_ = Split(head_, p.group).outer;  // G divides H
         int const end = visible_keys(int64_t{query_block_} * kQueryBlock + kQueryBlock - 1);
         tiles_ = (end + kKeyBlock - 1) / kKeyBlock;
 
@@ -378,10 +377,10 @@ class Attend {
     }
 
     SAGE_DEVICE void store() {
-        int64_t const batch = head_ / p_.heads;
+        Split const head(head_, p_.heads);
         uint16_t* const output = static_cast<uint16_t*>(p_.output) +
-                                 batch * p_.output_batch_stride +
-                                 head_ % p_.heads * p_.output_head_stride + first_column();
+                                 head.outer * p_.output_batch_stride +
+                                 head.inner * p_.output_head_stride + first_column();
         float const* const value_scales = p_.value_scales + kv_head_ * kHeadDim + first_column();
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {

@@ -25,9 +25,10 @@ struct QuantizeKey {
     SAGE_DEVICE static void run(Params const& p) {
         At const at;
         int64_t const task = arch::block_index();  // (b * Hkv + h) * N + block
-        int64_t const head = task / p.key_blocks;
-        int64_t const first = task % p.key_blocks * kKeyBlock + at.row;
-        Head const tokens(p.key, head / p.heads, head % p.heads);
+        Split const block(task, p.key_blocks);
+        int64_t const head = block.outer;
+        int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
+        Head const tokens(p.key, Split(block.outer, p.heads));
 
         float mean[kChunk];
         mean_of_keys<kHeadDim>(mean, p.key_sums + head * p.chunks * kHeadDim, p.chunks, at.channel,
@@ -75,7 +76,7 @@ struct QuantizeKey {
             store_codes<Format, kHeadDim>(p.codes + task * p.tile_bytes, t * At::kRows + at.row,
                                           at.channel, key[t], scale);
         }
-        if constexpr (kDelta) store_delta(p, head, task % p.key_blocks, smoothed);
+        if constexpr (kDelta) store_delta(p, head, block.inner, smoothed);
     }
 
  private:

@@ -14,6 +14,16 @@ constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 constexpr uint32_t kNanBits = 0x7fffffffu;
 constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126: a group of zeros is not 0/0
 
+// index = outer * count + inner. In 32 bits, which hold all that a grid counts: a division of 64
+// bits is a call.
+struct Split {
+    int outer, inner;
+
+    SAGE_DEVICE Split(int64_t index, int64_t count)
+        : outer(static_cast<uint32_t>(index) / static_cast<uint32_t>(count)),
+          inner(static_cast<uint32_t>(index) % static_cast<uint32_t>(count)) {}
+};
+
 SAGE_DEVICE float infinity() { return arch::from_bits(kInfinityBits); }
 
 // Formats of Q and K.

@@ -22,64 +22,84 @@ struct QuantizeQuery {
     static constexpr int kSharedBytes = (At::kRows * kHeadDim + kGroups * kParts) * sizeof(float);
 
     SAGE_DEVICE static void run(Params const& p) {
-        At const at;
-        int64_t const task = arch::block_index();  // (b * H + h) * M + block
-        int64_t const head = task / p.query_blocks;
-        int64_t const first = task % p.query_blocks * kQueryBlock + at.row;
-        Head const tokens(p.query, head / p.heads, head % p.heads);
-
+        Place const place(p);
+        Head const tokens(p.query, Split(place.head, p.heads));
         Chunk query[kTokens];
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            query[t] = tokens.chunk(first + t * At::kRows, at.channel, live(p, at, t));
+            query[t] = tokens.chunk(place.token(t), place.at.channel, place.live(t));
             // A scale of scores must be positive: it is applied after their maximum is found.
             if (p.scale < 0.0f) query[t].negate();
         }
-        if (p.row_term != nullptr) store_row_terms(p, at, query, head, first);
+        if (p.row_term != nullptr) store_row_terms(p, place, query);
 
         float mean[kChunk] = {};
-        if constexpr (kSmooth) mean_of_block(p, at, query, task, mean);
-        store_quantized(p, at, query, mean, task);
+        if constexpr (kSmooth) mean_of_block(p, place, query, mean);
+        store_quantized(p, place, query, mean);
     }
 
  private:
-    // Whether the thread's token t sees a key.
-    SAGE_DEVICE static bool live(Params const& p, At const& at, int t) {
-        int64_t const block = arch::block_index() % p.query_blocks;
-        int64_t const token = block * kQueryBlock + at.row + t * At::kRows;
-        return token >= p.first_live && token < p.query_length;
-    }
+    // What a thread does: of query block `block` of `head`, the tokens at.row + t * kRows.
+    struct Place {
+        At at;
+        int64_t task;            // (b * H + h) * M + block
+        int head;                // b * H + h
+        int64_t first;           // token of the block
+        int live_from, live_to;  // of the block, which tokens see a key
 
-    SAGE_DEVICE static void store_row_terms(Params const& p, At const& at,
-                                            Chunk const (&query)[kTokens], int64_t head,
-                                            int64_t first) {
-        int64_t const kv_head = head / p.heads * (p.heads / p.group) + head % p.heads / p.group;
+        SAGE_DEVICE explicit Place(Params const& p) : task(arch::block_index()) {
+            Split const block(task, p.query_blocks);
+            head = block.outer;
+            first = int64_t{block.inner} * kQueryBlock;
+            live_from = within_block(p.first_live - first);
+            live_to = within_block(p.query_length - first);
+        }
+
+        SAGE_DEVICE static int within_block(int64_t token) {
+            return static_cast<int>(token < 0 ? 0 : token < kQueryBlock ? token : kQueryBlock);
+        }
+
+        // The thread's token t, in the block and in the sequence.
+        SAGE_DEVICE int in_block(int t) const { return at.row + t * At::kRows; }
+        SAGE_DEVICE int64_t token(int t) const { return first + in_block(t); }
+        SAGE_DEVICE bool live(int t) const {
+            return in_block(t) >= live_from && in_block(t) < live_to;
+        }
+    };
+
+    SAGE_DEVICE static void store_row_terms(Params const& p, Place const& place,
+                                            Chunk const (&query)[kTokens]) {
+        int64_t const kv_head = Split(place.head, p.group).outer;  // G divides H
         float key_mean[kChunk];
         mean_of_keys<kHeadDim>(key_mean, p.key_sums + kv_head * p.chunks * kHeadDim, p.chunks,
-                               at.channel, p.counted_keys);
+                               place.at.channel, p.counted_keys);
+        float const scale = p.scale < 0.0f ? -p.scale : p.scale;
+        float terms[kTokens] = {};
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             float x[kChunk];
             query[t].template unpack<Input>(x);
-            float product = 0.0f;
             SAGE_UNROLL
-            for (int i = 0; i < kChunk; ++i) product = arch::fma(x[i], key_mean[i], product);
+            for (int i = 0; i < kChunk; ++i) terms[t] = arch::fma(x[i], key_mean[i], terms[t]);
             SAGE_UNROLL
             for (int mask = 1; mask < At::kColumns; mask *= 2) {
-                product += arch::shuffle_xor(product, mask);
+                terms[t] += arch::shuffle_xor(terms[t], mask);
             }
-            int64_t const token = first + t * At::kRows;
-            if (at.first_column() && token < p.query_length) {
-                float const scale = p.scale < 0.0f ? -p.scale : p.scale;
-                arch::store_global(p.row_term + head * p.query_length + token, product * scale);
+        }
+        // After all shuffles: between them, a branch would make each of them a call.
+        if (!place.at.first_column()) return;
+        SAGE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            if (place.token(t) < p.query_length) {
+                int64_t const index = place.head * p.query_length + place.token(t);
+                arch::store_global(p.row_term + index, terms[t] * scale);
             }
         }
     }
 
     // The mean over the live tokens of the block, for the thread's channels.
-    SAGE_DEVICE static void mean_of_block(Params const& p, At const& at,
-                                          Chunk const (&query)[kTokens], int64_t task,
-                                          float (&mean)[kChunk]) {
+    SAGE_DEVICE static void mean_of_block(Params const& p, Place const& place,
+                                          Chunk const (&query)[kTokens], float (&mean)[kChunk]) {
         float* const sums = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
@@ -88,9 +108,8 @@ struct QuantizeQuery {
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) mean[i] += x[i];
         }
-        store_floats_shared(sums + at.row * kHeadDim + at.channel, mean);
+        store_floats_shared(sums + place.at.row * kHeadDim + place.at.channel, mean);
         arch::barrier();
-
         int const channel = arch::thread_index();
         if (channel < kHeadDim) {
             float sum = 0.0f;
@@ -98,50 +117,47 @@ struct QuantizeQuery {
             for (int row = 0; row < At::kRows; ++row) {
                 sum += arch::load_shared(sums + row * kHeadDim + channel);
             }
-            float const of_channel = arch::divide(sum, live_tokens(p, task % p.query_blocks));
+            int const live = place.live_to - place.live_from;
+            float const of_channel = arch::divide(sum, static_cast<float>(live > 1 ? live : 1));
             // Nobody else has read or will read this column's sums.
             arch::store_shared(sums + channel, of_channel);
-            arch::store_global(p.means + task * kHeadDim + channel, of_channel * p.score_factor);
+            arch::store_global(p.means + place.task * kHeadDim + channel,
+                               of_channel * p.score_factor);
         }
         arch::barrier();
         SAGE_UNROLL
-        for (int i = 0; i < kChunk; ++i) mean[i] = arch::load_shared(sums + at.channel + i);
+        for (int i = 0; i < kChunk; ++i) {
+            mean[i] = arch::load_shared(sums + place.at.channel + i);
+        }
     }
 
-    // How many tokens of a block see a key; 1 where none does.
-    SAGE_DEVICE static float live_tokens(Params const& p, int64_t block) {
-        int64_t const begin = block * kQueryBlock, end = begin + kQueryBlock;
-        int64_t const from = begin > p.first_live ? begin : p.first_live;
-        int64_t const to = end < p.query_length ? end : p.query_length;
-        return static_cast<float>(to - from > 1 ? to - from : 1);
-    }
-
-    SAGE_DEVICE static void store_quantized(Params const& p, At const& at,
+    SAGE_DEVICE static void store_quantized(Params const& p, Place const& place,
                                             Chunk const (&query)[kTokens],
-                                            float const (&mean)[kChunk], int64_t task) {
+                                            float const (&mean)[kChunk]) {
         // Largest magnitudes: (groups, parts).
         uint32_t* const amax = reinterpret_cast<uint32_t*>(arch::shared_memory() +
                                                            At::kRows * kHeadDim * sizeof(float));
-        int const group = at.row % kQueryGroups, part = at.row / kQueryGroups;
+        int const group = place.at.row % kQueryGroups, part = place.at.row / kQueryGroups;
+        uint32_t largest_of_warp[kTokens / kTokensOfWarp] = {};
         SAGE_UNROLL
-        for (int t = 0; t < kTokens; t += kTokensOfWarp) {
-            uint32_t largest = 0;
+        for (int t = 0; t < kTokens; ++t) {
+            float x[kChunk];
+            smoothed(x, query[t], mean, place.live(t));
+            uint32_t& largest = largest_of_warp[t / kTokensOfWarp];
             SAGE_UNROLL
-            for (int of_warp = 0; of_warp < kTokensOfWarp; ++of_warp) {
-                float x[kChunk];
-                smoothed(x, query[t + of_warp], mean, live(p, at, t + of_warp));
-                SAGE_UNROLL
-                for (int i = 0; i < kChunk; ++i) largest = larger(largest, magnitude_bits(x[i]));
-            }
-            largest = largest_of_token<kHeadDim>(largest);
-            int const warp = t / kTokensOfWarp;
-            if (at.first_column()) {
-                arch::store_shared(amax + (warp * kQueryGroups + group) * kParts + part, largest);
+            for (int i = 0; i < kChunk; ++i) largest = larger(largest, magnitude_bits(x[i]));
+        }
+        SAGE_UNROLL
+        for (uint32_t& largest : largest_of_warp) largest = largest_of_token<kHeadDim>(largest);
+        if (place.at.first_column()) {
+            SAGE_UNROLL
+            for (int warp = 0; warp < kTokens / kTokensOfWarp; ++warp) {
+                int const index = (warp * kQueryGroups + group) * kParts + part;
+                arch::store_shared(amax + index, largest_of_warp[warp]);
             }
         }
         arch::barrier();
 
-        int64_t const tokens = task * kQueryBlock + at.row;
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             int const warp = t / kTokensOfWarp;
@@ -153,10 +169,11 @@ struct QuantizeQuery {
             }
             float const scale = scale_of(largest, Format::kLimit);
             float x[kChunk];
-            smoothed(x, query[t], mean, live(p, at, t));
-            store_codes<Format, kHeadDim>(p.codes, tokens + t * At::kRows, at.channel, x, scale);
-            if (t % kTokensOfWarp == 0 && part == 0 && at.first_column()) {
-                int64_t const index = task * kGroups + warp * kQueryGroups + group;
+            smoothed(x, query[t], mean, place.live(t));
+            store_codes<Format, kHeadDim>(p.codes, place.task * kQueryBlock + place.in_block(t),
+                                          place.at.channel, x, scale);
+            if (t % kTokensOfWarp == 0 && part == 0 && place.at.first_column()) {
+                int64_t const index = place.task * kGroups + warp * kQueryGroups + group;
                 arch::store_global(p.scales + index, scale * p.score_factor);
             }
         }

@@ -33,9 +33,9 @@ struct Statistics {
     SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
                                    float* results, Combine combine) {
         At const at;
-        int64_t const head = task / p.chunks;
-        Head const tokens(tensor, head / p.heads, head % p.heads);
-        int64_t const begin = task % p.chunks * p.chunk_tokens;
+        Split const chunk(task, p.chunks);
+        Head const tokens(tensor, Split(chunk.outer, p.heads));
+        int64_t const begin = chunk.inner * p.chunk_tokens;
         int64_t const all = begin + p.chunk_tokens;
         int64_t const end = all < p.counted_keys ? all : p.counted_keys;
 

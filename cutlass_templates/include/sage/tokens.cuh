@@ -34,9 +34,10 @@ struct Chunk {
 // The tokens of one head of a tensor.
 class Head {
  public:
-    SAGE_DEVICE Head(Strided const& tensor, int64_t batch, int64_t head)
-        : data_(static_cast<uint16_t const*>(tensor.data) + batch * tensor.batch_stride +
-                head * tensor.head_stride),
+    // `head` is that of the tensor: batch and head of it.
+    SAGE_DEVICE Head(Strided const& tensor, Split const& head)
+        : data_(static_cast<uint16_t const*>(tensor.data) + head.outer * tensor.batch_stride +
+                head.inner * tensor.head_stride),
           token_stride_(tensor.token_stride),
           channel_stride_(tensor.channel_stride),
           whole_(channel_stride_ == 1 && token_stride_ % kChunk == 0 &&

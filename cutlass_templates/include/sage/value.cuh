@@ -23,14 +23,15 @@ struct QuantizeValue {
     SAGE_DEVICE static void run(Params const& p) {
         At const at;
         int64_t const task = arch::block_index();  // (b * Hkv + h) * N + block
-        int64_t const head = task / p.key_blocks;
-        int64_t const first = task % p.key_blocks * kKeyBlock + at.row;
-        Head const tokens(p.value, head / p.heads, head % p.heads);
+        Split const block(task, p.key_blocks);
+        int64_t const head = block.outer;
+        int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
+        Head const tokens(p.value, Split(block.outer, p.heads));
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (tokens, D)
 
         float scale[kChunk];
         scales_of_channels(p, at, head, scale);
-        if (task % p.key_blocks == 0 && at.row == 0) {
+        if (block.inner == 0 && at.row == 0) {
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
                 arch::store_global(p.scales + head * kHeadDim + at.channel + i, scale[i]);

@@ -1,5 +1,5 @@
-// Kernels with one fault each, which `fault` turns on: the executor must find every one of them, and
-// nothing where it is 0. A block is 4 warps and 4096 bytes of shared memory.
+// Kernels with one fault each, which `fault` turns on: the executor must find every one of them,
+// and nothing where it is 0. A block is 4 warps and 4096 bytes of shared memory.
 #include <sage/arch.cuh>
 
 namespace faults {
@@ -60,13 +60,32 @@ SAGE_DEVICE void missing_barrier(Params const& p) {
     arch::store_global(p.memory + thread(), word);
 }
 
-// Read by one warp, then written by another for the next round.
+// Read by one thread, then written by one of another warp for the next round.
 SAGE_DEVICE void overwritten_while_read(Params const& p) {
-    arch::store_shared(words() + thread(), uint32_t(thread()));
-    arch::barrier();
-    uint32_t const word = arch::load_shared(words() + (thread() + 32) % 128);
+    if (thread() == 0) arch::load_shared(words());
     if (p.fault == 0) arch::barrier();
-    arch::store_shared(words() + thread(), word + 1);
+    if (thread() == 100) arch::store_shared(words(), 1u);
+}
+
+// Read by two warps, of which one orders its lanes and then writes.
+SAGE_DEVICE void overwritten_while_others_read(Params const& p) {
+    if (thread() == 0 || thread() == 32) arch::load_shared(words());
+    arch::shuffle_xor(0u, 1);
+    if (p.fault == 0) arch::barrier();
+    if (thread() == 1) arch::store_shared(words(), 1u);
+}
+
+// Read by two lanes, of which one then writes.
+SAGE_DEVICE void overwritten_by_a_reader(Params const& p) {
+    if (thread() < 2) arch::load_shared(words());
+    if (p.fault == 0) arch::shuffle_xor(0u, 1);
+    if (thread() == 1) arch::store_shared(words(), 1u);
+}
+
+// More collectives than the race detector's clock has ticks.
+SAGE_DEVICE void after_long(Params const& p) {
+    for (int round = 0; round < (1 << 18) + 1000; ++round) arch::shuffle_xor(0u, 1);
+    missing_barrier(p);
 }
 
 // Both write, perhaps the same value.
@@ -122,6 +141,20 @@ SAGE_DEVICE void copied_twice(Params const& p) {
     arch::copy_async_wait<0>();
 }
 
+// A launch does not load what it stores.
+SAGE_DEVICE void loaded_after_store(Params const& p) {
+    arch::store_global(p.memory + thread(), 1u);
+    arch::barrier();
+    arch::load_global(p.memory + (p.fault == 0 ? 128 : 0) + (thread() ^ 32));
+}
+SAGE_DEVICE void copied_after_store(Params const& p) {
+    arch::store_global(reinterpret_cast<uint8_t*>(p.memory) + thread() * 16 + 7, uint8_t{1});
+    arch::barrier();
+    arch::copy_async(own_shared(), p.memory + (p.fault == 0 ? 512 : 0) + (thread() ^ 32) * 4);
+    arch::copy_async_commit();
+    arch::copy_async_wait<0>();
+}
+
 // Warp 0 takes part once more often.
 SAGE_DEVICE void partial_barrier(Params const& p) {
     if (p.fault == 0 || thread() < 32) arch::barrier();
@@ -160,22 +193,39 @@ SAGE_DEVICE void deadlock(Params const& p) {
     if (p.fault == 0 || thread() != 0) arch::barrier();
 }
 
-SAGE_DEVICE void early_exit(Params const& p) {
-    if (p.fault != 0 && thread() == 37) return;
-    arch::shuffle_xor(1.0f, 1);
+// In 256 accesses to memory, other threads get far.
+SAGE_DEVICE void linger(Params const& p) {
+    for (int i = 0; i < 256; ++i) arch::load_global(p.memory);
 }
-
-SAGE_DEVICE void early_exit_before_barrier(Params const& p) {
+// Thread 37 exits, in most orders before the others wait for it, or after.
+template <class Wait>
+SAGE_DEVICE void exit_early(Params const& p, Wait wait) {
     if (p.fault != 0 && thread() == 37) return;
-    arch::barrier();
+    linger(p);
+    wait();
+}
+template <class Wait>
+SAGE_DEVICE void exit_late(Params const& p, Wait wait) {
+    if (p.fault != 0 && thread() == 37) return linger(p);
+    wait();
+}
+SAGE_DEVICE void early_exit(Params const& p) {
+    exit_early(p, [] { arch::shuffle_xor(1.0f, 1); });
+}
+SAGE_DEVICE void late_exit(Params const& p) {
+    exit_late(p, [] { arch::shuffle_xor(1.0f, 1); });
+}
+SAGE_DEVICE void early_exit_before_barrier(Params const& p) {
+    exit_early(p, [] { arch::barrier(); });
+}
+SAGE_DEVICE void late_exit_before_barrier(Params const& p) {
+    exit_late(p, [] { arch::barrier(); });
 }
 
 SAGE_DEVICE void wrong_mask(Params const& p) { arch::shuffle_xor(1.0f, p.fault != 0 ? 32 : 31); }
 
 // `fault` is a distance in bytes, which the accesses of thread 70 are off by.
-SAGE_DEVICE int distance(Params const& p) {
-    return thread() == 70 ? static_cast<int>(p.fault) : 0;
-}
+SAGE_DEVICE int distance(Params const& p) { return thread() == 70 ? static_cast<int>(p.fault) : 0; }
 template <class T>
 SAGE_DEVICE T* moved(T* pointer, int bytes) {
     return reinterpret_cast<T*>(reinterpret_cast<char*>(pointer) + bytes);
@@ -221,20 +271,27 @@ FAULT(removed_wait)
 FAULT(removed_commit)
 FAULT(newest_not_landed)
 FAULT(missing_barrier)
+FAULT(after_long)
 FAULT(overwritten_while_read)
+FAULT(overwritten_while_others_read)
+FAULT(overwritten_by_a_reader)
 FAULT(written_twice)
 FAULT(unordered_lanes)
 FAULT(unordered_matrix)
 FAULT(landed_without_barrier)
 FAULT(refilled_while_read)
 FAULT(copied_twice)
+FAULT(loaded_after_store)
+FAULT(copied_after_store)
 FAULT(partial_barrier)
 FAULT(divergent_barrier)
 FAULT(divergent_operations)
 FAULT(divergent_places)
 FAULT(deadlock)
 FAULT(early_exit)
+FAULT(late_exit)
 FAULT(early_exit_before_barrier)
+FAULT(late_exit_before_barrier)
 FAULT(wrong_mask)
 FAULT(off_load_global)
 FAULT(off_store_global)

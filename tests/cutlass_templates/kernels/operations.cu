@@ -50,20 +50,21 @@ SAGE_DEVICE void many_shuffles(Params const& p) {
     output(p, thread(), sum);
 }
 
-// output (4 warps, 32 lanes, 4 registers); input (128): the row of 16 bytes that a thread addresses,
-// of 128 rows with the words 0, 1, 2, ...
+// output (4 warps, 32 lanes, 4 registers); input (128): the row of 16 bytes that a thread
+// addresses, of 128 rows with the words 0, 1, 2, ...
 SAGE_DEVICE void load_matrix(Params const& p) {
     auto* const words = reinterpret_cast<uint32_t*>(arch::shared_memory());
-    for (int i = 0; i < 4; ++i) arch::store_shared(words + thread() * 4 + i, uint32_t(thread() * 4 + i));
+    for (int i = 0; i < 4; ++i)
+        arch::store_shared(words + thread() * 4 + i, uint32_t(thread() * 4 + i));
     arch::barrier();
     uint32_t r[4];
     arch::load_matrix_x4(r, words + input<int32_t>(p, thread()) * 4);
     for (int i = 0; i < 4; ++i) output(p, thread() * 4 + i, r[i]);
 }
 
-// Three groups of copies, the second of two. output (4 waits, 128 threads, 4 places): the first word
-// of each copy's place before any wait, and after those for all but 2, 1 and 0 groups. To be run
-// without the race detector.
+// Three groups of copies, the second of two. output (4 waits, 128 threads, 4 places): the first
+// word of each copy's place before any wait, and after those for all but 2, 1 and 0 groups. To be
+// run without the race detector.
 SAGE_DEVICE void copies(Params const& p) {
     auto* const words = reinterpret_cast<uint32_t*>(arch::shared_memory());
     auto const place = [&](int copy) { return words + (copy * 128 + thread()) * 4; };
@@ -187,8 +188,8 @@ SAGE_DEVICE void maximum(Params const& p) {
 
 }  // namespace operations
 
-#define OPERATION(name, warps, shared, ...)                                        \
-    SAGE_KERNEL(name, 32 * warps, shared, sizeof(operations::Params),              \
+#define OPERATION(name, warps, shared, ...)                           \
+    SAGE_KERNEL(name, 32 * warps, shared, sizeof(operations::Params), \
                 operations::Kernel<__VA_ARGS__, warps, shared>)
 
 OPERATION(shuffle_float, 4, 0, operations::shuffle<float>)

@@ -1,2 +1,3 @@
-// As crt/host_defines.h: CUDA's own checks which host compilers nvcc takes, which does not matter here.
+// As crt/host_defines.h: CUDA's own checks which host compilers nvcc takes, which does not matter
+// here.
 #pragma once

@@ -101,6 +101,11 @@ def flip(kept: Path) -> None:
     (kept / IMAGE).write_bytes(content)
 
 
+def empty(kept: Path) -> None:
+    for path in kept.iterdir():
+        path.unlink()
+
+
 def replace_by_file(kept: Path) -> None:
     shutil.rmtree(kept)
     kept.write_text("no folder")
@@ -127,8 +132,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a field too many": edit(lambda manifest: manifest["kernel"].update(more=1)),
     "a field of another type": edit(lambda manifest: manifest["kernel"].update(size="4")),
     "a resource is missing": edit(lambda manifest: manifest["kernel"]["resources"].pop("stack")),
+    "a resource of another type": edit(
+        lambda manifest: manifest["kernel"]["resources"].update(stack="0")
+    ),
     "another symbol": edit(lambda manifest: manifest["kernel"].update(symbol="sage_other")),
-    "empty folder": lambda kept: [path.unlink() for path in kept.iterdir()],
+    "empty folder": empty,
     "a file in its place": replace_by_file,
     "a dangling link in its place": replace_by_dangling_link,
 }
@@ -166,6 +174,18 @@ def test_a_folder_that_others_can_write_to_is_refused(folder: Path, mode: int) -
 
 
 @POSIX
+def test_what_is_made_is_safe_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        compiler = FakeCompiler()
+        for _ in range(2):
+            get(Cache(tmp_path / "new" / "and" / "deep"), compiler)
+    finally:
+        os.umask(before)
+    assert len(compiler.compiled) == 1
+
+
+@POSIX
 def test_a_kernel_that_others_can_write_to_is_refused(folder: Path) -> None:
     get(Cache(folder), FakeCompiler())
     (folder / key(TOY, FakeCompiler().identity)).chmod(0o777)
@@ -181,7 +201,8 @@ def test_so_is_one_below_a_folder_that_others_can_write_to(tmp_path: Path) -> No
     with pytest.raises(KernelUnavailableError, match=f"other users can write to {shared}"):
         get(Cache(shared / "cache"), FakeCompiler())
     link = tmp_path / "link"
-    link.symlink_to(shared)
+    (shared / "inner").mkdir(mode=0o700)
+    link.symlink_to(shared / "inner")
     with pytest.raises(KernelUnavailableError, match="other users can write to"):
         get(Cache(link / "cache"), FakeCompiler())
     shared.chmod(0o1777)  # as /tmp: what is in it is its owner's

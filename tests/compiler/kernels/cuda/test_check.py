@@ -61,13 +61,21 @@ def test_every_opcode_of_an_attention_is_required(spec: KernelSpec, opcodes: Cou
         assert all("which it must have" in problem for problem in found)
 
 
+RETURNS = Counter({"RET.REL.NODEC": 1})
+
+
 @pytest.mark.parametrize("opcode", ["BPT.TRAP", "CALL.REL.NOINC", "CALL.ABS.NOINC"])
 @pytest.mark.parametrize(("spec", "opcodes"), CODE, ids=IDS)
 def test_traps_and_calls_are_forbidden(
     spec: KernelSpec, opcodes: Counter[str], opcode: str
 ) -> None:
-    (problem,) = problems(spec, opcodes + Counter({opcode: 2}), LEAN)
+    (problem,) = problems(spec, opcodes + RETURNS + Counter({opcode: 2}), LEAN)
     assert "2 times, which it must not have" in problem
+
+
+def test_a_call_that_never_returns_is_a_jump() -> None:
+    spec, opcodes = CODE[0]
+    assert problems(spec, opcodes + Counter({"CALL.REL.NOINC": 1}), LEAN) == ()
 
 
 def test_products_in_half_are_forbidden_where_e4m3_is_meant() -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -115,8 +116,14 @@ def test_loading_leaves_the_current_context_alone(
     run(loader.loaded(TOY, 0, STREAM))
 
 
-def test_many_threads_load_a_kernel_once(loader: Loader, builder: HostBuilder) -> None:
+def test_many_threads_load_a_kernel_once(driver: Driver, builder: HostBuilder) -> None:
     barrier = threading.Barrier(8)
+
+    def build(spec: KernelSpec) -> bytes:
+        time.sleep(0.1)  # in which the others ask for it too
+        return builder(spec)
+
+    loader = Loader(driver, build)
 
     def work(scale: float) -> torch.Tensor:
         barrier.wait()

@@ -63,6 +63,7 @@ def test_the_digest_is_over_names_and_contents(tmp_path: Path) -> None:
     contents = [
         {"sage/a.cuh": "xy", "sage/b.cuh": ""},
         {"sage/a.cuh": "x", "sage/b.cuh": "y"},
+        {"sage/a.cuh": "xsage/b.cuhy"},
         {"sage/a.cuh": "xy", "sage/c.cuh": ""},
         {"sage/a.cuh": "xz", "sage/b.cuh": ""},
         {"sage/a.cuh": "xy"},

@@ -86,9 +86,9 @@ inline void copy_async_wait() {
 
 template <class T>
 inline T shuffle_xor(T value, int lane_mask, Site site = SAGE_CALL_SITE) {
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, int32_t> ||
-                      std::is_same_v<T, uint32_t>,
-                  "float, int32_t or uint32_t");
+    static_assert(
+        std::is_same_v<T, float> || std::is_same_v<T, int32_t> || std::is_same_v<T, uint32_t>,
+        "float, int32_t or uint32_t");
     host::ShuffleXor argument{0, lane_mask};
     std::memcpy(&argument.value, &value, sizeof value);
     runtime().collective(host::Collective::kShuffleXor, &argument, site);
@@ -176,7 +176,7 @@ constexpr Entry entry() {
                   "a block is 1 to 32 whole warps");
     static_assert(Kernel::kMinBlocks > 0, "blocks per multiprocessor");
     static_assert(std::is_trivially_copyable_v<typename Kernel::Params>, "passed by value");
-    return {kAbi,
+    return {kEntryMark,
             [](void const* params) {
                 Kernel::run(*static_cast<typename Kernel::Params const*>(params));
             },
@@ -185,8 +185,8 @@ constexpr Entry entry() {
 
 }  // namespace sage::host
 
-#define SAGE_ENTRY(name, ...)                                              \
-    extern "C" {                                                           \
+#define SAGE_ENTRY(name, ...)                                                   \
+    extern "C" {                                                                \
     extern __attribute__((visibility("default"))) sage::host::Entry const name; \
-    sage::host::Entry const name = sage::host::entry<__VA_ARGS__>();       \
+    sage::host::Entry const name = sage::host::entry<__VA_ARGS__>();            \
     }

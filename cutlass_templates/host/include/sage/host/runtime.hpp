@@ -11,6 +11,9 @@ namespace sage::host {
 // Changes with everything in this file.
 constexpr uint64_t kAbi = 0x5341'4745'0000'0001;
 
+// How an Entry begins, so that other symbols are not taken for one.
+constexpr uint64_t kEntryMark = 0x656e'7472'792d'7361;
+
 // Where in the source an operation is, for messages and for telling operations apart.
 struct Site {
     char const* file;
@@ -68,7 +71,7 @@ struct Image {
 };
 
 struct Entry {
-    uint64_t abi;
+    uint64_t mark;
     void (*run)(void const* params);
     int threads;
     int64_t shared_bytes;
