@@ -32,7 +32,7 @@ tuple, for example:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sagec``; returns the exit code: 0, or 1 after an error said in one sentence."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     try:
         run(arguments)
@@ -42,11 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    whole = argparse.ArgumentParser(
         prog="sagec", description="Quantized attention for PyTorch: look before you compile."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     explain = commands.add_parser(
         "explain",
         help="what would be rewritten in a model, and why",
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(run=_explain)
     add_commands(commands.add_parser("kernels", help="the CUDA kernels: check, build, list"))
-    return parser
+    return whole
 
 
 def _explain(arguments: argparse.Namespace) -> None:

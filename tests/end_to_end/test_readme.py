@@ -1,9 +1,12 @@
 """The README's Python, by copy and paste, in one process from top to bottom."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from sage_compiler.cli import parser
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,9 +37,14 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
 def test_the_commands_run() -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     lines = [line for language, code in blocks if language == "sh" for line in code.splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith(".venv/bin/sagec ")]
-    assert len(commands) == 2
-    for command in commands:
+    commands = [
+        shlex.split(line, comments=True)[1:]
+        for line in lines
+        if line.startswith(".venv/bin/sagec ")
+    ]
+    explains = [command for command in commands if command[0] == "explain"]
+    assert len(explains) == 2
+    for command in explains:
         done = subprocess.run(
             [sys.executable, "-m", "sage_compiler.cli", *command],
             capture_output=True,
@@ -45,3 +53,9 @@ def test_the_commands_run() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "layer" in done.stdout
+    # Those of kernels compile for minutes; here, that they are commands.
+    kernels = [command for command in commands if command[0] == "kernels"]
+    assert [command[1] for command in kernels] == ["build", "check", "list"]
+    assert len(commands) == len(explains) + len(kernels)
+    for command in kernels:
+        parser().parse_args(command)
