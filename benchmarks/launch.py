@@ -4,7 +4,7 @@
 
 Launches go to the driver look-alike (cutlass_templates/host/), which only logs them here: what is
 timed is Python and ctypes. Compiling is NVRTC's, from scratch, into an empty cache; loading is from
-that cache, in a process that has found its compiler. The goals: 6 s, 5 ms, and 5 us for each kernel.
+that cache, in a process that has found its compiler. The goals: 6 s, 5 ms, 5 us for each kernel.
 """
 
 from __future__ import annotations

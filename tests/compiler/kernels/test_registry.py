@@ -83,7 +83,13 @@ def test_the_default_has_a_kernel_or_is_exact(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_registered_is_known() -> None:
     assert set(registry.DEFAULT_RECIPES.values()) <= set(RECIPES)
     assert {kernel.recipe for kernel in registry.KERNELS} <= set(RECIPES)
-    assert {kernel.recipe for kernel in registry.KERNELS} == {"int8_int8", "int8_int16"}
+    of_device: dict[str, set[str]] = {}
+    for each in registry.KERNELS:
+        of_device.setdefault(each.device_type, set()).add(each.recipe)
+    assert of_device == {
+        "cpu": {"int8_int8", "int8_int16"},
+        "cuda": {"int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16"},
+    }
 
 
 @pytest.mark.parametrize(
