@@ -147,8 +147,6 @@ def _problem(site: AttentionSite) -> Problem:
         kv_heads=kv_heads if isinstance(kv_heads, int) else 0,
         mask_class=site.semantics.mask_class,
         has_mask=site.mask.value is not None,
-        has_softcap=site.semantics.softcap is not None,
-        has_sinks=site.sinks is not None,
         device_index=output.device.index or 0,
     )
 

@@ -205,8 +205,6 @@ def _serve(
         kv_heads=key.shape[1],
         mask_class=semantics.mask_class,
         has_mask=attn_mask is not None,
-        has_softcap=semantics.softcap is not None,
-        has_sinks=sinks is not None,
         device_index=query.device.index or 0,
     )
     length, key_length = query.shape[2], key.shape[2]

@@ -45,8 +45,6 @@ class Problem:
     kv_heads: int
     mask_class: MaskClass
     has_mask: bool
-    has_softcap: bool = False
-    has_sinks: bool = False
     device_index: int = 0
 
 

@@ -24,18 +24,23 @@ from sage_compiler.kernels.cuda.spec import (
     KernelSpec,
     KeyValueTile,
     arch_of,
+    padded_dim,
 )
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.kernel import CLOSED, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
-from sage_compiler.semantics import DeadRows, MaskClass, Semantics
+from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
-_EVERYTHING: Final = 1 << 40  # a diagonal beyond any length
+_FAR: Final = 1 << 30  # beyond any length, and twice of it within 32 bits
 
-_DTYPE_NAMES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_MASK_CLASSES: Final = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
+_LEAST_SOFTCAP: Final = torch.finfo(torch.float32).tiny  # what is less becomes it
+_DTYPE_NAMES: Final = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+}
 
 # Chunks of tokens whose statistics are taken apart: enough blocks for a GPU with few heads, few
 # enough to add up again in every block of the quantizers.
@@ -96,9 +101,8 @@ def attention(
     """As ``reference.attention``, on the current stream of the tensors' device.
 
     Args:
-        query, key, value: float16 or bfloat16, any strides.
-        semantics: of a mask class and without what ``refuse`` names.
-        attn_mask, sinks: must be None, as ``refuse`` has it.
+        query, key, value: float16, bfloat16 or float32, any strides.
+        attn_mask: must be None, as ``refuse`` has it.
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``spec.Arch``.
 
@@ -106,7 +110,7 @@ def attention(
         KernelUnavailableError: the kernels can be neither found nor compiled here, or would have
             to be loaded while a CUDA graph is captured.
     """
-    assert attn_mask is None and sinks is None, "refused before"
+    assert attn_mask is None, "refused before"
     with torch.cuda.device(query.device):
         index = query.device.index
         target = Target(
@@ -115,7 +119,9 @@ def attention(
             torch.cuda.current_stream(query.device).cuda_stream,
             default_loader(),
         )
-        return run(target, query, key, value, semantics, want_lse=want_lse, recipe=recipe)
+        return run(
+            target, query, key, value, semantics, want_lse=want_lse, recipe=recipe, sinks=sinks
+        )
 
 
 def run(
@@ -127,16 +133,27 @@ def run(
     *,
     want_lse: bool,
     recipe: str,
+    sinks: Tensor | None = None,
     accumulator: Accumulator = Accumulator.FP32,
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, on a target; ``accumulator`` as for ``variant``."""
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
     if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
-        return output.zero_(), lse.fill_(-torch.inf)
-    dtype = _DTYPE_NAMES[query.dtype]
-    kernels = variant(target.arch, dtype, query.shape[3], recipe, accumulator)
-    Call(target, kernels, query, key, value, semantics, output, lse if want_lse else None).run()
+        logits = -torch.inf if sinks is None or not want_lse else sinks.float()[:, None]
+        return output.zero_(), lse.copy_(torch.as_tensor(logits))
+    kernels = variant(
+        target.arch,
+        _DTYPE_NAMES[query.dtype],
+        query.shape[3],
+        recipe,
+        accumulator,
+        value_head_dim=value.shape[3],
+        window=semantics.window_left != UNBOUNDED,
+        softcap=semantics.softcap is not None,
+    )
+    wanted = lse if want_lse else None
+    Call(target, kernels, query, key, value, semantics, output, wanted, sinks).run()
     return output, lse
 
 
@@ -153,26 +170,33 @@ class Call:
         semantics: Semantics,
         output: Tensor,
         lse: Tensor | None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Take the scratch memory; no length is zero.
 
         Args:
-            output: (B, H, Lq, D), the last stride 1.
+            output: (B, H, Lq, Dv), the last stride 1.
             lse: float32 (B, H, Lq), dense, if it is wanted.
+            sinks: (H,), if there are any.
         """
         self.target, self.kernels = target, kernels
         self.query, self.key, self.value = query, key, value
         self.output, self.lse = output, lse
+        self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.semantics = semantics
         self.batch, self.heads, self.query_length, self.head_dim = query.shape
         self.kv_heads, self.key_length = key.shape[1], key.shape[2]
         self.group = self.heads // self.kv_heads
         self.scale = semantics.scale_for(self.head_dim)
 
-        band = semantics.band(self.query_length, self.key_length)
-        self.diagonal = _EVERYTHING if band is None else band.offset
-        self.counted_keys = min(self.key_length, max(0, self.query_length + self.diagonal))
-        self.first_live = max(0, -self.diagonal)
+        # Query i sees the keys i + lower to i + upper; all keys that one sees count.
+        band = semantics.band(self.query_length, self.key_length) or Band(None, None, 0)
+        self.lower = -_FAR if band.left is None else max(-_FAR, band.offset - band.left)
+        self.upper = _FAR if band.right is None else min(_FAR, band.offset + band.right)
+        self.first_key = min(self.key_length, max(0, self.lower))
+        self.end_key = max(self.first_key, min(self.key_length, self.query_length + self.upper))
+        self.first_live = min(self.query_length, max(0, -self.upper))
+        self.end_live = max(self.first_live, min(self.query_length, self.key_length - self.lower))
         self.query_blocks = -(-self.query_length // TILE_MMA.q_block)
         self.key_blocks = -(-self.key_length // TILE_MMA.kv_block)
         self.chunk_tokens = max(_LEAST_CHUNK, -(-self.key_length // _MOST_CHUNKS))
@@ -180,20 +204,23 @@ class Call:
 
         attend = kernels.attend
         self.smooths_query = attend.qk is Format.INT4
+        needs_row_term = lse is not None or sinks is not None or attend.softcap
+        padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         self.tile: KeyValueTile = attend.tile
         rows = self.batch * self.heads * self.query_blocks
         heads = self.batch * self.kv_heads
-        sums = heads * self.chunks * self.head_dim * 4
+        sums = heads * self.chunks * padded * 4
+        largest = heads * self.chunks * padded_value * 4
         delta = rows * self.key_blocks * TILE_MMA.kv_block * 4
         sizes = (
             sums,
-            sums,
+            largest,
             rows * attend.query_tile_bytes,
             rows * _QUERY_SCALES * 4,
-            rows * self.head_dim * 4 if self.smooths_query else 0,
-            self.batch * self.heads * self.query_length * 4 if lse is not None else 0,
+            rows * padded * 4 if self.smooths_query else 0,
+            self.batch * self.heads * self.query_length * 4 if needs_row_term else 0,
             heads * self.key_blocks * self.tile.bytes,
-            heads * self.head_dim * 4,
+            heads * padded_value * 4,
             delta if self.smooths_query else 0,
         )
         addresses, self._scratch = target.allocate(sizes, query.device)
@@ -227,7 +254,8 @@ class Call:
             self.key_sums,
             self.value_amax,
             self.kv_heads,
-            self.counted_keys,
+            self.first_key,
+            self.end_key,
             self.chunks,
             self.chunk_tokens,
             key_tasks,
@@ -247,9 +275,11 @@ class Call:
             self.query_length,
             self.query_blocks,
             self.first_live,
-            self.counted_keys,
+            self.end_live,
+            self.first_key,
+            self.end_key,
             self.chunks,
-            abs(self.scale) * LOG2_E,
+            abs(self.scale) * (1.0 if self.semantics.softcap is not None else LOG2_E),
             self.scale,
         )
         self.target.launch(self.kernels.query, self.batch * self.heads * self.query_blocks, packed)
@@ -266,7 +296,8 @@ class Call:
             self.kv_heads,
             self.key_blocks,
             self.group * self.query_blocks,
-            self.counted_keys,
+            self.first_key,
+            self.end_key,
             self.chunks,
         )
         self.target.launch(self.kernels.key, self.batch * self.kv_heads * self.key_blocks, packed)
@@ -280,7 +311,8 @@ class Call:
             self.tile.bytes,
             self.kv_heads,
             self.key_blocks,
-            self.counted_keys,
+            self.first_key,
+            self.end_key,
             self.chunks,
         )
         self.target.launch(self.kernels.value, self.batch * self.kv_heads * self.key_blocks, packed)
@@ -293,6 +325,7 @@ class Call:
             self.value_scales,
             self.delta,
             self.row_term,
+            0 if self.sinks is None else self.sinks.data_ptr(),
             self.output.data_ptr(),
             0 if self.lse is None else self.lse.data_ptr(),
             *self.output.stride()[:3],
@@ -302,16 +335,18 @@ class Call:
             self.key_length,
             self.query_blocks,
             self.key_blocks,
-            self.diagonal,
+            self.lower,
+            self.upper,
+            self.value.shape[3],
+            max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
-            0.0,
         )
         self.target.launch(self.kernels.attend, self.batch * self.heads * self.query_blocks, packed)
 
 
 def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    """Data and strides."""
-    return (tensor.data_ptr(), *tensor.stride())
+    """Data, strides, channels."""
+    return (tensor.data_ptr(), *tensor.stride(), tensor.shape[3])
 
 
 @functools.cache
@@ -334,16 +369,11 @@ def refuse(recipe: str, problem: Problem, arch: str) -> str | None:
         return f"{arch} has no instructions for it, but for {', '.join(ARCHS[arch].recipes)}"
     if problem.dtype not in _DTYPE_NAMES:
         return f"{problem.dtype} is none of {', '.join(map(str, _DTYPE_NAMES))}"
-    if problem.head_dim not in HEAD_DIMS:
-        return f"head_dim {problem.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
-    if problem.value_head_dim != problem.head_dim:
-        return f"value head_dim {problem.value_head_dim} is not head_dim, {problem.head_dim}"
+    for name, size in (("head_dim", problem.head_dim), ("value head_dim", problem.value_head_dim)):
+        if not 1 <= size <= HEAD_DIMS[-1]:
+            return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
     if problem.has_mask:
         return "an explicit mask is not supported"
-    if problem.mask_class not in _MASK_CLASSES:
-        return f"mask class {problem.mask_class} is none of {', '.join(_MASK_CLASSES)}"
-    if problem.has_softcap or problem.has_sinks:
-        return f"{'a softcap is' if problem.has_softcap else 'sinks are'} not supported"
     return None
 
 

@@ -1,7 +1,7 @@
 """The structs that the kernels take, as ``cutlass_templates/include/sage/params.cuh`` has them.
 
-P is a pointer, q a 64-bit integer, f a float; a tensor is "P4q": data and strides in elements.
-Each kernel asserts the size of its struct when it is compiled.
+P is a pointer, q a 64-bit integer, f a float; a tensor is "P5q": data, strides in elements, and its
+channels. Each kernel asserts the size of its struct when it is compiled.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-_TENSOR: Final = "P4q"
+_TENSOR: Final = "P5q"
 
-STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P5q")
-QUERY: Final = struct.Struct(f"@{_TENSOR}5P7q2f")
-KEY: Final = struct.Struct(f"@{_TENSOR}5P6q")
-VALUE: Final = struct.Struct(f"@{_TENSOR}3P5q")
-ATTEND: Final = struct.Struct("@8P10q2f")
+STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P6q")
+QUERY: Final = struct.Struct(f"@{_TENSOR}5P9q2f")
+KEY: Final = struct.Struct(f"@{_TENSOR}5P7q")
+VALUE: Final = struct.Struct(f"@{_TENSOR}3P6q")
+ATTEND: Final = struct.Struct("@9P12q2f")

@@ -16,9 +16,11 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import params
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
 
-HEAD_DIMS: Final = (64, 128)
+HEAD_DIMS: Final = (32, 64, 96, 128, 192, 256)
+"""What the products are made for; what is between is filled up with zeros."""
+
 DTYPES: Final[Mapping[str, str]] = MappingProxyType(
-    {"float16": "cutlass::half_t", "bfloat16": "cutlass::bfloat16_t"}
+    {"float16": "cutlass::half_t", "bfloat16": "cutlass::bfloat16_t", "float32": "float"}
 )
 """The dtypes of Q, K, V and the output, as torch and as C++ name them."""
 
@@ -79,6 +81,11 @@ def arch_of(capability: tuple[int, int]) -> Arch:
     )
 
 
+def padded_dim(head_dim: int) -> int:
+    """The channels that quantized operands have: rows are a power of two in bytes."""
+    return max(64, 1 << (head_dim - 1).bit_length())
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSpec(ABC):
     """One kernel, compiled for one architecture.
@@ -86,7 +93,7 @@ class KernelSpec(ABC):
     Attributes:
         arch: a key of ``ARCHS``.
         dtype: a key of ``DTYPES``.
-        head_dim: one of ``HEAD_DIMS``.
+        head_dim: of the attention kernel one of ``HEAD_DIMS``, of the quantizers a ``padded_dim``.
     """
 
     arch: str
@@ -132,14 +139,18 @@ _BITS: Final[Mapping[Format, int]] = MappingProxyType(
 )
 
 QUANTIZER_THREADS: Final = 256
+_CHUNK: Final = 8  # channels that one of them has of a token
 _FLOAT_BYTES: Final = 4
 _CACHE_LINE: Final = 128
+_LONGEST_SHARED_QUERY: Final = 128
 _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 
 
 @dataclass(frozen=True, slots=True)
 class StatisticsSpec(KernelSpec):
     """Sums of K and largest magnitudes of V over chunks of tokens."""
+
+    value_head_dim: int
 
     kind: ClassVar[str] = "statistics"
     template: ClassVar[str] = "Statistics"
@@ -151,11 +162,11 @@ class StatisticsSpec(KernelSpec):
 
     @property
     def shared_bytes(self) -> int:
-        return _rows_at_once(self.head_dim) * self.head_dim * _FLOAT_BYTES
+        return QUANTIZER_THREADS * _CHUNK * _FLOAT_BYTES
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return (DTYPES[self.dtype], str(self.head_dim))
+        return (DTYPES[self.dtype], str(self.head_dim), str(self.value_head_dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +221,7 @@ class KeySpec(KernelSpec):
 
 @dataclass(frozen=True, slots=True)
 class ValueSpec(KernelSpec):
-    """Quantization of V, transposed, in the order of tokens that P has."""
+    """Quantization of V, transposed, in the order of tokens that P has; ``head_dim`` is V's."""
 
     pv: Format
     accumulator: Accumulator = Accumulator.FP32
@@ -233,7 +244,7 @@ class ValueSpec(KernelSpec):
             DTYPES[self.dtype],
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
-            _half_accumulator(self.accumulator),
+            _cpp(self.accumulator is Accumulator.FP16),
         )
 
 
@@ -242,6 +253,9 @@ class AttendSpec(KernelSpec):
     """The fused attention over quantized operands.
 
     Attributes:
+        value_head_dim: of V and the output, one of ``HEAD_DIMS``.
+        window: whether rows do not see the first keys; else they see all up to a diagonal.
+        softcap: whether the scores have one.
         qk, pv: formats of the operands of both products.
         accumulator: of P @ V within a tile of keys.
         warp_rows: queries of a warp, 16 or 32: more of them read K and V from shared memory less
@@ -249,6 +263,9 @@ class AttendSpec(KernelSpec):
         stages: tiles of K and V in shared memory.
     """
 
+    value_head_dim: int
+    window: bool
+    softcap: bool
     qk: Format
     pv: Format
     accumulator: Accumulator
@@ -266,17 +283,20 @@ class AttendSpec(KernelSpec):
     @property
     def shared_bytes(self) -> int:
         delta = TILE_MMA.kv_block * _FLOAT_BYTES if self.qk is Format.INT4 else 0
-        return self.query_tile_bytes + self.stages * (self.tile.bytes + delta)
+        ring = self.stages * (self.tile.bytes + delta)
+        if self.head_dim > _LONGEST_SHARED_QUERY:  # Q moves to registers, and the ring to its place
+            return max(self.query_tile_bytes, ring)
+        return self.query_tile_bytes + ring
 
     @property
     def query_tile_bytes(self) -> int:
         """The codes of one query block."""
-        return TILE_MMA.q_block * self.head_dim * _BITS[self.qk] // 8
+        return TILE_MMA.q_block * padded_dim(self.head_dim) * _BITS[self.qk] // 8
 
     @property
     def tile(self) -> KeyValueTile:
         """How a tile of keys and values is packed."""
-        return KeyValueTile.of(self.head_dim, self.qk, self.pv)
+        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -285,7 +305,10 @@ class AttendSpec(KernelSpec):
             _CPP_FORMATS[self.qk],
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
-            _half_accumulator(self.accumulator),
+            str(self.value_head_dim),
+            _cpp(self.window),
+            _cpp(self.softcap),
+            _cpp(self.accumulator is Accumulator.FP16),
             str(self.warp_rows),
             str(self.stages),
         )
@@ -300,16 +323,18 @@ class KeyValueTile:
     bytes: int
 
     @classmethod
-    def of(cls, head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
-        key = TILE_MMA.kv_block * head_dim * _BITS[qk] // 8
-        scales_offset = key + TILE_MMA.kv_block * head_dim * _BITS[pv] // 8
+    def of(cls, head_dim: int, value_head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
+        """The tile for these dims, padded or not."""
+        key = TILE_MMA.kv_block * padded_dim(head_dim) * _BITS[qk] // 8
+        value = TILE_MMA.kv_block * padded_dim(value_head_dim) * _BITS[pv] // 8
+        scales_offset = key + value
         return cls(key, scales_offset, scales_offset + _CACHE_LINE)
 
 
-def _half_accumulator(accumulator: Accumulator) -> str:
-    return "true" if accumulator is Accumulator.FP16 else "false"
+def _cpp(truth: bool) -> str:
+    return "true" if truth else "false"
 
 
 def _rows_at_once(head_dim: int) -> int:
     """Tokens that a quantizer's block reads at once, 8 channels a thread."""
-    return QUANTIZER_THREADS // (head_dim // 8)
+    return QUANTIZER_THREADS // (head_dim // _CHUNK)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from sage_compiler.kernels.cuda.spec import (
     ARCHS,
-    DTYPES,
     HEAD_DIMS,
     AttendSpec,
     KernelSpec,
@@ -19,6 +18,7 @@ from sage_compiler.kernels.cuda.spec import (
     QuerySpec,
     StatisticsSpec,
     ValueSpec,
+    padded_dim,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format
 
@@ -45,39 +45,61 @@ def variant(
     head_dim: int,
     recipe: str,
     accumulator: Accumulator = Accumulator.FP32,
+    *,
+    value_head_dim: int | None = None,
+    window: bool = False,
+    softcap: bool = False,
 ) -> Variant:
-    """The kernels for one call; ``accumulator`` is FP16 for SageAttention2++ (FP8 P and V only)."""
+    """The kernels for one call.
+
+    Args:
+        head_dim, value_head_dim: any up to the last of ``HEAD_DIMS``; the second is by default the
+            first.
+        accumulator: FP16 for SageAttention2++ (FP8 P and V only).
+        window, softcap: as of ``AttendSpec``.
+    """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
+    key_dim = _least_dim(head_dim)
+    value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
+    padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
+    longest = max(key_dim, value_dim)
     return Variant(
-        statistics=StatisticsSpec(arch, dtype, head_dim),
-        query=QuerySpec(arch, dtype, head_dim, qk),
-        key=KeySpec(arch, dtype, head_dim, qk),
-        value=ValueSpec(arch, dtype, head_dim, pv, accumulator),
+        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
+        query=QuerySpec(arch, dtype, padded, qk),
+        key=KeySpec(arch, dtype, padded, qk),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
         attend=AttendSpec(
             arch,
             dtype,
-            head_dim,
+            key_dim,
+            value_dim,
+            window,
+            softcap,
             qk,
             pv,
             accumulator,
-            warp_rows=_warp_rows(arch, head_dim, qk, pv),
-            stages=_stages(head_dim),
+            warp_rows=_warp_rows(arch, longest, qk, pv, plain=not (window or softcap)),
+            stages=_stages(longest),
         ),
     )
 
 
-def _warp_rows(arch: str, head_dim: int, qk: Format, pv: Format) -> int:
+def _least_dim(head_dim: int) -> int:
+    return next(dim for dim in HEAD_DIMS if dim >= head_dim)
+
+
+def _warp_rows(arch: str, head_dim: int, qk: Format, pv: Format, *, plain: bool) -> int:
     """32 where the registers last, else 16.
 
     With 32 rows a warp reads K and V from shared memory half as often. At head_dim 128 its output
-    takes 128 of 255 registers, and the compiler spills some, except in INT8 with a 16-bit PV on
-    sm_8x and sm_90; there it is also needed most, since V in 16 bits is twice as much to read: with
-    16 rows those reads would take as long as the products on an A100.
+    takes 128 of 255 registers, and the compiler spills some, except in the plain kernel of INT8
+    with a 16-bit PV on sm_8x and sm_90. There it is also needed most, since V in 16 bits is twice
+    as much to read: with 16 rows that would take as long as the products on an A100.
     """
     if head_dim <= 64:
         return 32
     wide = qk is Format.INT8 and pv is Format.FP16 and ARCHS[arch].capability < (10, 0)
-    return 32 if wide else 16
+    return 32 if wide and head_dim <= 128 and plain else 16
 
 
 def _stages(head_dim: int) -> int:
@@ -93,14 +115,31 @@ def accumulators(recipe: str) -> tuple[Accumulator, ...]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """All that an architecture offers."""
-    for dtype in DTYPES:
-        for head_dim in HEAD_DIMS:
+    """What a kernel pack has for an architecture: the dims and dtypes of most models."""
+    for dtype in ("float16", "bfloat16"):
+        for head_dim in (64, 128):
             for recipe in ARCHS[arch].recipes:
                 for accumulator in accumulators(recipe):
                     yield variant(arch, dtype, head_dim, recipe, accumulator)
 
 
-def all_specs(arch: str) -> tuple[KernelSpec, ...]:
-    """The kernels of all variants of an architecture, each once, in a stable order."""
-    return tuple(dict.fromkeys(spec for each in variants(arch) for spec in each.specs()))
+def further_variants(arch: str) -> Iterator[Variant]:
+    """What is compiled on first use, one of each kind: the other dims, float32, softcap."""
+    for recipe in ARCHS[arch].recipes:
+        for head_dim in HEAD_DIMS:
+            if head_dim not in (64, 128):
+                yield variant(arch, "bfloat16", head_dim, recipe)
+        yield variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
+        yield variant(arch, "float32", 128, recipe)
+        yield variant(arch, "bfloat16", 128, recipe, window=True)
+        yield variant(arch, "bfloat16", 128, recipe, softcap=True)
+        yield variant(arch, "bfloat16", 256, recipe, window=True, softcap=True)
+
+
+def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
+    """The kernels of a pack, or those besides, each once, in a stable order."""
+    packed = dict.fromkeys(spec for each in variants(arch) for spec in each.specs())
+    if not further:
+        return tuple(packed)
+    others = dict.fromkeys(spec for each in further_variants(arch) for spec in each.specs())
+    return tuple(spec for spec in others if spec not in packed)

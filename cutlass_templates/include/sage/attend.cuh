@@ -13,8 +13,8 @@
 
 namespace sage {
 
-template <class Output, class Qk, class Pv, int kHeadDim, bool kHalfAccumulator, int kWarpRows,
-          int kStages>
+template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow,
+          bool kSoftcap, bool kHalfAccumulator, int kWarpRows, int kStages>
 class Attend {
  public:
     using Params = AttendParams;
@@ -22,18 +22,26 @@ class Attend {
  private:
     static_assert(kWarpRows == 16 || kWarpRows == kQueryWarp);
     static constexpr bool kDelta = Qk::kBits == 4;  // Q was smoothed
-    using QueryTile = Tile<kQueryBlock, kHeadDim * Qk::kBits / 8>;
+    using QueryTile = Tile<kQueryBlock, padded_dim(kHeadDim) * Qk::kBits / 8>;
     // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it.
-    using Packed = KeyValueTile<Qk, Pv, kHeadDim>;
+    using Packed = KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim)>;
     using KeyTile = typename Packed::Key;
     using ValueTile = typename Packed::Value;
     static constexpr int kDeltaBytes = kDelta ? kKeyBlock * sizeof(float) : 0;
     static constexpr int kStageBytes = Packed::kBytes + kDeltaBytes;
 
+    // The steps of Q K^T: what is beyond head_dim is zeros.
+    static constexpr int kSteps = (kHeadDim * Qk::kBits / 8 + kStepBytes - 1) / kStepBytes;
+    // A long Q moves to registers before the ring takes its place.
+    static constexpr bool kKeepQuery = kHeadDim > 128;
+    static constexpr int kRingOffset = kKeepQuery ? 0 : QueryTile::kBytes;
+    static constexpr int kRingBytes = kStages * kStageBytes;
+
     static constexpr int kBands = kWarpRows / 16;  // 16 queries each, the rows of an atom
     static constexpr int kHalves = 2;              // rows lane / 4 and lane / 4 + 8 of a band
     static constexpr int kKeyAtoms = kKeyBlock / 8;
-    static constexpr int kChannelAtoms = kHeadDim / 8;
+    static constexpr int kChannelAtoms = kValueDim / 8;
+    static_assert(kHeadDim % 32 == 0 && kValueDim % 16 == 0);
 
     using PvAtom = cute::conditional_t<
         Pv::kBits == 16, arch::MmaF16,
@@ -44,29 +52,32 @@ class Attend {
  public:
     static constexpr int kThreads = kQueryBlock / kWarpRows * 32;
     static constexpr int kMinBlocks = kWarpRows / 16;  // 8 warps on a multiprocessor at least
-    static constexpr int kSharedBytes = QueryTile::kBytes + kStages * kStageBytes;
+    static constexpr int kSharedBytes =
+        kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
     SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
 
  private:
     Params const& p_;
     int query_block_, head_, kv_head_;  // head_ = b * H + h, kv_head_ = b * Hkv + h / G
-    int tiles_;                         // of keys that the block sees
-    char* const query_tile_;
+    int first_tile_, end_tile_;         // of keys that the block sees
+    char* const shared_;
+    uint32_t query_[kKeepQuery ? kSteps : 1][kBands][4];
 
     // The online softmax of the thread's rows: units of log 2, relative to the running maximum.
     float maximum_[kBands][kHalves];
     float total_[kBands][kHalves];  // of the thread's own columns
     float output_[kBands][kChannelAtoms][4];
 
-    SAGE_DEVICE explicit Attend(Params const& p) : p_(p), query_tile_(arch::shared_memory()) {
+    SAGE_DEVICE explicit Attend(Params const& p) : p_(p), shared_(arch::shared_memory()) {
         // The last blocks first: under a causal mask they have the most to do.
         Split const task(arch::block_index(), p.query_blocks);
         query_block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
         head_ = task.outer;
         kv_head_ = Split(head_, p.group).outer;  // G divides H
-        int const end = visible_keys(int64_t{query_block_} * kQueryBlock + kQueryBlock - 1);
-        tiles_ = (end + kKeyBlock - 1) / kKeyBlock;
+        int const first = query_block_ * kQueryBlock;
+        first_tile_ = first_key(first) / kKeyBlock;
+        end_tile_ = (end_key(first + kQueryBlock - 1) + kKeyBlock - 1) / kKeyBlock;
 
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
@@ -83,31 +94,38 @@ class Attend {
         }
     }
 
-    // Query `row` sees the keys before this one.
-    SAGE_DEVICE int visible_keys(int64_t row) const {
-        int64_t const end = row + p_.diagonal + 1;
-        return static_cast<int>(end < 0 ? 0 : end < p_.key_length ? end : p_.key_length);
+    // Query `row` sees the keys from the one on, and before the other. Lengths, lower and upper are
+    // below 2^30 in magnitude.
+    SAGE_DEVICE int first_key(int row) const {
+        if constexpr (!kWindow) return 0;
+        return within_keys(row + static_cast<int>(p_.lower));
+    }
+    SAGE_DEVICE int end_key(int row) const {
+        return within_keys(row + static_cast<int>(p_.upper) + 1);
+    }
+    SAGE_DEVICE int within_keys(int key) const {
+        int const end = static_cast<int>(p_.key_length);
+        return key < 0 ? 0 : key < end ? key : end;
     }
 
     // The first row of the warp's queries that the thread holds.
-    SAGE_DEVICE int64_t first_row() const {
+    SAGE_DEVICE int first_row() const {
         int const thread = arch::thread_index();
-        return int64_t{query_block_} * kQueryBlock + thread / 32 * kWarpRows + thread % 32 / 4;
+        return query_block_ * kQueryBlock + thread / 32 * kWarpRows + thread % 32 / 4;
     }
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
 
-    SAGE_DEVICE char* stage(int index) const {
-        return query_tile_ + QueryTile::kBytes + index * kStageBytes;
-    }
+    SAGE_DEVICE char* stage(int index) const { return shared_ + kRingOffset + index * kStageBytes; }
 
     SAGE_DEVICE void run() {
         int64_t const query = head_ * p_.query_blocks + query_block_;
         QueryTile::template copy_async<kThreads>(
-            query_tile_, static_cast<char const*>(p_.query_codes) + query * QueryTile::kBytes);
+            shared_, static_cast<char const*>(p_.query_codes) + query * QueryTile::kBytes);
+        if constexpr (kKeepQuery) keep_query();
         SAGE_UNROLL
-        for (int tile = 0; tile < kStages - 1; ++tile) {
-            if (tile < tiles_) copy_stage(tile, tile);
+        for (int place = 0; place < kStages - 1; ++place) {
+            if (first_tile_ + place < end_tile_) copy_stage(place, first_tile_ + place);
             arch::copy_async_commit();
         }
         // All rows that the thread holds share a scale, as all its columns of a tile do.
@@ -117,11 +135,11 @@ class Attend {
             p_.query_scales + query * (kQueryBlock / kQueryWarp * kQueryGroups) + group);
 
         int now = 0, next = kStages - 1;  // places in the ring
-        for (int tile = 0; tile < tiles_; ++tile) {
+        for (int tile = first_tile_; tile < end_tile_; ++tile) {
             arch::copy_async_wait<kStages - 2>();
             // Now the tile is there for all threads, and the place of the tile before it is free.
             arch::barrier();
-            if (tile + kStages - 1 < tiles_) copy_stage(next, tile + kStages - 1);
+            if (tile + kStages - 1 < end_tile_) copy_stage(next, tile + kStages - 1);
             arch::copy_async_commit();
 
             Scores scores;
@@ -143,8 +161,8 @@ class Attend {
                                    (kv_head_ * p_.key_blocks + tile) * Packed::kBytes;
         char* const to = stage(place);
         KeyTile::template copy_async<kThreads>(to, packed);
-        ValueTile::template copy_async<kThreads>(to + Packed::kValueOffset,
-                                                 packed + Packed::kValueOffset);
+        ValueTile::template copy_async<kThreads, kValueDim>(to + Packed::kValueOffset,
+                                                            packed + Packed::kValueOffset);
         if (arch::thread_index() == 0) {
             arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
         }
@@ -175,15 +193,18 @@ class Attend {
                 for (int i = 0; i < 4; ++i) scores[band][atom][i] = kBiasBits;
             }
         }
-        int const of_lane = KeyTile::of_lane();  // rows of Q are as long
-        char const* const query_rows =
-            query_tile_ + arch::thread_index() / 32 * kWarpRows * (QueryTile::kBytes / kQueryBlock);
+        int const of_lane = KeyTile::of_lane();
         SAGE_UNROLL
-        for (int step = 0; step < KeyTile::kSteps; ++step) {
+        for (int step = 0; step < kSteps; ++step) {
             uint32_t query[kBands][4];
             SAGE_UNROLL
             for (int band = 0; band < kBands; ++band) {
-                QueryTile::load(query[band], query_rows, of_lane, band * 16, step);
+                if constexpr (kKeepQuery) {
+                    SAGE_UNROLL
+                    for (int i = 0; i < 4; ++i) query[band][i] = query_[step][band][i];
+                } else {
+                    load_query(query[band], band, step);
+                }
             }
             SAGE_UNROLL
             for (int pair = 0; pair < kKeyAtoms / 2; ++pair) {
@@ -202,27 +223,48 @@ class Attend {
         }
     }
 
+    SAGE_DEVICE void load_query(uint32_t (&operand)[4], int band, int step) const {
+        constexpr int kBytesOfWarp = kWarpRows * (QueryTile::kBytes / kQueryBlock);
+        QueryTile::load(operand, shared_ + arch::thread_index() / 32 * kBytesOfWarp,
+                        QueryTile::of_lane(), band * 16, step);
+    }
+
+    SAGE_DEVICE void keep_query() {
+        arch::copy_async_commit();
+        arch::copy_async_wait<0>();
+        arch::barrier();
+        SAGE_UNROLL
+        for (int step = 0; step < kSteps; ++step) {
+            SAGE_UNROLL
+            for (int band = 0; band < kBands; ++band) load_query(query_[step][band], band, step);
+        }
+        arch::barrier();
+    }
+
     // P of a tile, packed as an operand, and by what the sums so far decay.
     SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
                              Scores const& scores, float query_scale, int tile, char const* stage) {
-        // Keys from here on are not seen by some of the block's queries, or do not exist.
-        int const first_key = tile * kKeyBlock;
+        // Some of the block's queries do not see some of these keys, or there are none.
+        int const first = tile * kKeyBlock;
+        int const block = query_block_ * kQueryBlock;
         bool const masked =
-            first_key + kKeyBlock > visible_keys(int64_t{query_block_} * kQueryBlock);
+            first + kKeyBlock > end_key(block) || first < first_key(block + kQueryBlock - 1);
         int const column = first_column();
         float const* const key_scales =
             reinterpret_cast<float const*>(stage + Packed::kScalesOffset);
         float const scale = query_scale * arch::load_shared(key_scales + column / 2);
         float const* const delta = reinterpret_cast<float const*>(stage + Packed::kBytes);
-        // With a term of its own in each column, the scale must come first; else it can wait, and
-        // then it multiplies -inf too, so it may not be zero.
-        float const remaining = kDelta ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
+        // With a term of its own in each column, or a softcap, the scale must come first; else it
+        // can wait, and then it multiplies -inf too, so it may not be zero.
+        constexpr bool kScaled = kDelta || kSoftcap;
+        float const remaining = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
 
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
                 float x[kKeyAtoms][2];
+                float const row_term = kSoftcap ? row_term_of(band, half) : 0.0f;
                 SAGE_UNROLL
                 for (int atom = 0; atom < kKeyAtoms; ++atom) {
                     SAGE_UNROLL
@@ -235,15 +277,24 @@ class Attend {
                         x[atom][0] = arch::fma(x[atom][0], scale, of_keys.x);
                         x[atom][1] = arch::fma(x[atom][1], scale, of_keys.y);
                     }
+                    if constexpr (kSoftcap) {
+                        SAGE_UNROLL
+                        for (int i = 0; i < 2; ++i) {
+                            if (!kDelta) x[atom][i] *= scale;
+                            x[atom][i] = capped(x[atom][i] + row_term);
+                        }
+                    }
                 }
                 if (masked) {
-                    int const visible =
-                        visible_keys(first_row() + band * 16 + half * 8) - first_key - column;
+                    int const row = first_row() + band * 16 + half * 8;
+                    int const begin = first_key(row) - first - column;
+                    int const end = end_key(row) - first - column;
                     SAGE_UNROLL
                     for (int atom = 0; atom < kKeyAtoms; ++atom) {
                         SAGE_UNROLL
                         for (int i = 0; i < 2; ++i) {
-                            if (atom * 8 + i >= visible) x[atom][i] = -infinity();
+                            int const key = atom * 8 + i;
+                            if (key < begin || key >= end) x[atom][i] = -infinity();
                         }
                     }
                 }
@@ -277,6 +328,18 @@ class Attend {
                 pack(weights[band], x, half);
             }
         }
+    }
+
+    // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
+    SAGE_DEVICE float row_term_of(int band, int half) const {
+        int const row = first_row() + band * 16 + half * 8;
+        if (row >= p_.query_length) return 0.0f;
+        return arch::load_global(p_.row_term + head_ * p_.query_length + row);
+    }
+
+    // softcap * tanh(score / softcap), from natural units to those of log 2.
+    SAGE_DEVICE float capped(float score) const {
+        return hyperbolic_tangent(arch::divide(score, p_.softcap)) * (p_.softcap * kLog2E);
     }
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
@@ -378,10 +441,13 @@ class Attend {
 
     SAGE_DEVICE void store() {
         Split const head(head_, p_.heads);
-        uint16_t* const output = static_cast<uint16_t*>(p_.output) +
-                                 head.outer * p_.output_batch_stride +
-                                 head.inner * p_.output_head_stride + first_column();
-        float const* const value_scales = p_.value_scales + kv_head_ * kHeadDim + first_column();
+        Output* const output = static_cast<Output*>(p_.output) +
+                               head.outer * p_.output_batch_stride +
+                               head.inner * p_.output_head_stride;
+        float const* const value_scales = p_.value_scales + kv_head_ * padded_dim(kValueDim);
+        // Of every eight channels, the two that the thread holds: as a pair, or one by one.
+        bool const pairs = p_.channels % 2 == 0 && p_.output_token_stride % 2 == 0 &&
+                           reinterpret_cast<uintptr_t>(output) % (2 * sizeof(Output)) == 0;
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
@@ -389,32 +455,87 @@ class Attend {
                 float total = total_[band][half];
                 total += arch::shuffle_xor(total, 1);
                 total += arch::shuffle_xor(total, 2);
-                int64_t const row = first_row() + band * 16 + half * 8;
+                total_[band][half] = total;
+            }
+        }
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                int const row = first_row() + band * 16 + half * 8;
                 if (row >= p_.query_length) continue;
-
-                bool const dead = total == 0.0f;
-                float const inverse = arch::divide(1.0f, dead ? 1.0f : total);
-                uint16_t* const of_row = output + row * p_.output_token_stride;
+                bool const dead = total_[band][half] == 0.0f;  // no key is seen
+                float factor = arch::divide(1.0f, dead ? 1.0f : total_[band][half]);
+                float lse = 0.0f;
+                if (p_.lse != nullptr || p_.sinks != nullptr) {
+                    lse = dead ? -infinity() : lse_of_keys(band, half);
+                }
+                if (p_.sinks != nullptr) {
+                    float const of_keys = lse;
+                    lse = with_sink(lse, arch::load_global(p_.sinks + head.inner));
+                    factor *= arch::exp2((of_keys - lse) * kLog2E);  // the keys' share
+                }
+                // A sink makes a row without keys one of zeros, or of NaN where it is +inf.
+                bool const sunk = dead && p_.sinks != nullptr && lse != -infinity();
+                float const of_dead = sunk ? 0.0f * lse : p_.dead_value;
+                Output* const of_row = output + row * p_.output_token_stride;
                 SAGE_UNROLL
                 for (int atom = 0; atom < kChannelAtoms; ++atom) {
+                    int const channel = atom * 8 + first_column();
+                    if (channel >= p_.channels) continue;
                     float2 const scale =
-                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + atom * 8));
+                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
                     float const* const sums = output_[band][atom] + 2 * half;
-                    float const low = dead ? p_.dead_value : sums[0] * inverse * scale.x;
-                    float const high = dead ? p_.dead_value : sums[1] * inverse * scale.y;
-                    arch::store_global(reinterpret_cast<uint32_t*>(of_row + atom * 8),
-                                       Packed2<Output>::pack(low, high));
+                    float const low = dead ? of_dead : sums[0] * factor * scale.x;
+                    float const high = dead ? of_dead : sums[1] * factor * scale.y;
+                    if (pairs) {
+                        store_pair(of_row + channel, low, high);
+                    } else {
+                        store_one(of_row + channel, low);
+                        if (channel + 1 < p_.channels) store_one(of_row + channel + 1, high);
+                    }
                 }
-                if (p_.lse != nullptr && first_column() == 0) store_lse(row, band, half, total);
+                if (p_.lse != nullptr && first_column() == 0) {
+                    arch::store_global(p_.lse + head_ * p_.query_length + row, lse);
+                }
             }
         }
     }
 
-    SAGE_DEVICE void store_lse(int64_t row, int band, int half, float total) const {
-        int64_t const index = head_ * p_.query_length + row;
-        float const log2_total = arch::log2(total) - Pv::kLog2WeightFactor;
+    SAGE_DEVICE static void store_pair(Output* address, float low, float high) {
+        if constexpr (sizeof(Output) == sizeof(float)) {
+            arch::store_global(reinterpret_cast<float2*>(address), make_float2(low, high));
+        } else {
+            arch::store_global(reinterpret_cast<uint32_t*>(address),
+                               Packed2<Output>::pack(low, high));
+        }
+    }
+
+    SAGE_DEVICE static void store_one(Output* address, float x) {
+        if constexpr (sizeof(Output) == sizeof(float)) {
+            arch::store_global(reinterpret_cast<float*>(address), x);
+        } else {
+            uint16_t const bits = static_cast<uint16_t>(Packed2<Output>::pack(x, 0.0f));
+            arch::store_global(reinterpret_cast<uint16_t*>(address), bits);
+        }
+    }
+
+    // Natural logarithm, over the keys alone, of a row that sees one.
+    SAGE_DEVICE float lse_of_keys(int band, int half) const {
+        float const log2_total = arch::log2(total_[band][half]) - Pv::kLog2WeightFactor;
         float const lse = (maximum_[band][half] + log2_total) * kLn2;
-        arch::store_global(p_.lse + index, lse + arch::load_global(p_.row_term + index));
+        // With a softcap the scores have it already.
+        return kSoftcap ? lse : lse + row_term_of(band, half);
+    }
+
+    // log(exp(lse) + exp(sink)); a sink of +inf gives NaN.
+    SAGE_DEVICE static float with_sink(float lse, float sink) {
+        if (sink == infinity()) return sink - sink;
+        float const larger = arch::maximum(lse, sink);
+        if (larger == -infinity()) return larger;
+        float const sum =
+            arch::exp2((lse - larger) * kLog2E) + arch::exp2((sink - larger) * kLog2E);
+        return larger + arch::log2(sum) * kLn2;
     }
 };
 

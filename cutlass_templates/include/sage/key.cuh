@@ -28,18 +28,18 @@ struct QuantizeKey {
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
-        Head const tokens(p.key, Split(block.outer, p.heads));
+        Head<Input> const tokens(p.key, Split(block.outer, p.heads));
 
         float mean[kChunk];
         mean_of_keys<kHeadDim>(mean, p.key_sums + head * p.chunks * kHeadDim, p.chunks, at.channel,
-                               p.counted_keys);
+                               p.end_key - p.first_key);
         float key[kTokens][kChunk];
         uint32_t largest = 0;
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             int64_t const token = first + t * At::kRows;
-            bool const counted = token < p.counted_keys;
-            tokens.chunk(token, at.channel, counted).template unpack<Input>(key[t]);
+            bool const counted = token >= p.first_key && token < p.end_key;
+            tokens.chunk(token, at.channel, counted).unpack(key[t]);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
                 key[t][i] = counted ? key[t][i] - mean[i] : 0.0f;

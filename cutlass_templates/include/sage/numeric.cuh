@@ -9,6 +9,7 @@
 namespace sage {
 
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 constexpr uint32_t kNanBits = 0x7fffffffu;
@@ -54,7 +55,7 @@ struct Half {
 // the largest half.
 constexpr float kHalfAccumulatorLimit = 2.25f;
 
-// Two values of the input and output type in one register.
+// Two values of a 16-bit input and output type in one register.
 template <class Type>
 struct Packed2;
 
@@ -75,6 +76,13 @@ struct Packed2<cutlass::bfloat16_t> {
 SAGE_DEVICE float minimum(float a, float b) { return -arch::maximum(-a, -b); }
 
 SAGE_DEVICE float clamp(float x, float limit) { return minimum(arch::maximum(x, -limit), limit); }
+
+// By an exponential, which is exacter than the instruction of this name.
+SAGE_DEVICE float hyperbolic_tangent(float x) {
+    constexpr float kFlat = 20.0f;  // where it is 1 in float32; NaN stays NaN
+    x = x > kFlat ? kFlat : x < -kFlat ? -kFlat : x;
+    return 1.0f - arch::divide(2.0f, arch::exp2(x * (2.0f * kLog2E)) + 1.0f);
+}
 
 SAGE_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 

@@ -23,19 +23,24 @@ constexpr int kQueryGroups = 8;
 constexpr int kKeyBlock = 64;
 constexpr int kKeyGroups = 4;
 
-// A tensor (B, heads, L, D) of the input type as the caller has it: strides in elements.
+// The channels that quantized operands have for a head_dim: rows are a power of two in bytes.
+constexpr int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+// A tensor (B, heads, L, channels) of the input type as the caller has it: strides in elements.
+// What the kernels make of it has more channels, D, with zeros: see padded_dim in spec.py.
 struct Strided {
     void const* data;
     int64_t batch_stride, head_stride, token_stride, channel_stride;
+    int64_t channels;
 };
 
 // One block per (K or V, chunk of tokens, head): sums of K and largest magnitudes of V.
 struct StatisticsParams {
     Strided key, value;
-    float* key_sums;       // (B, Hkv, chunks, D)
-    uint32_t* value_amax;  // (B, Hkv, chunks, D): bits of |x|, so that NaN is the largest
-    int64_t heads;         // Hkv
-    int64_t counted_keys;  // keys [0, counted_keys) are seen by some query
+    float* key_sums;             // (B, Hkv, chunks, D)
+    uint32_t* value_amax;        // (B, Hkv, chunks, D): bits of |x|, so that NaN is the largest
+    int64_t heads;               // Hkv
+    int64_t first_key, end_key;  // keys [first_key, end_key) are seen by some query
     int64_t chunks, chunk_tokens;
     int64_t key_tasks;  // B * Hkv * chunks; blocks from there on do V
 };
@@ -50,9 +55,9 @@ struct QueryParams {
     float* row_term;        // (B, H, Lq): scale * q . mean K, natural units; may be null
     int64_t heads, group;   // H, G
     int64_t query_length, query_blocks;
-    int64_t first_live;  // queries before it see no key
-    int64_t counted_keys, chunks;
-    float score_factor;  // |scale| * log2(e)
+    int64_t first_live, end_live;  // queries [first_live, end_live) see a key
+    int64_t first_key, end_key, chunks;
+    float score_factor;  // |scale| * log2(e); without the log2(e) where there is a softcap
     float scale;         // negative: Q is negated
 };
 
@@ -67,7 +72,7 @@ struct KeyParams {
     int64_t tile_bytes;  // tiles are in order (B, Hkv, N)
     int64_t heads;       // Hkv
     int64_t key_blocks, mean_rows;
-    int64_t counted_keys, chunks;
+    int64_t first_key, end_key, chunks;
 };
 
 // One block per (key block, head).
@@ -79,7 +84,7 @@ struct ValueParams {
     int64_t tile_bytes;
     int64_t heads;  // Hkv
     int64_t key_blocks;
-    int64_t counted_keys, chunks;
+    int64_t first_key, end_key, chunks;
 };
 
 // One block per (query block, head).
@@ -89,16 +94,18 @@ struct AttendParams {
     void const* key_value_tiles;  // (B, Hkv, N) of KeyValueTile
     float const* value_scales;
     float const* delta;     // (B, H, M, N * kKeyBlock), or null
-    float const* row_term;  // (B, H, Lq); null where lse is
-    void* output;           // (B, H, Lq, D) of the output type, channels contiguous
+    float const* row_term;  // (B, H, Lq); null where neither LSE, softcap nor sinks need it
+    float const* sinks;     // (H): one more logit of each head, in the denominator; may be null
+    void* output;           // (B, H, Lq, channels) of the output type, channels contiguous
     float* lse;             // (B, H, Lq), natural logarithm; may be null
     int64_t output_batch_stride, output_head_stride, output_token_stride;
     int64_t heads, group;  // H, G
     int64_t query_length, key_length;
     int64_t query_blocks, key_blocks;
-    int64_t diagonal;  // query i sees the keys j <= i + diagonal
+    int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
+    int64_t channels;      // of V and the output
+    float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
-    float padding;     // to a multiple of 8 bytes
 };
 
 }  // namespace sage

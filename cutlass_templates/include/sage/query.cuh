@@ -23,8 +23,8 @@ struct QuantizeQuery {
 
     SAGE_DEVICE static void run(Params const& p) {
         Place const place(p);
-        Head const tokens(p.query, Split(place.head, p.heads));
-        Chunk query[kTokens];
+        Head<Input> const tokens(p.query, Split(place.head, p.heads));
+        Chunk<Input> query[kTokens];
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             query[t] = tokens.chunk(place.token(t), place.at.channel, place.live(t));
@@ -52,7 +52,7 @@ struct QuantizeQuery {
             head = block.outer;
             first = int64_t{block.inner} * kQueryBlock;
             live_from = within_block(p.first_live - first);
-            live_to = within_block(p.query_length - first);
+            live_to = within_block(p.end_live - first);
         }
 
         SAGE_DEVICE static int within_block(int64_t token) {
@@ -68,17 +68,17 @@ struct QuantizeQuery {
     };
 
     SAGE_DEVICE static void store_row_terms(Params const& p, Place const& place,
-                                            Chunk const (&query)[kTokens]) {
+                                            Chunk<Input> const (&query)[kTokens]) {
         int64_t const kv_head = Split(place.head, p.group).outer;  // G divides H
         float key_mean[kChunk];
         mean_of_keys<kHeadDim>(key_mean, p.key_sums + kv_head * p.chunks * kHeadDim, p.chunks,
-                               place.at.channel, p.counted_keys);
+                               place.at.channel, p.end_key - p.first_key);
         float const scale = p.scale < 0.0f ? -p.scale : p.scale;
         float terms[kTokens] = {};
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             float x[kChunk];
-            query[t].template unpack<Input>(x);
+            query[t].unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) terms[t] = arch::fma(x[i], key_mean[i], terms[t]);
             SAGE_UNROLL
@@ -99,12 +99,13 @@ struct QuantizeQuery {
 
     // The mean over the live tokens of the block, for the thread's channels.
     SAGE_DEVICE static void mean_of_block(Params const& p, Place const& place,
-                                          Chunk const (&query)[kTokens], float (&mean)[kChunk]) {
+                                          Chunk<Input> const (&query)[kTokens],
+                                          float (&mean)[kChunk]) {
         float* const sums = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             float x[kChunk];
-            query[t].template unpack<Input>(x);
+            query[t].unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) mean[i] += x[i];
         }
@@ -132,7 +133,7 @@ struct QuantizeQuery {
     }
 
     SAGE_DEVICE static void store_quantized(Params const& p, Place const& place,
-                                            Chunk const (&query)[kTokens],
+                                            Chunk<Input> const (&query)[kTokens],
                                             float const (&mean)[kChunk]) {
         // Largest magnitudes: (groups, parts).
         uint32_t* const amax = reinterpret_cast<uint32_t*>(arch::shared_memory() +
@@ -179,9 +180,9 @@ struct QuantizeQuery {
         }
     }
 
-    SAGE_DEVICE static void smoothed(float (&x)[kChunk], Chunk const& query,
+    SAGE_DEVICE static void smoothed(float (&x)[kChunk], Chunk<Input> const& query,
                                      float const (&mean)[kChunk], bool live) {
-        query.template unpack<Input>(x);
+        query.unpack(x);
         if constexpr (kSmooth) {
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) x[i] = live ? x[i] - mean[i] : 0.0f;

@@ -6,43 +6,44 @@
 
 namespace sage {
 
-template <class Input, int kHeadDim>
+template <class Input, int kKeyDim, int kValueDim>
 struct Statistics {
     using Params = StatisticsParams;
-    using At = Position<kHeadDim>;
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
-    static constexpr int kSharedBytes = At::kRows * kHeadDim * sizeof(float);
+    static constexpr int kSharedBytes = kQuantizerThreads * kChunk * sizeof(float);  // any dim
 
     SAGE_DEVICE static void run(Params const& p) {
         int64_t const task = arch::block_index();
         if (task < p.key_tasks) {
-            reduce(p, task, p.key, p.key_sums, [](float sum, float x) { return sum + x; });
+            reduce<kKeyDim>(p, task, p.key, p.key_sums, [](float sum, float x) { return sum + x; });
         } else {
             // Kept as floats of the same bits: NaN is the largest.
-            reduce(p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
-                   [](float amax, float x) {
-                       return arch::from_bits(larger(arch::bits(amax), magnitude_bits(x)));
-                   });
+            reduce<kValueDim>(
+                p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
+                [](float amax, float x) {
+                    return arch::from_bits(larger(arch::bits(amax), magnitude_bits(x)));
+                });
         }
     }
 
  private:
     // Combines the tokens of one chunk of one head into `results` (B * Hkv, chunks, D).
-    template <class Combine>
+    template <int kHeadDim, class Combine>
     SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
                                    float* results, Combine combine) {
+        using At = Position<kHeadDim>;
         At const at;
         Split const chunk(task, p.chunks);
-        Head const tokens(tensor, Split(chunk.outer, p.heads));
-        int64_t const begin = chunk.inner * p.chunk_tokens;
-        int64_t const all = begin + p.chunk_tokens;
-        int64_t const end = all < p.counted_keys ? all : p.counted_keys;
+        Head<Input> const tokens(tensor, Split(chunk.outer, p.heads));
+        int64_t const first = p.first_key + chunk.inner * p.chunk_tokens;
+        int64_t const all = first + p.chunk_tokens;
+        int64_t const end = all < p.end_key ? all : p.end_key;
 
         float total[kChunk] = {};
-        for (int64_t token = begin + at.row; token < end; token += At::kRows) {
+        for (int64_t token = first + at.row; token < end; token += At::kRows) {
             float x[kChunk];
-            tokens.chunk(token, at.channel, true).template unpack<Input>(x);
+            tokens.chunk(token, at.channel, true).unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) total[i] = combine(total[i], x[i]);
         }

@@ -1,5 +1,5 @@
-// Tiles in shared memory: rows of 32, 64 or 128 bytes, swizzled so that neither a row-wise copy nor
-// an ldmatrix down a column of 16 bytes has bank conflicts.
+// Tiles in shared memory: rows of 32, 64, 128 or 256 bytes, swizzled so that neither a row-wise
+// copy nor an ldmatrix down a column of 16 bytes has bank conflicts.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -13,32 +13,36 @@ constexpr int kAccessBytes = 16;
 
 template <int kRows, int kRowBytes>
 struct Tile {
-    static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128);
+    static_assert(kRowBytes == 32 || kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
     static_assert(kRows % 16 == 0);
     static constexpr int kBytes = kRows * kRowBytes;
     static constexpr int kSteps = kRowBytes / kStepBytes;
 
-    // Over 128 bytes, all of the banks, the 16-byte column is XORed with the index of that line.
-    static constexpr int kSwizzleBits = kRowBytes == 128 ? 3 : kRowBytes == 64 ? 2 : 1;
+    // The column of 16 bytes is XORed with the index of its line of 128 bytes, which is all banks;
+    // in longer rows with the row's.
+    static constexpr int kSwizzleBits = kRowBytes >= 128 ? 3 : kRowBytes == 64 ? 2 : 1;
+    static constexpr int kSwizzleShift = kRowBytes == 256 ? 4 : 3;
     using Layout =
-        decltype(cute::composition(cute::Swizzle<kSwizzleBits, 4, 3>{},
+        decltype(cute::composition(cute::Swizzle<kSwizzleBits, 4, kSwizzleShift>{},
                                    cute::Layout<cute::Shape<cute::Int<kRows>, cute::Int<kRowBytes>>,
                                                 cute::Stride<cute::Int<kRowBytes>, cute::_1>>{}));
 
     SAGE_DEVICE static int offset(int row, int byte) { return Layout{}(row, byte); }
 
-    // Begins to copy the whole tile from memory where its rows lie without gaps.
-    template <int kThreads>
+    // Begins to copy the first rows of a tile from memory where they lie without gaps.
+    template <int kThreads, int kCopiedRows = kRows>
     SAGE_DEVICE static void copy_async(char* tile, void const* source) {
+        constexpr int kCopiedBytes = kCopiedRows * kRowBytes;
         constexpr int kAtOnce = kThreads * kAccessBytes;
         int const first = arch::thread_index() * kAccessBytes;
         // Whole multiples of the swizzle's period lie between the rows of a thread.
-        static_assert(kAtOnce % (8 * 128) == 0 || kBytes <= kAtOnce);
+        constexpr int kPeriod = 8 * (kRowBytes > 128 ? kRowBytes : 128);
+        static_assert(kAtOnce % kPeriod == 0 || kCopiedBytes <= kAtOnce);
         char const* const from = static_cast<char const*>(source) + first;
         char* const to = tile + offset(first / kRowBytes, first % kRowBytes);
         SAGE_UNROLL
-        for (int start = 0; start < kBytes; start += kAtOnce) {
-            if (start + kAtOnce <= kBytes || first < kBytes - start) {
+        for (int start = 0; start < kCopiedBytes; start += kAtOnce) {
+            if (start + kAtOnce <= kCopiedBytes || first < kCopiedBytes - start) {
                 arch::copy_async(to + start, from + start);
             }
         }
@@ -59,12 +63,12 @@ struct Tile {
 };
 
 // A tile of kKeyBlock keys as the quantizers write it and the attention kernel copies it, in one
-// piece: the rows of K (keys, D), those of V transposed (D, keys), and K's scales. Padded, so that
-// every tile begins at a line of the cache.
-template <class Qk, class Pv, int kHeadDim>
+// piece: the rows of K (keys, kKeyDim), those of V transposed (kValueDim, keys), and K's scales.
+// Padded, so that every tile begins at a line of the cache.
+template <class Qk, class Pv, int kKeyDim, int kValueDim>
 struct KeyValueTile {
-    using Key = Tile<kKeyBlock, kHeadDim * Qk::kBits / 8>;
-    using Value = Tile<kHeadDim, kKeyBlock * Pv::kBits / 8>;
+    using Key = Tile<kKeyBlock, kKeyDim * Qk::kBits / 8>;
+    using Value = Tile<kValueDim, kKeyBlock * Pv::kBits / 8>;
     static constexpr int kValueOffset = Key::kBytes;
     static constexpr int kScalesOffset = kValueOffset + Value::kBytes;
     static constexpr int kBytes = kScalesOffset + 128;

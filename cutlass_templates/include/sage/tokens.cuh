@@ -10,65 +10,82 @@ namespace sage {
 constexpr int kQuantizerThreads = 256;
 constexpr int kChunk = 8;  // channels that one thread has of a token: 16 bytes
 
-// One chunk of a token, two channels in a register.
+// One chunk of a token, as it lies in memory.
+template <class Input>
 struct Chunk {
-    uint32_t packed[kChunk / 2];
+    static constexpr int kWords = kChunk * sizeof(Input) / sizeof(uint32_t);
+    uint32_t words[kWords];
 
-    template <class Input>
     SAGE_DEVICE void unpack(float (&x)[kChunk]) const {
-        SAGE_UNROLL
-        for (int i = 0; i < kChunk / 2; ++i) {
-            float2 const pair = Packed2<Input>::unpack(packed[i]);
-            x[2 * i] = pair.x;
-            x[2 * i + 1] = pair.y;
+        if constexpr (sizeof(Input) == sizeof(float)) {
+            SAGE_UNROLL
+            for (int i = 0; i < kChunk; ++i) x[i] = arch::from_bits(words[i]);
+        } else {
+            SAGE_UNROLL
+            for (int i = 0; i < kWords; ++i) {
+                float2 const pair = Packed2<Input>::unpack(words[i]);
+                x[2 * i] = pair.x;
+                x[2 * i + 1] = pair.y;
+            }
         }
     }
 
-    // Both 16-bit types have their sign in the highest bit.
+    // All types have their sign in the highest bit.
     SAGE_DEVICE void negate() {
         SAGE_UNROLL
-        for (int i = 0; i < kChunk / 2; ++i) packed[i] ^= 0x80008000u;
+        for (uint32_t& word : words) word ^= sizeof(Input) == 4 ? 0x80000000u : 0x80008000u;
     }
 };
 
 // The tokens of one head of a tensor.
+template <class Input>
 class Head {
  public:
     // `head` is that of the tensor: batch and head of it.
     SAGE_DEVICE Head(Strided const& tensor, Split const& head)
-        : data_(static_cast<uint16_t const*>(tensor.data) + head.outer * tensor.batch_stride +
+        : data_(static_cast<Bits const*>(tensor.data) + head.outer * tensor.batch_stride +
                 head.inner * tensor.head_stride),
           token_stride_(tensor.token_stride),
           channel_stride_(tensor.channel_stride),
-          whole_(channel_stride_ == 1 && token_stride_ % kChunk == 0 &&
+          channels_(static_cast<int>(tensor.channels)),
+          whole_(channel_stride_ == 1 && token_stride_ * sizeof(Input) % sizeof(uint4) == 0 &&
                  reinterpret_cast<uintptr_t>(data_) % sizeof(uint4) == 0) {}
 
-    // The chunk from `channel` on; zeros where the token is not `present`.
-    SAGE_DEVICE Chunk chunk(int64_t token, int channel, bool present) const {
-        Chunk chunk = {};
-        if (!present) return chunk;
-        uint16_t const* const address = data_ + token * token_stride_ + channel * channel_stride_;
-        if (whole_) {
-            uint4 const all = arch::load_global(reinterpret_cast<uint4 const*>(address));
-            chunk.packed[0] = all.x;
-            chunk.packed[1] = all.y;
-            chunk.packed[2] = all.z;
-            chunk.packed[3] = all.w;
+    // The chunk from `channel` on; zeros where the token is not `present`, or has no such channel.
+    SAGE_DEVICE Chunk<Input> chunk(int64_t token, int channel, bool present) const {
+        Chunk<Input> chunk = {};
+        if (!present || channel >= channels_) return chunk;
+        Bits const* const address = data_ + token * token_stride_ + channel * channel_stride_;
+        if (whole_ && channel + kChunk <= channels_) {
+            SAGE_UNROLL
+            for (int i = 0; i < Chunk<Input>::kWords; i += 4) {
+                constexpr int kPerWord = sizeof(uint32_t) / sizeof(Input);
+                uint4 const four =
+                    arch::load_global(reinterpret_cast<uint4 const*>(address + i * kPerWord));
+                chunk.words[i] = four.x;
+                chunk.words[i + 1] = four.y;
+                chunk.words[i + 2] = four.z;
+                chunk.words[i + 3] = four.w;
+            }
         } else {
             SAGE_UNROLL
-            for (int i = 0; i < kChunk / 2; ++i) {
-                uint32_t const low = arch::load_global(address + (2 * i) * channel_stride_);
-                uint32_t const high = arch::load_global(address + (2 * i + 1) * channel_stride_);
-                chunk.packed[i] = low | high << 16;
+            for (int i = 0; i < kChunk; ++i) {
+                if (channel + i < channels_) {
+                    uint32_t const bits = arch::load_global(address + i * channel_stride_);
+                    chunk.words[i * sizeof(Input) / 4] |= bits << (i * sizeof(Input) % 4 * 8);
+                }
             }
         }
         return chunk;
     }
 
  private:
-    uint16_t const* data_;
+    using Bits = cute::conditional_t<sizeof(Input) == 4, uint32_t, uint16_t>;
+
+    Bits const* data_;
     int64_t token_stride_, channel_stride_;
-    bool whole_;  // a chunk is one aligned load
+    int channels_;
+    bool whole_;  // a chunk is aligned
 };
 
 // Where a thread stands in a block of kQuantizerThreads: thread = row * kColumns + column.
@@ -120,7 +137,7 @@ SAGE_DEVICE void store_floats_shared(float* address, float const (&x)[kChunk]) {
 // mean K of 8 channels, from the sums of the chunks of its tokens: key_sums (chunks, D).
 template <int kHeadDim>
 SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int64_t chunks,
-                              int channel, int64_t counted_keys) {
+                              int channel, int64_t keys) {
     SAGE_UNROLL
     for (int i = 0; i < kChunk; ++i) mean[i] = 0.0f;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -129,7 +146,7 @@ SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int6
         SAGE_UNROLL
         for (int i = 0; i < kChunk; ++i) mean[i] += sums[i];
     }
-    float const count = static_cast<float>(counted_keys > 1 ? counted_keys : 1);
+    float const count = static_cast<float>(keys > 1 ? keys : 1);
     SAGE_UNROLL
     for (int i = 0; i < kChunk; ++i) mean[i] = arch::divide(mean[i], count);
 }

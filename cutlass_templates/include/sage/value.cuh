@@ -26,7 +26,7 @@ struct QuantizeValue {
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
-        Head const tokens(p.value, Split(block.outer, p.heads));
+        Head<Input> const tokens(p.value, Split(block.outer, p.heads));
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (tokens, D)
 
         float scale[kChunk];
@@ -41,8 +41,8 @@ struct QuantizeValue {
         for (int t = 0; t < kTokens; ++t) {
             int64_t const token = first + t * At::kRows;
             float x[kChunk];
-            bool const counted = token < p.counted_keys;
-            tokens.chunk(token, at.channel, counted).template unpack<Input>(x);
+            bool const counted = token >= p.first_key && token < p.end_key;
+            tokens.chunk(token, at.channel, counted).unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
                 if (counted && kScaled) x[i] = arch::divide(x[i], scale[i]);

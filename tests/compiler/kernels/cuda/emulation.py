@@ -22,6 +22,7 @@ from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
+from sage_compiler.semantics import UNBOUNDED
 from tests.compiler.kernels.dense import Call
 from tests.cutlass_templates import host
 
@@ -129,8 +130,9 @@ def attend(
     here = the_host()
     here.reset()
     here.seed(seed)
-    for tensor in (call.query, call.key, call.value):
-        here.allow(tensor, writable=False)
+    for tensor in (call.query, call.key, call.value, call.sinks):
+        if tensor is not None:
+            here.allow(tensor, writable=False)
     scratch: list[Tensor] = []
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -146,9 +148,26 @@ def attend(
             here.allow(tensor, writable=True)
     target = kernel.Target(ARCH, 0, 0, kernels or loader(), allocate)
     dtype = str(call.query.dtype).removeprefix("torch.")
-    chosen = change(variant(ARCH, dtype, call.query.shape[3], recipe, accumulator))
+    kernels_of_call = variant(
+        ARCH,
+        dtype,
+        call.query.shape[3],
+        recipe,
+        accumulator,
+        value_head_dim=call.value.shape[3],
+        window=call.semantics.window_left != UNBOUNDED,
+        softcap=call.semantics.softcap is not None,
+    )
     running = kernel.Call(
-        target, chosen, call.query, call.key, call.value, call.semantics, output, lse
+        target,
+        change(kernels_of_call),
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        output,
+        lse,
+        call.sinks,
     )
     running.run()
     return Result(output, lse, running, scratch)

@@ -15,7 +15,7 @@ from sage_compiler.kernels import reference
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import Accumulator
-from sage_compiler.semantics import DeadRows, MaskClass, Semantics
+from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
 from tests.compiler.kernels.cuda.emulation import RECIPE_VARIANTS, attend, broken, named, replacing
 from tests.compiler.kernels.dense import Call, dense, laid_out
@@ -25,7 +25,7 @@ from tests.tolerances import check, check_lse
 pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
 
 MASKS = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)  # of the matrix
 
 # Lq, Lk: one token, one short of a tile, whole tiles, one more, several with a tail.
 LENGTHS = [(1, 1), (1, 190), (63, 64), (128, 128), (129, 65), (200, 333), (300, 130)]
@@ -51,9 +51,11 @@ def make_call(
     kv_heads: int = 1,
     group: int = 1,
     seed: int = 0,
+    value_dim: int | None = None,
+    sinks: bool = False,
     **semantics: object,
 ) -> Call:
-    """Gaussian Q, K, V, with a channel bias on K."""
+    """Gaussian Q, K, V and sinks, with a channel bias on K."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -64,8 +66,9 @@ def make_call(
     return Call(
         normal(batch, heads, query_length, head_dim).to(dtype),
         key.to(dtype),
-        normal(batch, kv_heads, key_length, head_dim).to(dtype),
+        normal(batch, kv_heads, key_length, value_dim or head_dim).to(dtype),
         Semantics(**semantics),  # type: ignore[arg-type]
+        sinks=normal(heads) if sinks else None,
     )
 
 
@@ -74,7 +77,12 @@ def assert_right(call: Call, recipe: str, accumulator: Accumulator, **options: o
     result = attend(call, recipe, accumulator, **options)  # type: ignore[arg-type]
     assert result.lse is not None
     expected, expected_lse = reference.attention(
-        call.query, call.key, call.value, named(recipe, accumulator), call.semantics
+        call.query,
+        call.key,
+        call.value,
+        named(recipe, accumulator),
+        call.semantics,
+        sinks=call.sinks,
     )
     limits = DISTANCE if call.query.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
     assert distance(result.output, expected) <= limits[recipe[:4]]
@@ -113,6 +121,89 @@ def test_the_whole_matrix(
         assert_right(call, recipe, accumulator, seed=seed)
 
 
+@pytest.mark.parametrize("head_dims", [(32, 32), (96, 96), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("recipe", ["int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16"])
+def test_other_head_dims(recipe: str, head_dims: tuple[int, int]) -> None:
+    """And what is filled up to them, with an odd one."""
+    largest = head_dims[0]
+    for seed, smaller in enumerate((0, 8, 15)):
+        call = make_call(
+            150,
+            200,
+            largest - smaller,
+            torch.float16,
+            value_dim=largest - smaller,
+            seed=seed,
+            group=2,
+            mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT,
+        )
+        assert_right(call, recipe, Accumulator.FP32, seed=seed)
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 128), (128, 40), (192, 128), (64, 256)])
+def test_another_head_dim_of_v(head_dim: int, value_dim: int) -> None:
+    call = make_call(130, 200, head_dim, torch.bfloat16, value_dim=value_dim)
+    for recipe in ("int4_fp16", "int8_fp8"):
+        assert_right(call, recipe, Accumulator.FP32)
+
+
+@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
+@pytest.mark.parametrize(
+    ("left", "right"), [(0, 0), (20, 5), (-1, 3), (3, -1), (100, 0), (0, 300), (500, 500)]
+)
+def test_windows(recipe: str, left: int, right: int) -> None:
+    for mask_class in (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT):
+        for query_length, key_length in ((150, 150), (100, 333), (300, 100)):
+            call = make_call(
+                query_length,
+                key_length,
+                64,
+                torch.float16,
+                mask_class=mask_class,
+                window_left=left,
+                window_right=right,
+                sinks=query_length == 300,
+            )
+            assert_right(call, recipe, Accumulator.FP32)
+
+
+@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
+@pytest.mark.parametrize("softcap", [1e-3, 5.0, 50.0])
+def test_softcap(recipe: str, softcap: float) -> None:
+    for mask_class in MASKS:
+        for scale in (None, -0.2):
+            call = make_call(
+                130, 100, 64, torch.float16, mask_class=mask_class, scale=scale, softcap=softcap
+            )
+            assert_right(call, recipe, Accumulator.FP32)
+
+
+def test_sinks() -> None:
+    """Of ordinary size, far above and below the scores, none, infinite; and in dead rows."""
+    for recipe in ("int8_fp8", "int4_fp16"):
+        call = make_call(
+            200,
+            100,
+            64,
+            torch.float16,
+            kv_heads=5,
+            sinks=True,
+            mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT,
+            dead_rows=DeadRows.NAN,
+        )
+        sinks = torch.tensor([0.5, 30.0, -80.0, -inf, 8.0])
+        assert_right(dataclasses.replace(call, sinks=sinks), recipe, Accumulator.FP32)
+        result = attend(dataclasses.replace(call, sinks=torch.full((5,), inf)), recipe)
+        assert result.output.isnan().all()
+
+
+@pytest.mark.parametrize("recipe", ["int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16"])
+def test_float32(recipe: str) -> None:
+    for head_dim in (64, 128, 72):
+        call = make_call(130, 200, head_dim, torch.float32, mask_class=MaskClass.CAUSAL)
+        assert_right(call, recipe, Accumulator.FP32)
+
+
 def test_tiles_of_other_architectures() -> None:
     """16 rows a warp where the table has 32, and the other way round; other numbers of stages."""
     for recipe, rows, stages in itertools.product(("int8_fp16", "int4_fp8"), (16, 32), (2, 3, 4)):
@@ -129,17 +220,25 @@ def random_call(seed: int) -> tuple[Call, str, Accumulator]:
     """Any call that the kernels take: layouts, batches, groups, scales, dead rows."""
     rng = random.Random(seed)
     recipe, accumulator = rng.choice(RECIPE_VARIANTS)
+    head_dim = rng.choice((64, 128))
+    mask_class = rng.choice((*MASKS, *MaskClass))
+    windowed = mask_class in (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT)
     call = make_call(
         rng.randint(1, 280),
         rng.randint(1, 280),
-        rng.choice((64, 128)),
+        head_dim - rng.choice((0, 0, 8, 24, 3)),
         rng.choice(DTYPES),
         batch=rng.randint(1, 2),
         kv_heads=rng.randint(1, 2),
         group=rng.choice((1, 2, 3)),
         seed=seed,
-        mask_class=rng.choice(MASKS),
+        value_dim=head_dim - rng.choice((0, 0, 16, 5)),
+        sinks=rng.random() < 0.3,
+        mask_class=mask_class,
+        window_left=rng.choice((UNBOUNDED, 0, 3, 70)) if windowed else UNBOUNDED,
+        window_right=rng.choice((UNBOUNDED, 0, 5, 70)) if windowed else UNBOUNDED,
         scale=rng.choice((None, None, 0.05, -0.1)),
+        softcap=rng.choice((None, None, 20.0)),
         dead_rows=rng.choice(tuple(DeadRows)),
     )
     layouts = ("contiguous", "tokens_first", "expanded", "every_other")
@@ -247,6 +346,7 @@ def test_positions_beyond_32_bits() -> None:
 
 CAUSAL = make_call(150, 333, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
 DEAD_BLOCK = make_call(300, 130, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+PREFETCH = "if (tile + kStages - 1 < end_tile_)"  # what follows the barrier of a tile
 MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of means
 
 
@@ -254,12 +354,12 @@ MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of mean
     ("kind", "old", "new", "call", "words"),
     [
         ("attend", "arch::copy_async_wait<kStages - 2>();", "", CAUSAL, "in flight"),
-        ("attend", "arch::copy_async_wait<0>();", "", DEAD_BLOCK, "in flight"),
-        ("attend", "arch::barrier();", "", CAUSAL, "race"),
+        ("attend", "arch::copy_async_wait<0>(); store();", "store();", DEAD_BLOCK, "in flight"),
+        ("attend", f"arch::barrier(); {PREFETCH}", PREFETCH, CAUSAL, "race"),
         (
             "attend",
-            "arch::barrier();",
-            "if (arch::thread_index() < 64) arch::barrier();",
+            f"arch::barrier(); {PREFETCH}",
+            f"if (arch::thread_index() < 64) arch::barrier(); {PREFETCH}",
             CAUSAL,
             "barrier",
         ),
@@ -284,8 +384,8 @@ def test_broken_synchronization_is_reported(
         ("attend", "load_shared(key_scales + column / 2)", "load_shared(key_scales)"),
         ("value", "at.channel + i, scale[i]", "at.channel + i, scale[0]"),
         # one key more than there are, and one fewer than the diagonal shows
-        ("attend", "? end : p_.key_length)", "? end : p_.key_length + 1)"),
-        ("attend", "row + p_.diagonal + 1", "row + p_.diagonal"),
+        ("attend", "? key : end;", "? key : end + 1;"),
+        ("attend", "row + static_cast<int>(p_.upper) + 1", "row + static_cast<int>(p_.upper)"),
         # sums not made relative to the new maximum
         ("attend", "arch::fma(total_[band][half], decay[band][half], total)", "total"),
         # tokens of V in the order of memory

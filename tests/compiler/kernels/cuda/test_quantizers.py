@@ -122,13 +122,13 @@ def test_key_and_its_delta(recipe: str, head_dim: int, case: tuple[int, int, Mas
     call, result = quantized(recipe, Accumulator.FP32, head_dim, case)
     batch, kv_heads, length, _ = call.key.shape
     running, format_ = result.call, RECIPES[recipe].qk
-    counted = torch.arange(length) < running.counted_keys
+    counted = torch.arange(length) < running.end_key
     sums = floats(result, running.key_sums, batch, kv_heads, running.chunks, head_dim)
     mean = torch.zeros(batch, kv_heads, head_dim)
     for chunk in range(running.chunks):
         mean += sums[:, :, chunk]
-    mean = (mean / running.counted_keys).unsqueeze(2)
-    exact = call.key[:, :, : running.counted_keys].double().mean(2, keepdim=True)
+    mean = (mean / running.end_key).unsqueeze(2)
+    exact = call.key[:, :, : running.end_key].double().mean(2, keepdim=True)
     torch.testing.assert_close(mean.double(), exact, rtol=1e-4, atol=1e-4)
 
     smoothed = torch.where(counted[:, None], call.key.float() - mean, 0.0)
@@ -162,7 +162,7 @@ def test_value(
     call, result = quantized(recipe, accumulator, head_dim, case)
     batch, kv_heads, length, _ = call.value.shape
     running = result.call
-    counted = (torch.arange(length) < running.counted_keys).view(1, 1, -1)
+    counted = (torch.arange(length) < running.end_key).view(1, 1, -1)
     expected = quantize_value(call.value, counted, counted, named(recipe, accumulator))
 
     packed = tiles(call, result)
@@ -211,5 +211,5 @@ def test_row_term() -> None:
 
 def test_packed_tiles_are_as_the_kernels_say() -> None:
     """Sizes in Python and in C++ agree: what a kernel asserts when it is compiled."""
-    tile = KeyValueTile.of(128, Format.INT8, Format.FP8)
+    tile = KeyValueTile.of(128, 128, Format.INT8, Format.FP8)
     assert (tile.value_offset, tile.scales_offset, tile.bytes) == (8192, 16384, 16512)
