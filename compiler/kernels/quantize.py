@@ -165,6 +165,11 @@ class QuantizedValue:
         )
 
 
+def value_limit(recipe: Recipe) -> float:
+    """The largest magnitude of V in E4M3."""
+    return FP16_ACCUMULATOR_MAX if recipe.accumulator is Accumulator.FP16 else E4M3_MAX
+
+
 def quantize_value(
     value: Tensor, reachable: Tensor, counted: Tensor, recipe: Recipe
 ) -> QuantizedValue:
@@ -186,9 +191,9 @@ def quantize_value(
         v = torch.where(reachable, v - offset, 0.0)
     amax = (v.abs() * counted).amax(-2, keepdim=True)
     if recipe.pv is Format.FP8:
-        half = recipe.accumulator is Accumulator.FP16
-        scale = _scale(amax, FP16_ACCUMULATOR_MAX if half else E4M3_MAX)
-        data = _to_range(v / scale, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        most = value_limit(recipe)
+        scale = _scale(amax, most)
+        data = _to_range(v / scale, most).to(torch.float8_e4m3fn).float()
     elif recipe.pv is Format.FP16:
         if value.dtype == torch.float16 and not recipe.smooth_v:
             scale, data = torch.ones_like(amax), v

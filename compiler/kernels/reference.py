@@ -34,6 +34,7 @@ from sage_compiler.kernels.quantize import (
     quantize_value,
     query_groups,
     statistics_width,
+    value_limit,
 )
 from sage_compiler.kernels.visibility import (
     Visibility,
@@ -108,6 +109,10 @@ def attention(
     output = state.output / state.total.unsqueeze(-1)
     if recipe.statistics is Statistics.HEAD:
         # The rows of P now sum to 1, so the offset returns as it is.
+        if recipe.pv is Format.FP8:
+            # The rounded P may sum to a little more than 1, which may not make an infinity.
+            most = value_limit(recipe)
+            output = output.clamp(-most, most)
         output = output * v.scale.unsqueeze(2) + v.offset.unsqueeze(2)
     output = output.masked_fill((state.maximum == -inf).unsqueeze(-1), 0.0)
     lse = state.maximum + torch.log2(state.total / P_FACTOR[recipe.pv])

@@ -455,6 +455,14 @@ SAGE_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
     return refuse(CUDA_ERROR_LAUNCH_FAILED, function->name + ": " + failure);
 }
 
+// Every thread has a mode; here nothing depends on it.
+SAGE_API CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+    thread_local int current = 0;
+    if (*mode < 0 || *mode > 2) return refuse(CUDA_ERROR_INVALID_VALUE, "no such capture mode");
+    std::swap(*mode, current);
+    return CUDA_SUCCESS;
+}
+
 SAGE_API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus* status) {
     Lock const lock(driver().mutex);
     *status = driver().capturing.count(stream) != 0 ? CU_STREAM_CAPTURE_STATUS_ACTIVE

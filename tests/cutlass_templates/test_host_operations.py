@@ -239,15 +239,20 @@ def test_round_to_int(host: Host) -> None:
 
 
 def test_divide_is_correctly_rounded(host: Host) -> None:
+    """In the range that arch.cuh promises; where the dividend is less, off by a bit at most."""
     a, b = any_floats(100_000), any_floats(100_000).flip(0)
     # The quotient in float64 is precise enough that rounding it again rounds the true one.
     exact = a.double() / b.double()
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     valid = (b.abs() >= smallest) & (exact.abs() >= smallest) & (exact.abs() <= largest)
+    valid &= b.abs() <= 2.0**126
     assert valid.sum() > 50_000
     pairs = torch.stack([a, b], dim=1)[valid].contiguous()
-    result = mapped(host, "divide", pairs, torch.float32)
-    assert torch.equal(result, exact[valid].float())
+    result, exact = mapped(host, "divide", pairs, torch.float32), exact[valid].float()
+    promised = pairs[:, 0].abs() >= 2.0**-100
+    assert promised.sum() > 30_000
+    assert torch.equal(result[promised], exact[promised])
+    torch.testing.assert_close(result, exact, rtol=2.0**-22, atol=0)
 
 
 def test_maximum_prefers_numbers_to_nan(host: Host) -> None:

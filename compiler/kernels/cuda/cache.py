@@ -204,12 +204,16 @@ class Cache:
             raise
 
     def _quarantine(self, name: str, problem: _Corrupt) -> None:
-        """Move away what is not a sound kernel."""
+        """Move away what is not a sound kernel; where that fails, it is built in memory."""
         assert self._folder is not None
         quarantine = self._folder / QUARANTINE
-        _make_private(quarantine)
         place = quarantine / f"{name}-{time.time_ns()}"
-        os.replace(self._folder / name, place)
+        try:
+            _make_private(quarantine)
+            os.replace(self._folder / name, place)
+        except OSError as error:
+            self._warn_of_memory(error)
+            return
         warnings.warn(
             f"a kernel in {self._folder} was not sound ({problem}) and is built again; what was "
             f"there is in {place}",
@@ -228,12 +232,17 @@ class Cache:
             )
 
 
-def check_safe(folder: Path, kernel: Path | None = None) -> None:
+def check_safe(
+    folder: Path, kernel: Path | None = None, *, variable: str = "SAGE_CACHE_DIR"
+) -> None:
     """Refuse a folder, or a kernel in it, whose contents somebody else could have put there.
 
     Both must be the user's or the administrator's, and so must all folders above them; no other
     user may write to any of them, except that one like /tmp may be above them, where nobody can
     replace what is another's. On Windows, the user's profile is safe by itself.
+
+    Args:
+        variable: the environment variable that names such a folder.
 
     Raises:
         KernelUnavailableError: it is not safe, with what to do.
@@ -254,7 +263,7 @@ def check_safe(folder: Path, kernel: Path | None = None) -> None:
         else:
             continue
         raise KernelUnavailableError(
-            f"the kernel cache {folder} is not safe: {problem}, or set SAGE_CACHE_DIR to a folder "
+            f"kernels in {folder} are not safe to load: {problem}, or set {variable} to a folder "
             "of yours that nobody else can write to"
         )
 

@@ -112,8 +112,9 @@ def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> t
         if times and (opcode != _CALL or occurrences(opcodes, _RETURN)):
             found.append(f"{opcode} {times} times, which it must not have")
     budget = spill_budget(spec)
-    if resources.spill_stores > budget:
-        found.append(f"{resources.spill_stores} bytes of spills; at most {budget}")
+    spilled = max(resources.spill_stores, resources.spill_loads, resources.stack)
+    if spilled > budget:
+        found.append(f"{spilled} bytes of spills or stack; at most {budget}")
     shared, most = spec.shared_bytes + resources.static_shared, ARCHS[spec.arch].shared_bytes
     if shared > most:
         found.append(f"{shared} bytes of shared memory; {spec.arch} has {most}")

@@ -28,6 +28,7 @@ _INVALID_IMAGE: Final = 200
 _INVALID_CONTEXT: Final = 201
 _NO_BINARY_FOR_GPU: Final = 209
 _NOT_FOUND: Final = 500
+_CAPTURE_MODE_RELAXED: Final = 2  # CUstreamCaptureMode
 _CAPTURE_IMPLICIT: Final = 906  # asked of the default stream while another one is capturing
 
 # CUdevice_attribute, CUfunction_attribute
@@ -55,6 +56,7 @@ _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     "cuModuleGetFunction": [_Out, _Handle, ctypes.c_char_p],
     "cuFuncSetAttribute": [_Handle, ctypes.c_int, ctypes.c_int],
     "cuStreamIsCapturing": [_Handle, _IntOut],
+    "cuThreadExchangeStreamCaptureMode": [_IntOut],
     # function, grid, block, dynamic shared bytes, stream, parameters, extra
     "cuLaunchKernel": [_Handle, *[_Uint] * 6, _Uint, _Handle, ctypes.c_void_p, ctypes.c_void_p],
 }
@@ -176,7 +178,7 @@ class Driver:
             DriverError: something else is wrong.
         """
         module, function = _Handle(), _Handle()
-        with self.context(device):
+        with self.context(device), self._without_disturbing_captures():
             try:
                 self._call("cuModuleLoadData", module, image)
                 self._call("cuModuleGetFunction", function, module, symbol.encode())
@@ -200,6 +202,16 @@ class Driver:
             yield
         finally:
             self._call("cuCtxPopCurrent_v2", _Handle())
+
+    @contextlib.contextmanager
+    def _without_disturbing_captures(self) -> Iterator[None]:
+        """Let this thread load while other threads capture graphs of their own."""
+        mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+        self._call("cuThreadExchangeStreamCaptureMode", mode)
+        try:
+            yield
+        finally:
+            self._call("cuThreadExchangeStreamCaptureMode", mode)
 
     def error(self, call: str, status: int) -> DriverError:
         """The exception for a call that returned this status."""

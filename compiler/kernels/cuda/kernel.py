@@ -112,7 +112,7 @@ def attention(
     """
     assert attn_mask is None, "refused before"
     with torch.cuda.device(query.device):
-        index = query.device.index
+        index = query.device.index or 0
         target = Target(
             _arch(index),
             index,

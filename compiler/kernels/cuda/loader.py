@@ -70,11 +70,19 @@ class Loader:
             return self._loaded[name]
 
 
-@cache
 def default_loader() -> Loader:
     """The process's loader: the machine's driver, and the images that it has or can make.
 
     Raises:
         KernelUnavailableError: there is no driver.
     """
+    with _default_lock:  # a cache alone would let two threads make two
+        return _make_default_loader()
+
+
+_default_lock: Final = threading.Lock()
+
+
+@cache
+def _make_default_loader() -> Loader:
     return Loader(system_driver(), default_images())

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.binary import Binary
+from sage_compiler.kernels.cuda.cache import check_safe
 from sage_compiler.kernels.cuda.manifest import Entry, digest
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.render import render, templates_digest
@@ -122,6 +123,7 @@ def find_packs() -> list[Pack]:
 def _open(folders: Iterable[Path]) -> Iterator[Pack]:
     for folder in folders:
         try:
+            check_safe(folder, variable="SAGE_KERNEL_PACK")
             yield Pack(folder)
         except (OSError, ValueError) as error:
             _warn(folder, str(error))

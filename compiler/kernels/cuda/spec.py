@@ -72,8 +72,6 @@ def arch_of(capability: tuple[int, int]) -> Arch:
         if arch.capability == capability:
             return arch
     major, minor = capability
-    if major == 8 and minor > 6:  # 8.7: machine code of a lower minor version runs there
-        return ARCHS["sm_86"]
     known = ", ".join(f"{a}.{b}" for a, b in (arch.capability for arch in ARCHS.values()))
     raise KernelUnavailableError(
         f"compute capability {major}.{minor}: there are kernels for {known}; "

@@ -78,7 +78,7 @@ def variant(
             qk,
             pv,
             accumulator,
-            warp_rows=_warp_rows(arch, longest, qk, pv, plain=not (window or softcap)),
+            warp_rows=_warp_rows(longest),
             stages=_stages(longest),
         ),
     )
@@ -88,22 +88,17 @@ def _least_dim(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def _warp_rows(arch: str, head_dim: int, qk: Format, pv: Format, *, plain: bool) -> int:
+def _warp_rows(head_dim: int) -> int:
     """32 where the registers last, else 16.
 
-    With 32 rows a warp reads K and V from shared memory half as often. At head_dim 128 its output
-    takes 128 of 255 registers, and the compiler spills some, except in the plain kernel of INT8
-    with a 16-bit PV on sm_8x and sm_90. There it is also needed most, since V in 16 bits is twice
-    as much to read: with 16 rows that would take as long as the products on an A100.
+    With 32 rows a warp reads K and V from shared memory half as often, but at head_dim 128 its
+    output takes 128 of 255 registers, and the compiler spills some of the others.
     """
-    if head_dim <= 64:
-        return 32
-    wide = qk is Format.INT8 and pv is Format.FP16 and ARCHS[arch].capability < (10, 0)
-    return 32 if wide and head_dim <= 128 and plain else 16
+    return 32 if head_dim <= 64 else 16
 
 
 def _stages(head_dim: int) -> int:
-    """Tiles of K and V in shared memory: as many as leave room for two blocks in 99 KiB."""
+    """Tiles of K and V in shared memory; at head_dim 128 a third would cost a block of two."""
     return 3 if head_dim <= 64 else 2
 
 

@@ -34,8 +34,11 @@
 // bits). Their register layouts are PTX's, which CuTe's MMA_Traits of `Atom::Cute` state.
 //
 //   float exp2(float), log2(float)  Approximate on a device (MUFU).
-//   float divide(float a, float b)  Correctly rounded where b is normal and the quotient is too: no
-//                                   slow path, and so no call, on a device.
+//   float divide(float a, float b)  For b from 2^-126 to 2^126, correctly rounded where the
+//   quotient is
+//                                   normal and |a| at least 2^-100, else off by the last bit: no
+//                                   slow path, and so no call, on a device. Zero for b beyond.
+//   float multiply(float, float)    Rounded by itself, never part of an FMA.
 //   float fma(float, float, float)
 //   float maximum(float, float)     A NaN loses against a number, as in fmaxf.
 //   int32_t round_to_int(float)     Half to even; NaN becomes 0.

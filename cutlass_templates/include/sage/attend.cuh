@@ -51,7 +51,7 @@ class Attend {
 
  public:
     static constexpr int kThreads = kQueryBlock / kWarpRows * 32;
-    static constexpr int kMinBlocks = kWarpRows / 16;  // 8 warps on a multiprocessor at least
+    static constexpr int kMinBlocks = kWarpRows / 16;  // 8 warps, as far as registers go
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
@@ -241,6 +241,8 @@ class Attend {
         arch::barrier();
     }
 
+    static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
+
     // P of a tile, packed as an operand, and by what the sums so far decay.
     SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
                              Scores const& scores, float query_scale, int tile, char const* stage) {
@@ -304,7 +306,7 @@ class Attend {
                 for (int atom = 0; atom < kKeyAtoms; ++atom) {
                     highest = arch::maximum(highest, arch::maximum(x[atom][0], x[atom][1]));
                 }
-                highest *= remaining;
+                highest = arch::multiply(highest, remaining);
                 highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
                 highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
                 highest = arch::maximum(highest, maximum_[band][half]);
@@ -313,14 +315,28 @@ class Attend {
                 decay[band][half] = arch::exp2(maximum_[band][half] - origin);
                 maximum_[band][half] = highest;
 
-                // The factor of P costs nothing: it is part of what is subtracted.
-                float const shift = Pv::kLog2WeightFactor - origin;
+                // The factor of P costs nothing: it is part of what is subtracted. But where a
+                // score's last bit is worth much, it would be lost there, and the rounding of the
+                // maximum would show against unrounded scores: then first subtract, in the same
+                // rounding.
+                bool const large = origin > kLargeScore || origin < -kLargeScore;
+                float const factor = large ? 1.0f : remaining;
+                float const shift = Pv::kLog2WeightFactor - (large ? 0.0f : origin);
+                if (large) {
+                    SAGE_UNROLL
+                    for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                        SAGE_UNROLL
+                        for (int i = 0; i < 2; ++i) {
+                            x[atom][i] = arch::multiply(x[atom][i], remaining) - origin;
+                        }
+                    }
+                }
                 float total = 0.0f;
                 SAGE_UNROLL
                 for (int atom = 0; atom < kKeyAtoms; ++atom) {
                     SAGE_UNROLL
                     for (int i = 0; i < 2; ++i) {
-                        x[atom][i] = arch::exp2(arch::fma(x[atom][i], remaining, shift));
+                        x[atom][i] = arch::exp2(arch::fma(x[atom][i], factor, shift));
                         total += x[atom][i];
                     }
                 }
@@ -444,7 +460,8 @@ class Attend {
         Output* const output = static_cast<Output*>(p_.output) +
                                head.outer * p_.output_batch_stride +
                                head.inner * p_.output_head_stride;
-        float const* const value_scales = p_.value_scales + kv_head_ * padded_dim(kValueDim);
+        float const* const value_scales =
+            p_.value_scales + int64_t{kv_head_} * padded_dim(kValueDim);
         // Of every eight channels, the two that the thread holds: as a pair, or one by one.
         bool const pairs = p_.channels % 2 == 0 && p_.output_token_stride % 2 == 0 &&
                            reinterpret_cast<uintptr_t>(output) % (2 * sizeof(Output)) == 0;
@@ -464,8 +481,8 @@ class Attend {
             for (int half = 0; half < kHalves; ++half) {
                 int const row = first_row() + band * 16 + half * 8;
                 if (row >= p_.query_length) continue;
-                bool const dead = total_[band][half] == 0.0f;  // no key is seen
-                float factor = arch::divide(1.0f, dead ? 1.0f : total_[band][half]);
+                bool const dead = end_key(row) <= first_key(row);  // no key is seen
+                float factor = arch::divide(1.0f, total_[band][half]);
                 float lse = 0.0f;
                 if (p_.lse != nullptr || p_.sinks != nullptr) {
                     lse = dead ? -infinity() : lse_of_keys(band, half);
@@ -486,8 +503,8 @@ class Attend {
                     float2 const scale =
                         arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
                     float const* const sums = output_[band][atom] + 2 * half;
-                    float const low = dead ? of_dead : sums[0] * factor * scale.x;
-                    float const high = dead ? of_dead : sums[1] * factor * scale.y;
+                    float const low = dead ? of_dead : bounded(sums[0] * factor, scale.x);
+                    float const high = dead ? of_dead : bounded(sums[1] * factor, scale.y);
                     if (pairs) {
                         store_pair(of_row + channel, low, high);
                     } else {
@@ -500,6 +517,16 @@ class Attend {
                 }
             }
         }
+    }
+
+    // An average of V, with its scale back. The rounded P may sum to a little more than 1, which
+    // may not make an infinity of a V near the top of its range.
+    SAGE_DEVICE static float bounded(float average, float scale) {
+        if constexpr (Pv::kBits == 8) {
+            constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Pv::kLimit;
+            average = average > kLimit ? kLimit : average < -kLimit ? -kLimit : average;
+        }
+        return average * scale;
     }
 
     SAGE_DEVICE static void store_pair(Output* address, float low, float high) {

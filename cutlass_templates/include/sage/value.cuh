@@ -45,7 +45,7 @@ struct QuantizeValue {
             tokens.chunk(token, at.channel, counted).unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
-                if (counted && kScaled) x[i] = arch::divide(x[i], scale[i]);
+                if (counted && kScaled) x[i] = scaled(x[i], scale[i]);
             }
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }
@@ -79,6 +79,13 @@ struct QuantizeValue {
             scale[i] =
                 Format::kBits == 8 ? scale_of(amax[i], kLimit) : power_of_two_scale_of(amax[i]);
         }
+    }
+
+    // x / scale, whose quotient is known to be in range though the reciprocal of a scale may not
+    // be.
+    SAGE_DEVICE static float scaled(float x, float scale) {
+        float const shrink = scale > 0x1p125f ? 0.125f : 1.0f;
+        return arch::divide(x * shrink, scale * shrink);
     }
 
     // 16 bytes a thread and turn: 16 tokens of a channel in E4M3, 8 in FP16.

@@ -113,6 +113,7 @@ SAGE_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 SAGE_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 SAGE_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+SAGE_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 SAGE_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 
 SAGE_DEVICE float exp2(float x) {

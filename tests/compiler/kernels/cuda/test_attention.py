@@ -14,7 +14,7 @@ from torch import Tensor
 from sage_compiler.kernels import reference
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.variants import Variant
-from sage_compiler.precision import Accumulator
+from sage_compiler.precision import RECIPES, Accumulator
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
 from tests.compiler.kernels.cuda.emulation import RECIPE_VARIANTS, attend, broken, named, replacing
@@ -285,6 +285,56 @@ def test_large_values_stay_finite(recipe: str, accumulator: Accumulator) -> None
         value = torch.full_like(call.value, size)
         result = attend(dataclasses.replace(call, value=value), recipe, accumulator)
         torch.testing.assert_close(result.output, value[:, :, :64], rtol=4e-2, atol=0)
+
+
+@pytest.mark.parametrize("recipe", ["int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16"])
+def test_large_scores(recipe: str) -> None:
+    """Up to where the last bit of a score is worth many powers of two: attention to one key.
+
+    Rows where two scores are nearly equal may go either way; the others agree.
+    """
+    for size in (30.0, 300.0, 1e4):
+        call = make_call(64, 128, 64, torch.bfloat16)
+        call = dataclasses.replace(call, query=call.query * size, key=call.key * size)
+        result = attend(call, recipe)
+        expected, lse = reference.attention(
+            call.query, call.key, call.value, RECIPES[recipe], call.semantics
+        )
+        wrong = (result.output - expected).float().norm(dim=-1) > 0.02 * expected.float().norm(
+            dim=-1
+        )
+        assert wrong.float().mean() < 0.1
+        norms = result.output.float().norm(dim=-1) / expected.float().norm(dim=-1)
+        assert (norms > 0.5).all()
+        assert result.lse is not None
+        torch.testing.assert_close(result.lse, lse, rtol=1e-3, atol=0)
+
+
+def test_the_end_of_the_range() -> None:
+    """The rounded P may sum to more than 1; an average of finite values is finite all the same."""
+    for recipe, accumulator in RECIPE_VARIANTS:
+        call = make_call(64, 128, 64, torch.float16)
+        value = torch.full_like(call.value, torch.finfo(torch.float16).max)
+        call = dataclasses.replace(call, value=value)
+        if recipe.endswith("fp8"):
+            assert attend(call, recipe, accumulator).output.isfinite().all()
+    call = make_call(64, 128, 64, torch.bfloat16)
+    value = torch.full_like(call.value, 2e38)
+    result = attend(dataclasses.replace(call, value=value), "int8_fp8", Accumulator.FP16)
+    torch.testing.assert_close(result.output, value[:, :, :64], rtol=4e-2, atol=0)
+
+
+def test_dead_rows_beside_what_is_not_finite() -> None:
+    """A row without keys is zeros, and its LSE -inf, whatever others of its group are."""
+    for recipe in ("int8_fp8", "int4_fp16"):
+        call = make_call(100, 90, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
+        for name in ("query", "key"):
+            poisoned = getattr(call, name).clone()
+            poisoned[0, 0, 17, 5] = nan
+            result = attend(dataclasses.replace(call, **{name: poisoned}), recipe)
+            assert not result.output[:, :, :10].any()
+            assert result.lse is not None
+            assert (result.lse[:, :, :10] == -inf).all()
 
 
 def test_what_nobody_sees_has_no_effect() -> None:

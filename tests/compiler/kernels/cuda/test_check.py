@@ -30,11 +30,13 @@ from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 
 LEAN = Resources(registers=200, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
-S8_E4M3 = AttendSpec("sm_89", "float16", 128, Format.INT8, Format.FP8, Accumulator.FP32, 16, 2)
+S8_E4M3 = AttendSpec(
+    "sm_89", "float16", 128, 128, False, False, Format.INT8, Format.FP8, Accumulator.FP32, 16, 2
+)
 S4_E4M3 = replace(S8_E4M3, qk=Format.INT4)
 S8_HALF = replace(S8_E4M3, arch="sm_80", pv=Format.FP16)
 PLUS_PLUS = replace(S8_E4M3, accumulator=Accumulator.FP16)
-STATISTICS = StatisticsSpec("sm_89", "float16", 64)
+STATISTICS = StatisticsSpec("sm_89", "float16", 64, 64)
 
 COPIES = Counter({"LDGSTS.E.BYPASS.128": 8, "LDSM.16.M88.4": 8})
 CODE: list[tuple[KernelSpec, Counter[str]]] = [
@@ -167,7 +169,7 @@ def test_rows_are_of_all_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert lines[1].startswith("sm_80") and lines[1].endswith("FAILED") and " 8/0 " in lines[1]
     assert lines[2].endswith("ok") and "IMMA.16864.S4:32 QMMA.16832:32" in lines[2]
     assert lines[3].endswith("FAILED")
-    assert f"{S8_HALF.symbol}: 8 bytes of spills; at most 0" in lines
+    assert f"{S8_HALF.symbol}: 8 bytes of spills or stack; at most 0" in lines
     assert f"{S4_E4M3.symbol}: odd" in lines
 
     data = rows[0].to_dict()

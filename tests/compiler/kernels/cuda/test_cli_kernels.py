@@ -22,7 +22,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two variants of each architecture, a compiler and a disassembler, an empty cache, no pack."""
 
     def all_specs(arch: str) -> tuple[KernelSpec, ...]:
-        return tuple(StatisticsSpec(arch, dtype, 64) for dtype in ("float16", "bfloat16"))
+        return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in ("float16", "bfloat16"))
 
     monkeypatch.setattr(cli_kernels, "all_specs", all_specs)
     monkeypatch.setattr(cli_kernels, "find", lambda *names: FakeCompiler(" or ".join(names)))

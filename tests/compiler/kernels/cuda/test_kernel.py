@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import types
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda.emulation import ARCH, loader, the_host
 from tests.compiler.kernels.cuda.test_attention import make_call
+from tests.compiler.kernels.dense import dense
 from tests.cutlass_templates import host
-from tests.tolerances import check
+from tests.tolerances import check, check_lse
 
 PROBLEM = Problem(
     device_type="cuda",
@@ -55,7 +58,7 @@ def test_refusals(change: dict[str, object], words: str) -> None:
 
 
 def test_the_registry_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    capability = {0: (8, 0), 1: (8, 9), 2: (7, 5), 3: (8, 7)}
+    capability = {0: (8, 0), 1: (8, 9), 2: (7, 5), 3: (8, 6)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
     kernel._arch.cache_clear()
     try:
@@ -92,6 +95,67 @@ def test_specs_are_told_apart_and_fit(arch: str) -> None:
     for spec in specs:
         assert spec.shared_bytes <= ARCHS[arch].shared_bytes
         assert spec.symbol.isidentifier()
+
+
+def test_scratch_is_aligned_and_apart() -> None:
+    sizes = (1, 256, 0, 300, 7)
+    addresses, arena = kernel.allocate(sizes, torch.device("cpu"))
+    assert isinstance(arena, Tensor)
+    end = arena.data_ptr() + arena.numel()
+    ends = [*addresses[1:], end]
+    for address, size, following in zip(addresses, sizes, ends, strict=True):
+        assert address % 256 == 0
+        assert arena.data_ptr() <= address <= address + size <= following <= end
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+def test_the_callers_stream_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of them is where the kernels are launched."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=4711)
+    )
+    monkeypatch.setattr(kernel, "default_loader", loader)
+    kernel._arch.cache_clear()
+    the_host().reset()
+    call = make_call(70, 90, 64, torch.float16, sinks=True)
+    output, lse = kernel.attention(
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        attn_mask=None,
+        sinks=call.sinks,
+        want_lse=True,
+        recipe="int8_fp16",
+    )
+    kernel._arch.cache_clear()
+    exact, exact_lse = dense(call)
+    check(output, exact, call.value, "int8_fp16")
+    check_lse(lse, exact_lse.float(), "int8_fp16")
+    assert {launch["stream"] for launch in the_host().launches()} == {4711}
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_attend_to(lengths: tuple[int, int]) -> None:
+    call = make_call(*lengths, 64, torch.float16, sinks=True)
+    target = kernel.Target(ARCH, 0, 0, loader())
+    output, lse = kernel.run(
+        target,
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        want_lse=True,
+        recipe="int8_fp8",
+        sinks=call.sinks,
+    )
+    assert output.shape == call.query.shape
+    assert not output.any()
+    assert call.sinks is not None
+    assert torch.equal(lse, call.sinks.view(1, -1, 1).expand(1, 1, lengths[0]))
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))

@@ -17,14 +17,22 @@ from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import ToySpec
 
 SPECS: list[KernelSpec] = [
-    StatisticsSpec("sm_89", "float16", 64),
+    StatisticsSpec("sm_89", "float16", 64, 64),
     QuerySpec("sm_89", "float16", 64, Format.INT8),
     KeySpec("sm_89", "float16", 64, Format.INT4),
     ValueSpec("sm_89", "bfloat16", 128, Format.FP8),
-    AttendSpec("sm_89", "float16", 64, Format.INT8, Format.FP8, Accumulator.FP32, 32, 2),
-    AttendSpec("sm_89", "float16", 64, Format.INT8, Format.FP8, Accumulator.FP16, 32, 2),
-    AttendSpec("sm_89", "float16", 64, Format.INT8, Format.FP8, Accumulator.FP32, 32, 3),
-    AttendSpec("sm_89", "float16", 64, Format.INT8, Format.FP8, Accumulator.FP32, 16, 2),
+    AttendSpec(
+        "sm_89", "float16", 64, 64, False, False, Format.INT8, Format.FP8, Accumulator.FP32, 32, 2
+    ),
+    AttendSpec(
+        "sm_89", "float16", 64, 64, False, False, Format.INT8, Format.FP8, Accumulator.FP16, 32, 2
+    ),
+    AttendSpec(
+        "sm_89", "float16", 64, 64, False, False, Format.INT8, Format.FP8, Accumulator.FP32, 32, 3
+    ),
+    AttendSpec(
+        "sm_89", "float16", 64, 64, False, False, Format.INT8, Format.FP8, Accumulator.FP32, 16, 2
+    ),
 ]
 
 

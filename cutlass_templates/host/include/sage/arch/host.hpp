@@ -128,8 +128,18 @@ inline void mma(typename Atom::Accumulator (&c)[Atom::kAccumulators], uint32_t c
 
 inline float exp2(float x) { return std::exp2(x); }
 inline float log2(float x) { return std::log2(x); }
-inline float divide(float a, float b) { return a / b; }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline float multiply(float a, float b) { return a * b; }
+
+// The device's steps, with the best reciprocal that its instruction could give; subnormals are
+// flushed there.
+inline float divide(float a, float b) {
+    float reciprocal = std::abs(b) < 0x1p-126f ? std::copysign(HUGE_VALF, b) : 1.0f / b;
+    if (std::abs(reciprocal) < 0x1p-126f) reciprocal = std::copysign(0.0f, reciprocal);
+    reciprocal = fma(fma(-b, reciprocal, 1.0f), reciprocal, reciprocal);
+    float const quotient = a * reciprocal;
+    return fma(fma(-b, quotient, a), reciprocal, quotient);
+}
 inline float maximum(float a, float b) { return std::fmax(a, b); }
 
 // Beyond int32_t, the nearest int32_t.

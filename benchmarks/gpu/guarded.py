@@ -1,0 +1,97 @@
+"""One attention with garbage in everything that the kernels must write, and around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.device import Device, target
+from benchmarks.gpu.matrix import Subject
+from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.layout import empty_output
+from tests.compiler.kernels.dense import Call
+
+GARBAGE: Final = (0xC5, 0x3A)  # bytes: large numbers in every format, of both signs
+_FENCE: Final = 256  # bytes before and after a piece of memory
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one attention left behind.
+
+    Attributes:
+        problem: what was written where nothing may be, or None.
+    """
+
+    output: Tensor
+    lse: Tensor
+    problem: str | None
+
+
+class Fenced:
+    """Memory that holds a byte of garbage everywhere, within fences of the same."""
+
+    def __init__(self, size: int, garbage: int, device: torch.device) -> None:
+        self._end = _FENCE + size
+        self._garbage = garbage
+        total = self._end + _FENCE
+        self._memory = torch.full((total,), garbage, dtype=torch.uint8, device=device)
+
+    def view(self, like: Tensor) -> Tensor:
+        """The memory as a dense tensor of the shape, strides and dtype of another."""
+        inside = self._memory[_FENCE : self._end].view(like.dtype)
+        return inside.as_strided(like.shape, like.stride())
+
+    def address(self) -> int:
+        """Where it begins, aligned as the memory of PyTorch's allocator."""
+        return self._memory.data_ptr() + _FENCE
+
+    def is_intact(self) -> bool:
+        """Whether the fences hold what they held."""
+        outside = (self._memory[:_FENCE], self._memory[self._end :])
+        return all(bool((part == self._garbage).all()) for part in outside)
+
+
+def attend(device: Device, subject: Subject, call: Call, garbage: int = GARBAGE[0]) -> Outcome:
+    """Run one attention by a subject's kernels on the current stream, and wait for it.
+
+    Args:
+        call: its tensors on the device.
+    """
+    place = call.query.device
+    like = {
+        "output": empty_output(call.query, call.value),
+        "LSE": call.query.new_empty(call.query.shape[:3], dtype=torch.float32),
+    }
+    fences = {name: Fenced(x.nbytes, garbage, place) for name, x in like.items()}
+    output, lse = (fences[name].view(x) for name, x in like.items())
+
+    def scratch(sizes: Sequence[int], _: torch.device) -> tuple[list[int], object]:
+        pieces = [Fenced(size, garbage, place) for size in sizes]
+        fences.update({f"scratch {i}": piece for i, piece in enumerate(pieces)})
+        return [piece.address() for piece in pieces], pieces
+
+    kernel.Call(
+        target(device, scratch),
+        subject.kernels,
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        output,
+        lse,
+        call.sinks,
+    ).run()
+    device.synchronize()
+    broken = [name for name, fence in fences.items() if not fence.is_intact()]
+    return Outcome(output, lse, f"written beside {', '.join(broken)}" if broken else None)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    a, b = one.contiguous(), other.contiguous()
+    return a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
