@@ -180,7 +180,7 @@ class CudaDevice:
             call.query,
             call.key,
             call.value,
-            None,
+            call.attn_mask,
             str(semantics.mask_class),
             semantics.scale,
             recipe,

@@ -85,6 +85,7 @@ def attend(device: Device, subject: Subject, call: Call, garbage: int = GARBAGE[
         output,
         lse,
         call.sinks,
+        call.attn_mask,
     ).run()
     device.synchronize()
     broken = [name for name, fence in fences.items() if not fence.is_intact()]

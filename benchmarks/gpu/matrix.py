@@ -25,7 +25,7 @@ from sage_compiler.kernels.cuda.variants import (
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format, Recipe
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
-from tests.compiler.kernels.dense import Call, laid_out
+from tests.compiler.kernels.dense import Call, laid_out, random_mask
 
 MASKS: Final = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
 # Lq, Lk: one token, one short of a tile, whole tiles, one more, several with a tail.
@@ -92,8 +92,9 @@ class Subject:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has neither a window nor a softcap."""
-        return not (self.kernels.attend.window or self.kernels.attend.softcap)
+        """Whether it has neither a window, nor an explicit mask, nor a softcap."""
+        spec = self.kernels.attend
+        return not (spec.window or spec.masked or spec.softcap)
 
     @property
     def kernel(self) -> str:
@@ -101,7 +102,7 @@ class Subject:
         spec, name = self.kernels.attend, self.recipe
         if self.accumulator is not accumulators(self.recipe)[0]:
             name += f"_acc{self.accumulator.value[2:]}"
-        return name + "_window" * spec.window + "_softcap" * spec.softcap
+        return name + "_window" * spec.window + "_masked" * spec.masked + "_softcap" * spec.softcap
 
     @property
     def label(self) -> str:
@@ -164,8 +165,12 @@ class Case:
         query, key, value = (
             laid_out(x.to(place), layout) for x, layout in zip(tensors, self.layouts, strict=True)
         )
-        sinks = None if self.call.sinks is None else self.call.sinks.to(place)
-        return dataclasses.replace(self.call, query=query, key=key, value=value, sinks=sinks)
+        sinks, mask = (
+            None if x is None else x.to(place) for x in (self.call.sinks, self.call.attn_mask)
+        )
+        return dataclasses.replace(
+            self.call, query=query, key=key, value=value, sinks=sinks, attn_mask=mask
+        )
 
 
 def make_call(
@@ -202,8 +207,17 @@ def make_call(
         key.to(dtype),
         value.to(dtype),
         subject.semantics(semantics or Semantics()),
+        attn_mask=_mask(subject, query, key_length, seed),
         sinks=normal(kv_heads * group) if sinks else None,
     )
+
+
+def _mask(subject: Subject, query: Tensor, key_length: int, seed: int) -> Tensor | None:
+    """A bool or float mask of any broadcast, where the subject has one."""
+    if not subject.kernels.attend.masked:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return random_mask(random.Random(seed), generator, (*query.shape[:3], key_length))
 
 
 def ragged(

@@ -84,6 +84,7 @@ class Trial:
             call.semantics,
             want_lse=True,
             recipe=self.subject.recipe,
+            attn_mask=call.attn_mask,
             sinks=call.sinks,
             accumulator=self.subject.accumulator,
         )
@@ -113,6 +114,7 @@ class Trial:
             here.value,
             self.subject.reference(),
             here.semantics,
+            attn_mask=here.attn_mask,
             sinks=here.sinks,
         )
         problems = [first.problem, second.problem, differ(first, second)]

@@ -44,6 +44,7 @@ _Text = ctypes.POINTER(ctypes.c_char_p)
 _Uint = ctypes.c_uint
 _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     "cuInit": [_Uint],
+    "cuDriverGetVersion": [_IntOut],
     "cuGetErrorName": [ctypes.c_int, _Text],
     "cuGetErrorString": [ctypes.c_int, _Text],
     "cuDeviceGet": [_IntOut, ctypes.c_int],
@@ -190,7 +191,11 @@ class Driver:
                     self._call("cuModuleUnload", module)
                 if error.code not in (_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _NOT_FOUND):
                     raise
-                raise KernelUnavailableError(f"{symbol} on device {device}: {error}") from None
+                raise KernelUnavailableError(
+                    f"{symbol} on device {device}: {error}; the driver is for CUDA "
+                    f"{self._version()}: if a newer one made the kernel, update the driver, or "
+                    "compile with an older one"
+                ) from None
         assert function.value is not None
         return Launch(self, device, function.value, threads=threads, shared_bytes=shared_bytes)
 
@@ -202,6 +207,12 @@ class Driver:
             yield
         finally:
             self._call("cuCtxPopCurrent_v2", _Handle())
+
+    def _version(self) -> str:
+        """The newest CUDA that the driver is for."""
+        version = ctypes.c_int()
+        self._call("cuDriverGetVersion", version)
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
     @contextlib.contextmanager
     def _without_disturbing_captures(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import params
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
+from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.spec import (
     ARCHS,
     HEAD_DIMS,
@@ -102,7 +103,7 @@ def attention(
 
     Args:
         query, key, value: float16, bfloat16 or float32, any strides.
-        attn_mask: must be None, as ``refuse`` has it.
+        attn_mask: any strides; read as it lies.
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``spec.Arch``.
 
@@ -110,7 +111,6 @@ def attention(
         KernelUnavailableError: the kernels can be neither found nor compiled here, or would have
             to be loaded while a CUDA graph is captured.
     """
-    assert attn_mask is None, "refused before"
     with torch.cuda.device(query.device):
         index = query.device.index or 0
         target = Target(
@@ -120,7 +120,15 @@ def attention(
             default_loader(),
         )
         return run(
-            target, query, key, value, semantics, want_lse=want_lse, recipe=recipe, sinks=sinks
+            target,
+            query,
+            key,
+            value,
+            semantics,
+            want_lse=want_lse,
+            recipe=recipe,
+            attn_mask=attn_mask,
+            sinks=sinks,
         )
 
 
@@ -133,6 +141,7 @@ def run(
     *,
     want_lse: bool,
     recipe: str,
+    attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     accumulator: Accumulator = Accumulator.FP32,
 ) -> tuple[Tensor, Tensor]:
@@ -150,10 +159,11 @@ def run(
         accumulator,
         value_head_dim=value.shape[3],
         window=semantics.window_left != UNBOUNDED,
+        masked=attn_mask is not None,
         softcap=semantics.softcap is not None,
     )
     wanted = lse if want_lse else None
-    Call(target, kernels, query, key, value, semantics, output, wanted, sinks).run()
+    Call(target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask).run()
     return output, lse
 
 
@@ -171,6 +181,7 @@ class Call:
         output: Tensor,
         lse: Tensor | None,
         sinks: Tensor | None = None,
+        attn_mask: Tensor | None = None,
     ) -> None:
         """Take the scratch memory; no length is zero.
 
@@ -178,6 +189,7 @@ class Call:
             output: (B, H, Lq, Dv), the last stride 1.
             lse: float32 (B, H, Lq), dense, if it is wanted.
             sinks: (H,), if there are any.
+            attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
         """
         self.target, self.kernels = target, kernels
         self.query, self.key, self.value = query, key, value
@@ -190,7 +202,19 @@ class Call:
         self.scale = semantics.scale_for(self.head_dim)
 
         # Query i sees the keys i + lower to i + upper; all keys that one sees count.
-        band = semantics.band(self.query_length, self.key_length) or Band(None, None, 0)
+        visible = semantics.band(self.query_length, self.key_length)
+        self.mask = None
+        if attn_mask is not None:
+            self.mask = Mask.of(
+                attn_mask,
+                visible,
+                self.batch,
+                self.kv_heads,
+                self.group,
+                self.query_length,
+                self.key_length,
+            )
+        band = visible or Band(None, None, 0)
         self.lower = -_FAR if band.left is None else max(-_FAR, band.offset - band.left)
         self.upper = _FAR if band.right is None else min(_FAR, band.offset + band.right)
         self.first_key = min(self.key_length, max(0, self.lower))
@@ -253,6 +277,7 @@ class Call:
             *_tensor(self.value),
             self.key_sums,
             self.value_amax,
+            *self._key_flags(),
             self.kv_heads,
             self.first_key,
             self.end_key,
@@ -270,6 +295,8 @@ class Call:
             self.query_scales,
             self.means,
             self.row_term,
+            self._counts(),
+            *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             self.heads,
             self.group,
             self.query_length,
@@ -292,6 +319,8 @@ class Call:
             self.tiles,
             self.tiles + self.tile.scales_offset,
             self.delta,
+            self._counts(),
+            *self._key_flags(),
             self.tile.bytes,
             self.kv_heads,
             self.key_blocks,
@@ -308,6 +337,7 @@ class Call:
             self.value_amax,
             self.tiles + self.tile.value_offset,
             self.value_scales,
+            *self._key_flags(),
             self.tile.bytes,
             self.kv_heads,
             self.key_blocks,
@@ -328,6 +358,9 @@ class Call:
             0 if self.sinks is None else self.sinks.data_ptr(),
             self.output.data_ptr(),
             0 if self.lse is None else self.lse.data_ptr(),
+            *(NO_MASK if self.mask is None else self.mask.packed()),
+            *(NO_FLAGS if self.mask is None else flags(self.mask.tiles)),
+            *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             *self.output.stride()[:3],
             self.heads,
             self.group,
@@ -342,6 +375,12 @@ class Call:
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
         self.target.launch(self.kernels.attend, self.batch * self.heads * self.query_blocks, packed)
+
+    def _key_flags(self) -> tuple[int, ...]:
+        return NO_FLAGS if self.mask is None else flags(self.mask.keys)
+
+    def _counts(self) -> int:
+        return 0 if self.mask is None else self.mask.counts.data_ptr()
 
 
 def _tensor(tensor: Tensor) -> tuple[int, ...]:
@@ -372,8 +411,6 @@ def refuse(recipe: str, problem: Problem, arch: str) -> str | None:
     for name, size in (("head_dim", problem.head_dim), ("value head_dim", problem.value_head_dim)):
         if not 1 <= size <= HEAD_DIMS[-1]:
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
-    if problem.has_mask:
-        return "an explicit mask is not supported"
     return None
 
 

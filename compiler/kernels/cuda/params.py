@@ -10,9 +10,11 @@ import struct
 from typing import Final
 
 _TENSOR: Final = "P5q"
+_FLAGS: Final = "P3q"
+_MASK: Final = "P5q"
 
-STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P6q")
-QUERY: Final = struct.Struct(f"@{_TENSOR}5P9q2f")
-KEY: Final = struct.Struct(f"@{_TENSOR}5P7q")
-VALUE: Final = struct.Struct(f"@{_TENSOR}3P6q")
-ATTEND: Final = struct.Struct("@9P12q2f")
+STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
+QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
+KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
+VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")

@@ -253,6 +253,7 @@ class AttendSpec(KernelSpec):
     Attributes:
         value_head_dim: of V and the output, one of ``HEAD_DIMS``.
         window: whether rows do not see the first keys; else they see all up to a diagonal.
+        masked: whether there is an explicit mask.
         softcap: whether the scores have one.
         qk, pv: formats of the operands of both products.
         accumulator: of P @ V within a tile of keys.
@@ -263,6 +264,7 @@ class AttendSpec(KernelSpec):
 
     value_head_dim: int
     window: bool
+    masked: bool
     softcap: bool
     qk: Format
     pv: Format
@@ -305,6 +307,7 @@ class AttendSpec(KernelSpec):
             str(self.head_dim),
             str(self.value_head_dim),
             _cpp(self.window),
+            _cpp(self.masked),
             _cpp(self.softcap),
             _cpp(self.accumulator is Accumulator.FP16),
             str(self.warp_rows),

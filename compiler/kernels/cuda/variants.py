@@ -48,6 +48,7 @@ def variant(
     *,
     value_head_dim: int | None = None,
     window: bool = False,
+    masked: bool = False,
     softcap: bool = False,
 ) -> Variant:
     """The kernels for one call.
@@ -56,7 +57,7 @@ def variant(
         head_dim, value_head_dim: any up to the last of ``HEAD_DIMS``; the second is by default the
             first.
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
-        window, softcap: as of ``AttendSpec``.
+        window, masked, softcap: as of ``AttendSpec``.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
@@ -74,11 +75,12 @@ def variant(
             key_dim,
             value_dim,
             window,
+            masked,
             softcap,
             qk,
             pv,
             accumulator,
-            warp_rows=_warp_rows(longest),
+            warp_rows=_warp_rows(longest, masked),
             stages=_stages(longest),
         ),
     )
@@ -88,13 +90,14 @@ def _least_dim(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def _warp_rows(head_dim: int) -> int:
+def _warp_rows(head_dim: int, masked: bool) -> int:
     """32 where the registers last, else 16.
 
     With 32 rows a warp reads K and V from shared memory half as often, but at head_dim 128 its
-    output takes 128 of 255 registers, and the compiler spills some of the others.
+    output takes 128 of 255 registers, and the compiler spills some of the others. Reading a mask
+    takes registers too.
     """
-    return 32 if head_dim <= 64 else 16
+    return 32 if head_dim <= 64 and not masked else 16
 
 
 def _stages(head_dim: int) -> int:
@@ -126,6 +129,8 @@ def further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(arch, "bfloat16", head_dim, recipe)
         yield variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
         yield variant(arch, "float32", 128, recipe)
+        yield variant(arch, "bfloat16", 64, recipe, masked=True)
+        yield variant(arch, "bfloat16", 128, recipe, masked=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, softcap=True)

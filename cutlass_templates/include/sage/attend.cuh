@@ -10,10 +10,11 @@
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/tile.cuh>
+#include <sage/tokens.cuh>
 
 namespace sage {
 
-template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow,
+template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow, bool kMasked,
           bool kSoftcap, bool kHalfAccumulator, int kWarpRows, int kStages>
 class Attend {
  public:
@@ -142,18 +143,78 @@ class Attend {
             if (tile + kStages - 1 < end_tile_) copy_stage(next, tile + kStages - 1);
             arch::copy_async_commit();
 
-            Scores scores;
-            multiply_query_key(scores, stage(now));
-            Weights weights;
-            float decay[kBands][kHalves];
-            softmax(weights, decay, scores, query_scale, tile, stage(now));
-            multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+            uint8_t const shown = shown_of(tile);
+            if (shown != kHidesAll) {
+                Scores scores;
+                multiply_query_key(scores, stage(now));
+                Weights weights;
+                float decay[kBands][kHalves];
+                softmax(weights, decay, scores, query_scale, tile, shown, stage(now));
+                multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+            }
 
             now = now + 1 == kStages ? 0 : now + 1;
             next = next + 1 == kStages ? 0 : next + 1;
         }
         arch::copy_async_wait<0>();
         store();
+    }
+
+    // What the mask shows of a tile.
+    SAGE_DEVICE uint8_t shown_of(int tile) const {
+        if constexpr (!kMasked) return kShowsAll;
+        Split const head(head_, p_.heads);
+        return arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
+                                 head.inner * p_.tiles.head_stride +
+                                 query_block_ * p_.tiles.token_stride + tile);
+    }
+
+    // Hides what a bool mask hides, and adds a float one, to scores in units of log 2: x are those
+    // of a row, from `first_column` on two of every eight.
+    SAGE_DEVICE void apply_mask(float (&x)[kKeyAtoms][2], int band, int half,
+                                int first_column) const {
+        int const row = first_row() + band * 16 + half * 8;
+        if (row >= p_.query_length) return;
+        Split const head(head_, p_.heads);
+        int64_t const of_row = head.outer * p_.mask.batch_stride +
+                               head.inner * p_.mask.head_stride + row * p_.mask.query_stride;
+        SAGE_UNROLL
+        for (int atom = 0; atom < kKeyAtoms; ++atom) {
+            SAGE_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                int const key = first_column + atom * 8 + i;
+                if (key >= p_.key_length) continue;
+                float const added = bias(of_row + key * p_.mask.key_stride);
+                x[atom][i] = added == -infinity() ? added : x[atom][i] + added;
+            }
+        }
+    }
+
+    // What the mask adds to a score, in units of log 2: finite stays finite.
+    SAGE_DEVICE float bias(int64_t index) const {
+        float natural;
+        switch (p_.mask.kind) {
+            case MaskKind::kBool: {
+                uint8_t const visible =
+                    arch::load_global(static_cast<uint8_t const*>(p_.mask.data) + index);
+                return visible != 0 ? 0.0f : -infinity();
+            }
+            case MaskKind::kHalf:
+                natural = arch::unpack_half(
+                              arch::load_global(static_cast<uint16_t const*>(p_.mask.data) + index))
+                              .x;
+                break;
+            case MaskKind::kBfloat16:
+                natural = arch::unpack_bfloat16(
+                              arch::load_global(static_cast<uint16_t const*>(p_.mask.data) + index))
+                              .x;
+                break;
+            default:
+                natural = arch::load_global(static_cast<float const*>(p_.mask.data) + index);
+        }
+        if (natural == infinity() || natural == -infinity()) return natural;
+        float const scaled = natural * kLog2E;
+        return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
     }
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
@@ -245,7 +306,8 @@ class Attend {
 
     // P of a tile, packed as an operand, and by what the sums so far decay.
     SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
-                             Scores const& scores, float query_scale, int tile, char const* stage) {
+                             Scores const& scores, float query_scale, int tile, uint8_t shown,
+                             char const* stage) {
         // Some of the block's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
         int const block = query_block_ * kQueryBlock;
@@ -258,7 +320,7 @@ class Attend {
         float const* const delta = reinterpret_cast<float const*>(stage + Packed::kBytes);
         // With a term of its own in each column, or a softcap, the scale must come first; else it
         // can wait, and then it multiplies -inf too, so it may not be zero.
-        constexpr bool kScaled = kDelta || kSoftcap;
+        constexpr bool kScaled = kDelta || kSoftcap || kMasked;
         float const remaining = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
 
         SAGE_UNROLL
@@ -285,7 +347,13 @@ class Attend {
                             if (!kDelta) x[atom][i] *= scale;
                             x[atom][i] = capped(x[atom][i] + row_term);
                         }
+                    } else if constexpr (kMasked && !kDelta) {
+                        SAGE_UNROLL
+                        for (int i = 0; i < 2; ++i) x[atom][i] *= scale;
                     }
+                }
+                if constexpr (kMasked) {
+                    if (shown == kMixed) apply_mask(x, band, half, first + column);
                 }
                 if (masked) {
                     int const row = first_row() + band * 16 + half * 8;
@@ -481,7 +549,7 @@ class Attend {
             for (int half = 0; half < kHalves; ++half) {
                 int const row = first_row() + band * 16 + half * 8;
                 if (row >= p_.query_length) continue;
-                bool const dead = end_key(row) <= first_key(row);  // no key is seen
+                bool const dead = !sees_a_key(row);
                 float factor = arch::divide(1.0f, total_[band][half]);
                 float lse = 0.0f;
                 if (p_.lse != nullptr || p_.sinks != nullptr) {
@@ -527,6 +595,12 @@ class Attend {
             average = average > kLimit ? kLimit : average < -kLimit ? -kLimit : average;
         }
         return average * scale;
+    }
+
+    SAGE_DEVICE bool sees_a_key(int row) const {
+        if (end_key(row) <= first_key(row)) return false;
+        if constexpr (!kMasked) return true;
+        return Seen(p_.live, Split(head_, p_.heads), 0, p_.query_length).of(row) != 0;
     }
 
     SAGE_DEVICE static void store_pair(Output* address, float low, float high) {

@@ -28,22 +28,24 @@ struct QuantizeKey {
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
-        Head<Input> const tokens(p.key, Split(block.outer, p.heads));
+        Split const of_tensor(block.outer, p.heads);
+        Head<Input> const tokens(p.key, of_tensor);
+        Seen const seen(p.flags, of_tensor, p.first_key, p.end_key);
 
         float mean[kChunk];
         mean_of_keys<kHeadDim>(mean, p.key_sums + head * p.chunks * kHeadDim, p.chunks, at.channel,
-                               p.end_key - p.first_key);
+                               counted_keys(p.counts, head, p.first_key, p.end_key));
         float key[kTokens][kChunk];
         uint32_t largest = 0;
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             int64_t const token = first + t * At::kRows;
-            bool const counted = token >= p.first_key && token < p.end_key;
-            tokens.chunk(token, at.channel, counted).unpack(key[t]);
+            uint8_t const of_token = seen.of(token);
+            tokens.chunk(token, at.channel, of_token != 0).unpack(key[t]);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
-                key[t][i] = counted ? key[t][i] - mean[i] : 0.0f;
-                largest = larger(largest, magnitude_bits(key[t][i]));
+                key[t][i] = of_token != 0 ? key[t][i] - mean[i] : 0.0f;
+                largest = larger_counted(largest, key[t][i], of_token);
             }
         }
 

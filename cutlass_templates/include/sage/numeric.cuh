@@ -13,6 +13,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kMagnitudeMask = 0x7fffffffu;
 constexpr uint32_t kNanBits = 0x7fffffffu;
+constexpr float kLargest = 3.402823466e38f;
 constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126: a group of zeros is not 0/0
 
 // index = outer * count + inner. In 32 bits, which hold all that a grid counts: a division of 64

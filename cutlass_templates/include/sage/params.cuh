@@ -34,11 +34,35 @@ struct Strided {
     int64_t channels;
 };
 
+// What a mask shows of the tokens of each head, as bits of a byte: kSeen by some query, and whether
+// it kCounts in statistics, see "What counts in statistics" of docs/numerics.md. Strides in bytes;
+// a null pointer: all tokens of a range.
+constexpr uint8_t kSeen = 1;
+constexpr uint8_t kCounts = 2;
+struct Flags {
+    uint8_t const* data;
+    int64_t batch_stride, head_stride, token_stride;
+};
+
+// An explicit mask of scores: strides in elements, zero where it broadcasts.
+enum class MaskKind : int64_t { kBool, kHalf, kBfloat16, kFloat };
+struct Mask {
+    void const* data;
+    int64_t batch_stride, head_stride, query_stride, key_stride;
+    MaskKind kind;
+};
+
+// What a mask is in a tile of kQueryBlock queries and kKeyBlock keys.
+constexpr uint8_t kHidesAll = 0;
+constexpr uint8_t kShowsAll = 1;  // and adds nothing
+constexpr uint8_t kMixed = 2;
+
 // One block per (K or V, chunk of tokens, head): sums of K and largest magnitudes of V.
 struct StatisticsParams {
     Strided key, value;
     float* key_sums;             // (B, Hkv, chunks, D)
     uint32_t* value_amax;        // (B, Hkv, chunks, D): bits of |x|, so that NaN is the largest
+    Flags flags;                 // of keys
     int64_t heads;               // Hkv
     int64_t first_key, end_key;  // keys [first_key, end_key) are seen by some query
     int64_t chunks, chunk_tokens;
@@ -53,6 +77,8 @@ struct QueryParams {
     float* scales;          // (B, H, M * kQueryBlock / 4), times score_factor
     float* means;           // (B, H, M, D), times score_factor; null without Q smoothing
     float* row_term;        // (B, H, Lq): scale * q . mean K, natural units; may be null
+    float const* counts;    // as of KeyParams
+    Flags flags;            // of queries
     int64_t heads, group;   // H, G
     int64_t query_length, query_blocks;
     int64_t first_live, end_live;  // queries [first_live, end_live) see a key
@@ -65,12 +91,14 @@ struct QueryParams {
 struct KeyParams {
     Strided key;
     float const* key_sums;
-    float const* means;  // (B, Hkv, G * M, D), or null without Q smoothing
-    char* codes;         // of the first tile, (kKeyBlock, D); a tile is tile_bytes after the last
-    char* scales;        // of the first tile, (kKeyGroups)
-    float* delta;        // (B, Hkv, G * M, N * kKeyBlock): means . K'; null without Q smoothing
-    int64_t tile_bytes;  // tiles are in order (B, Hkv, N)
-    int64_t heads;       // Hkv
+    float const* means;   // (B, Hkv, G * M, D), or null without Q smoothing
+    char* codes;          // of the first tile, (kKeyBlock, D); a tile is tile_bytes after the last
+    char* scales;         // of the first tile, (kKeyGroups)
+    float* delta;         // (B, Hkv, G * M, N * kKeyBlock): means . K'; null without Q smoothing
+    float const* counts;  // (B, Hkv): how many keys count; null: all of the range
+    Flags flags;          // of keys
+    int64_t tile_bytes;   // tiles are in order (B, Hkv, N)
+    int64_t heads;        // Hkv
     int64_t key_blocks, mean_rows;
     int64_t first_key, end_key, chunks;
 };
@@ -81,6 +109,7 @@ struct ValueParams {
     uint32_t const* value_amax;
     char* codes;    // of the first tile, V transposed, (D, kKeyBlock)
     float* scales;  // (B, Hkv, D)
+    Flags flags;    // of keys
     int64_t tile_bytes;
     int64_t heads;  // Hkv
     int64_t key_blocks;
@@ -98,6 +127,9 @@ struct AttendParams {
     float const* sinks;     // (H): one more logit of each head, in the denominator; may be null
     void* output;           // (B, H, Lq, channels) of the output type, channels contiguous
     float* lse;             // (B, H, Lq), natural logarithm; may be null
+    Mask mask;              // of a kernel that has one
+    Flags tiles;            // what it is in each: a token is a query block, and has N bytes
+    Flags live;             // queries that see a key through it
     int64_t output_batch_stride, output_head_stride, output_token_stride;
     int64_t heads, group;  // H, G
     int64_t query_length, key_length;

@@ -42,28 +42,39 @@ struct QuantizeQuery {
     // What a thread does: of query block `block` of `head`, the tokens at.row + t * kRows.
     struct Place {
         At at;
-        int64_t task;            // (b * H + h) * M + block
-        int head;                // b * H + h
-        int64_t first;           // token of the block
-        int live_from, live_to;  // of the block, which tokens see a key
+        int64_t task;    // (b * H + h) * M + block
+        int head;        // b * H + h
+        int64_t first;   // token of the block
+        Seen seen;       // queries that see a key
+        uint32_t lives;  // bit t: the thread's token t is one
 
-        SAGE_DEVICE explicit Place(Params const& p) : task(arch::block_index()) {
-            Split const block(task, p.query_blocks);
-            head = block.outer;
-            first = int64_t{block.inner} * kQueryBlock;
-            live_from = within_block(p.first_live - first);
-            live_to = within_block(p.end_live - first);
-        }
+        SAGE_DEVICE explicit Place(Params const& p)
+            : Place(p, Split(arch::block_index(), p.query_blocks)) {}
 
-        SAGE_DEVICE static int within_block(int64_t token) {
-            return static_cast<int>(token < 0 ? 0 : token < kQueryBlock ? token : kQueryBlock);
+        SAGE_DEVICE Place(Params const& p, Split const& block)
+            : task(arch::block_index()),
+              head(block.outer),
+              first(int64_t{block.inner} * kQueryBlock),
+              seen(p.flags, Split(block.outer, p.heads), p.first_live, p.end_live),
+              lives(0) {
+            SAGE_UNROLL
+            for (int t = 0; t < kTokens; ++t) {
+                lives |= static_cast<uint32_t>(seen.of(token(t)) != 0) << t;
+            }
         }
 
         // The thread's token t, in the block and in the sequence.
         SAGE_DEVICE int in_block(int t) const { return at.row + t * At::kRows; }
         SAGE_DEVICE int64_t token(int t) const { return first + in_block(t); }
-        SAGE_DEVICE bool live(int t) const {
-            return in_block(t) >= live_from && in_block(t) < live_to;
+        SAGE_DEVICE bool live(int t) const { return lives >> t & 1; }
+
+        // How many queries of the block see a key.
+        SAGE_DEVICE float live_queries() const {
+            int count = 0;
+            for (int token = 0; token < kQueryBlock; ++token) {
+                count += seen.of(first + token) != 0;
+            }
+            return static_cast<float>(count);
         }
     };
 
@@ -72,7 +83,8 @@ struct QuantizeQuery {
         int64_t const kv_head = Split(place.head, p.group).outer;  // G divides H
         float key_mean[kChunk];
         mean_of_keys<kHeadDim>(key_mean, p.key_sums + kv_head * p.chunks * kHeadDim, p.chunks,
-                               place.at.channel, p.end_key - p.first_key);
+                               place.at.channel,
+                               counted_keys(p.counts, kv_head, p.first_key, p.end_key));
         float const scale = p.scale < 0.0f ? -p.scale : p.scale;
         float terms[kTokens] = {};
         SAGE_UNROLL
@@ -118,8 +130,7 @@ struct QuantizeQuery {
             for (int row = 0; row < At::kRows; ++row) {
                 sum += arch::load_shared(sums + row * kHeadDim + channel);
             }
-            int const live = place.live_to - place.live_from;
-            float const of_channel = arch::divide(sum, static_cast<float>(live > 1 ? live : 1));
+            float const of_channel = arch::divide(sum, arch::maximum(place.live_queries(), 1.0f));
             // Nobody else has read or will read this column's sums.
             arch::store_shared(sums + channel, of_channel);
             arch::store_global(p.means + place.task * kHeadDim + channel,

@@ -16,26 +16,35 @@ struct Statistics {
     SAGE_DEVICE static void run(Params const& p) {
         int64_t const task = arch::block_index();
         if (task < p.key_tasks) {
-            reduce<kKeyDim>(p, task, p.key, p.key_sums, [](float sum, float x) { return sum + x; });
+            reduce<kKeyDim>(
+                p, task, p.key, p.key_sums,
+                [](float sum, float x, uint8_t seen) { return seen & kCounts ? sum + x : sum; },
+                [](float sum, float other) { return sum + other; });
         } else {
             // Kept as floats of the same bits: NaN is the largest.
             reduce<kValueDim>(
                 p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
-                [](float amax, float x) {
-                    return arch::from_bits(larger(arch::bits(amax), magnitude_bits(x)));
+                [](float amax, float x, uint8_t seen) {
+                    return arch::from_bits(larger_counted(arch::bits(amax), x, seen));
+                },
+                [](float amax, float other) {
+                    return arch::from_bits(larger(arch::bits(amax), arch::bits(other)));
                 });
         }
     }
 
  private:
-    // Combines the tokens of one chunk of one head into `results` (B * Hkv, chunks, D).
-    template <int kHeadDim, class Combine>
+    // Adds the tokens of one chunk of one head, and joins what threads found, into `results` (B *
+    // Hkv, chunks, D).
+    template <int kHeadDim, class Add, class Join>
     SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
-                                   float* results, Combine combine) {
+                                   float* results, Add add, Join join) {
         using At = Position<kHeadDim>;
         At const at;
         Split const chunk(task, p.chunks);
-        Head<Input> const tokens(tensor, Split(chunk.outer, p.heads));
+        Split const head(chunk.outer, p.heads);
+        Head<Input> const tokens(tensor, head);
+        Seen const seen(p.flags, head, p.first_key, p.end_key);
         int64_t const first = p.first_key + chunk.inner * p.chunk_tokens;
         int64_t const all = first + p.chunk_tokens;
         int64_t const end = all < p.end_key ? all : p.end_key;
@@ -43,9 +52,10 @@ struct Statistics {
         float total[kChunk] = {};
         for (int64_t token = first + at.row; token < end; token += At::kRows) {
             float x[kChunk];
-            tokens.chunk(token, at.channel, true).unpack(x);
+            uint8_t const of_token = seen.of(token);
+            tokens.chunk(token, at.channel, of_token != 0).unpack(x);
             SAGE_UNROLL
-            for (int i = 0; i < kChunk; ++i) total[i] = combine(total[i], x[i]);
+            for (int i = 0; i < kChunk; ++i) total[i] = add(total[i], x[i], of_token);
         }
 
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
@@ -56,7 +66,7 @@ struct Statistics {
         float result = 0.0f;
         SAGE_UNROLL
         for (int row = 0; row < At::kRows; ++row) {
-            result = combine(result, arch::load_shared(shared + row * kHeadDim + channel));
+            result = join(result, arch::load_shared(shared + row * kHeadDim + channel));
         }
         arch::store_global(results + task * kHeadDim + channel, result);
     }

@@ -88,6 +88,33 @@ class Head {
     bool whole_;  // a chunk is aligned
 };
 
+// What is seen of the tokens of one head: those of a range, and of these what flags say.
+class Seen {
+ public:
+    SAGE_DEVICE Seen(Flags const& flags, Split const& head, int64_t first, int64_t end)
+        : data_(flags.data), stride_(flags.token_stride), first_(first), end_(end) {
+        if (data_ != nullptr) {
+            data_ += head.outer * flags.batch_stride + head.inner * flags.head_stride;
+        }
+    }
+
+    SAGE_DEVICE uint8_t of(int64_t token) const {
+        if (token < first_ || token >= end_) return 0;
+        return data_ == nullptr ? kSeen | kCounts : arch::load_global(data_ + token * stride_);
+    }
+
+ private:
+    uint8_t const* data_;
+    int64_t stride_, first_, end_;
+};
+
+// The largest magnitude so far, with one more value: of a token that does not count only whether it
+// is finite, since no scale may hide what is not.
+SAGE_DEVICE uint32_t larger_counted(uint32_t amax_bits, float x, uint8_t seen) {
+    uint32_t const bits = magnitude_bits(x);
+    return larger(amax_bits, seen & kCounts ? bits : bits >= kInfinityBits ? kNanBits : 0);
+}
+
 // Where a thread stands in a block of kQuantizerThreads: thread = row * kColumns + column.
 template <int kHeadDim>
 struct Position {
@@ -134,10 +161,15 @@ SAGE_DEVICE void store_floats_shared(float* address, float const (&x)[kChunk]) {
     }
 }
 
+// How many keys of a head count.
+SAGE_DEVICE float counted_keys(float const* counts, int64_t head, int64_t first, int64_t end) {
+    return counts == nullptr ? static_cast<float>(end - first) : arch::load_global(counts + head);
+}
+
 // mean K of 8 channels, from the sums of the chunks of its tokens: key_sums (chunks, D).
 template <int kHeadDim>
 SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int64_t chunks,
-                              int channel, int64_t keys) {
+                              int channel, float keys) {
     SAGE_UNROLL
     for (int i = 0; i < kChunk; ++i) mean[i] = 0.0f;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -146,7 +178,7 @@ SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int6
         SAGE_UNROLL
         for (int i = 0; i < kChunk; ++i) mean[i] += sums[i];
     }
-    float const count = static_cast<float>(keys > 1 ? keys : 1);
+    float const count = arch::maximum(keys, 1.0f);
     SAGE_UNROLL
     for (int i = 0; i < kChunk; ++i) mean[i] = arch::divide(mean[i], count);
 }

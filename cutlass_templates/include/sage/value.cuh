@@ -26,7 +26,9 @@ struct QuantizeValue {
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
-        Head<Input> const tokens(p.value, Split(block.outer, p.heads));
+        Split const of_tensor(block.outer, p.heads);
+        Head<Input> const tokens(p.value, of_tensor);
+        Seen const seen(p.flags, of_tensor, p.first_key, p.end_key);
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (tokens, D)
 
         float scale[kChunk];
@@ -41,11 +43,11 @@ struct QuantizeValue {
         for (int t = 0; t < kTokens; ++t) {
             int64_t const token = first + t * At::kRows;
             float x[kChunk];
-            bool const counted = token >= p.first_key && token < p.end_key;
-            tokens.chunk(token, at.channel, counted).unpack(x);
+            bool const is_seen = seen.of(token) != 0;
+            tokens.chunk(token, at.channel, is_seen).unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
-                if (counted && kScaled) x[i] = scaled(x[i], scale[i]);
+                if (is_seen && kScaled) x[i] = scaled(x[i], scale[i]);
             }
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }
@@ -85,7 +87,9 @@ struct QuantizeValue {
     // be.
     SAGE_DEVICE static float scaled(float x, float scale) {
         float const shrink = scale > 0x1p125f ? 0.125f : 1.0f;
-        return arch::divide(x * shrink, scale * shrink);
+        float const quotient = arch::divide(x * shrink, scale * shrink);
+        // Only a token that does not count reaches beyond; NaN stays NaN.
+        return quotient > kLimit ? kLimit : quotient < -kLimit ? -kLimit : quotient;
     }
 
     // 16 bytes a thread and turn: 16 tokens of a channel in E4M3, 8 in FP16.

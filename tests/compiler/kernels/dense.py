@@ -116,7 +116,7 @@ def random_call(seed: int, *, longest: int = 200) -> Call:
             window_right=rng.choice((UNBOUNDED, 0, 5, 70)),
         )
     full = (batch, heads, query_length, key_length)
-    mask = _random_mask(rng, generator, full) if rng.random() < 0.6 else None
+    mask = random_mask(rng, generator, full) if rng.random() < 0.6 else None
     sinks = normal(heads) if rng.random() < 0.3 else None
     return Call(query, key, value, semantics, mask, sinks)
 
@@ -158,7 +158,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
             return x
 
 
-def _random_mask(
+def random_mask(
     rng: random.Random, generator: torch.Generator, full: tuple[int, int, int, int]
 ) -> Tensor:
     """A bool or float mask of 1 to 4 dims, each of full length or 1, sometimes expanded."""

@@ -156,6 +156,7 @@ def attend(
         accumulator,
         value_head_dim=call.value.shape[3],
         window=call.semantics.window_left != UNBOUNDED,
+        masked=call.attn_mask is not None,
         softcap=call.semantics.softcap is not None,
     )
     running = kernel.Call(
@@ -168,7 +169,12 @@ def attend(
         output,
         lse,
         call.sinks,
+        call.attn_mask,
     )
+    if running.mask is not None:
+        mask = running.mask
+        for read in (mask.values, mask.tiles, mask.live, mask.keys, mask.counts):
+            here.allow(read, writable=False)
     running.run()
     return Result(output, lse, running, scratch)
 

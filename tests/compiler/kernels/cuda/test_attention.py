@@ -18,7 +18,7 @@ from sage_compiler.precision import RECIPES, Accumulator
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
 from tests.compiler.kernels.cuda.emulation import RECIPE_VARIANTS, attend, broken, named, replacing
-from tests.compiler.kernels.dense import Call, dense, laid_out
+from tests.compiler.kernels.dense import Call, dense, laid_out, random_mask
 from tests.cutlass_templates import host
 from tests.tolerances import check, check_lse
 
@@ -82,11 +82,13 @@ def assert_right(call: Call, recipe: str, accumulator: Accumulator, **options: o
         call.value,
         named(recipe, accumulator),
         call.semantics,
+        attn_mask=call.attn_mask,
         sinks=call.sinks,
     )
     limits = DISTANCE if call.query.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
     assert distance(result.output, expected) <= limits[recipe[:4]]
-    torch.testing.assert_close(result.lse, expected_lse, rtol=0, atol=LSE_DISTANCE)
+    # rtol: a row that sees nothing but a large bias has an LSE of its size.
+    torch.testing.assert_close(result.lse, expected_lse, rtol=1e-6, atol=LSE_DISTANCE)
     exact, exact_lse = dense(call)
     check(result.output, exact, call.value, recipe)
     check_lse(result.lse, exact_lse.float(), recipe)
@@ -252,6 +254,60 @@ def random_call(seed: int) -> tuple[Call, str, Accumulator]:
 def test_random_calls(seed: int) -> None:
     call, recipe, accumulator = random_call(seed)
     assert_right(call, recipe, accumulator, seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_calls_with_masks(seed: int) -> None:
+    """Bool and float masks of any broadcast, over any band, with everything else."""
+    call, recipe, accumulator = random_call(1000 + seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    full = (*call.query.shape[:3], call.key.shape[2])
+    mask = random_mask(rng, generator, full)
+    if mask.is_floating_point() and rng.random() < 0.5:
+        mask = mask.clamp(min=torch.finfo(torch.float16).min).half()
+    assert_right(dataclasses.replace(call, attn_mask=mask), recipe, accumulator, seed=seed)
+
+
+@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
+def test_masks(recipe: str) -> None:
+    """Tiles that are hidden whole, shown whole, and neither; rows that see nothing; garbage."""
+    call = make_call(150, 200, 64, torch.float16, batch=2, kv_heads=2, group=2)
+    shown = torch.ones(150, 200, dtype=torch.bool)
+    shown[:, 64:128] = False
+    shown[140:] = False
+    shown[:70, 150:] = False
+    padding = torch.arange(200) < torch.tensor([90, 170]).view(2, 1, 1, 1)
+    low = torch.finfo(torch.float32).min
+    for mask in (
+        shown,
+        padding,
+        torch.zeros(150, 200).masked_fill(~shown, -inf),
+        torch.zeros(2, 1, 1, 200).masked_fill(~padding, low),
+        shown.expand(2, 4, 150, 200),
+        shown.t().contiguous().t(),
+    ):
+        assert_right(dataclasses.replace(call, attn_mask=mask), recipe, Accumulator.FP32)
+    # What padding hides may be anything.
+    for x in (call.key, call.value):
+        x[0, :, 90:], x[1, :, 170:] = nan, inf
+    clean = [x.nan_to_num(0.0, 0.0) for x in (call.key, call.value)]
+    results = [
+        attend(Call(call.query, *kv, call.semantics, padding), recipe)
+        for kv in (clean, (call.key, call.value))
+    ]
+    assert torch.equal(results[0].output, results[1].output)
+
+
+def test_hidden_tiles_are_not_read() -> None:
+    """With keys in one tile only, no other is computed: a mask that lies would not show."""
+    call = make_call(128, 256, 64, torch.float16)
+    mask = torch.zeros(128, 256, dtype=torch.bool)
+    mask[:, 64:128] = True
+    masked = attend(dataclasses.replace(call, attn_mask=mask), "int8_fp16")
+    alone = dataclasses.replace(call, key=call.key[:, :, 64:128], value=call.value[:, :, 64:128])
+    assert torch.equal(masked.output, attend(alone, "int8_fp16").output)
+    assert masked.call.mask is not None
+    assert masked.call.mask.tiles.flatten().tolist() == [0, 1, 0, 0]
 
 
 def test_the_order_of_threads_does_not_matter() -> None:

@@ -46,7 +46,6 @@ PROBLEM = Problem(
         ({"dtype": torch.float64}, "torch.float64 is none of torch.float16, torch.bfloat16"),
         ({"head_dim": 257}, "head_dim 257 is not from 1 to 256"),
         ({"value_head_dim": 0}, "value head_dim 0 is not from 1 to 256"),
-        ({"has_mask": True}, "an explicit mask is not supported"),
     ],
 )
 def test_refusals(change: dict[str, object], words: str) -> None:
@@ -173,9 +172,16 @@ def test_a_compiled_model_runs_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -
         sinks: Tensor | None,
         want_lse: bool,
     ) -> tuple[Tensor, Tensor]:
-        assert attn_mask is None
         return kernel.run(
-            target, query, key, value, semantics, want_lse=want_lse, recipe="int8_fp8", sinks=sinks
+            target,
+            query,
+            key,
+            value,
+            semantics,
+            want_lse=want_lse,
+            recipe="int8_fp8",
+            attn_mask=attn_mask,
+            sinks=sinks,
         )
 
     emulated = Kernel(

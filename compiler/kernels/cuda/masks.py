@@ -1,0 +1,116 @@
+"""What the CUDA kernels need to know of an explicit mask besides its elements.
+
+The kernels read the mask itself, by its strides, where it neither hides nor shows a whole tile.
+Which tiles these are, and which tokens count, is found here, by torch on the device of the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sage_compiler.kernels.visibility import count_in_blocks, group_mask, visibility
+from sage_compiler.precision import TILE_MMA
+from sage_compiler.semantics import Band
+
+# Numbers of params.cuh.
+_KINDS: Final = {torch.bool: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+_SEEN, _COUNTS = 1, 2
+_HIDES_ALL, _SHOWS_ALL, _MIXED = 0, 1, 2
+
+_KEYS_AT_ONCE: Final = 8192  # of the search for what is seen; its result does not depend on it
+
+NO_FLAGS: Final = (0, 0, 0, 0)
+NO_MASK: Final = (0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """A mask, and what it shows. Dims that it broadcasts have size 1 or stride 0.
+
+    Attributes:
+        values: (B|1, H|1, Lq|1, Lk|1), bool or float.
+        tiles: uint8 (B|1, H|1, M|1, N), what each tile of 128 queries and 64 keys is.
+        live: uint8 (B|1, H|1, Lq|1), whether a query sees a key.
+        keys: uint8 (B|1, Hkv|1, Lk), whether a key is seen, and whether it counts.
+        counts: float32 (B, Hkv), dense: how many keys count.
+    """
+
+    values: Tensor
+    tiles: Tensor
+    live: Tensor
+    keys: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        attn_mask: Tensor,
+        band: Band | None,
+        batch: int,
+        kv_heads: int,
+        group: int,
+        query_length: int,
+        key_length: int,
+    ) -> Mask:
+        """Look through a mask, broadcastable to (B, Hkv * group, Lq, Lk), and the band on top."""
+        grouped = group_mask(attn_mask, kv_heads, group)
+        found = visibility(grouped, band, query_length, key_length, _KEYS_AT_ONCE, attn_mask.device)
+        seen = count_in_blocks(found, key_length)
+        keys = seen.reachable * _SEEN + seen.counted * _COUNTS
+        counts = seen.counted.sum(-1, dtype=torch.float32).expand(batch, kv_heads)
+        values = grouped.flatten(1, 2)
+        if values.dtype not in _KINDS:
+            values = values.float()
+        return cls(
+            values=values,
+            tiles=_tiles(values, -(-key_length // TILE_MMA.kv_block)),
+            live=seen.live.flatten(1, 2).to(torch.uint8),
+            keys=keys.to(torch.uint8),
+            counts=counts.contiguous(),
+        )
+
+    def packed(self) -> tuple[int, ...]:
+        """As ``struct Mask``."""
+        kind = _KINDS[self.values.dtype]
+        return (self.values.data_ptr(), *_strides(self.values), kind)
+
+
+def flags(bits: Tensor) -> tuple[int, ...]:
+    """Bits (B|1, heads|1, tokens|1, ...) as ``struct Flags``."""
+    return (bits.data_ptr(), *_strides(bits)[:3])
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Zero where a dim is broadcast."""
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+
+
+def _tiles(values: Tensor, key_blocks: int) -> Tensor:
+    """What each tile is: uint8 (B|1, H|1, M|1, N)."""
+    is_bool = values.dtype == torch.bool
+    seen = values if is_bool else values != -inf
+    plain = values if is_bool else values == 0
+    sees = _any(seen, TILE_MMA.q_block, 2)
+    sees = _any(sees, TILE_MMA.kv_block, 3)
+    differs = _any(~plain, TILE_MMA.q_block, 2)
+    differs = _any(differs, TILE_MMA.kv_block, 3)
+    tiles = torch.where(differs, _MIXED, _SHOWS_ALL).masked_fill_(~sees, _HIDES_ALL)
+    return tiles.to(torch.uint8).expand(-1, -1, -1, key_blocks).contiguous()
+
+
+def _any(x: Tensor, width: int, dim: int) -> Tensor:
+    """Whether any of each ``width`` elements along a dim; a dim of size 1 stays one."""
+    length = x.shape[dim]
+    if length == 1:
+        return x
+    missing = -length % width
+    padding = [0, 0] * (x.dim() - dim - 1) + [0, missing]
+    return torch.unflatten(F.pad(x, padding), dim, (-1, width)).any(dim + 1)
