@@ -36,7 +36,8 @@ from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
 LOG2_E: Final = 1.0 / log(2.0)
 _FAR: Final = 1 << 30  # beyond any length, and twice of it within 32 bits
 
-_LEAST_SOFTCAP: Final = torch.finfo(torch.float32).tiny  # what is less becomes it
+_LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
+_GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
 _DTYPE_NAMES: Final = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -149,8 +150,10 @@ def run(
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
     if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
-        logits = -torch.inf if sinks is None or not want_lse else sinks.float()[:, None]
-        return output.zero_(), lse.copy_(torch.as_tensor(logits))
+        lse.fill_(-torch.inf)
+        if sinks is not None and want_lse:
+            lse.copy_(sinks[:, None])
+        return output.zero_(), lse
     kernels = variant(
         target.arch,
         _DTYPE_NAMES[query.dtype],
@@ -160,11 +163,16 @@ def run(
         value_head_dim=value.shape[3],
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
-        softcap=semantics.softcap is not None,
+        softcap=has_softcap(semantics),
     )
     wanted = lse if want_lse else None
     Call(target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask).run()
     return output, lse
+
+
+def has_softcap(semantics: Semantics) -> bool:
+    """Whether there is a softcap that does something."""
+    return semantics.softcap is not None and semantics.softcap < _GREATEST_SOFTCAP
 
 
 class Call:
@@ -306,7 +314,7 @@ class Call:
             self.first_key,
             self.end_key,
             self.chunks,
-            abs(self.scale) * (1.0 if self.semantics.softcap is not None else LOG2_E),
+            abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
         self.target.launch(self.kernels.query, self.batch * self.heads * self.query_blocks, packed)

@@ -23,7 +23,9 @@ _KINDS: Final = {torch.bool: 0, torch.float16: 1, torch.bfloat16: 2, torch.float
 _SEEN, _COUNTS = 1, 2
 _HIDES_ALL, _SHOWS_ALL, _MIXED = 0, 1, 2
 
-_KEYS_AT_ONCE: Final = 8192  # of the search for what is seen; its result does not depend on it
+# Of the search for what is seen, whose result does not depend on it.
+_MOST_KEYS_AT_ONCE: Final = 8192
+_ELEMENTS_AT_ONCE: Final = 1 << 25
 
 NO_FLAGS: Final = (0, 0, 0, 0)
 NO_MASK: Final = (0, 0, 0, 0, 0, 0)
@@ -60,13 +62,16 @@ class Mask:
     ) -> Mask:
         """Look through a mask, broadcastable to (B, Hkv * group, Lq, Lk), and the band on top."""
         grouped = group_mask(attn_mask, kv_heads, group)
-        found = visibility(grouped, band, query_length, key_length, _KEYS_AT_ONCE, attn_mask.device)
+        # With a band, a mask that broadcasts its queries is as large as one that does not.
+        heads = grouped[..., 0, 0].numel()
+        rows = heads * (query_length if band is not None else grouped.shape[3])
+        at_once = min(_MOST_KEYS_AT_ONCE, _ELEMENTS_AT_ONCE // max(1, rows))
+        at_once = max(TILE_MMA.kv_block, at_once)
+        found = visibility(grouped, band, query_length, key_length, at_once, attn_mask.device)
         seen = count_in_blocks(found, key_length)
         keys = seen.reachable * _SEEN + seen.counted * _COUNTS
         counts = seen.counted.sum(-1, dtype=torch.float32).expand(batch, kv_heads)
         values = grouped.flatten(1, 2)
-        if values.dtype not in _KINDS:
-            values = values.float()
         return cls(
             values=values,
             tiles=_tiles(values, -(-key_length // TILE_MMA.kv_block)),

@@ -133,7 +133,7 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, masked=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
-        yield variant(arch, "bfloat16", 256, recipe, window=True, softcap=True)
+        yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
 
 
 def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:

@@ -11,14 +11,14 @@
 //   void barrier()                  All threads of the block.
 //
 //   T load_global(T const*)         sizeof(T) of 1, 2, 4, 8 or 16 bytes, naturally aligned; memory
-//   void store_global(T*, T)        is touched in no other way than by these and copy_async.
+//   void store_global(T*, T)        is touched in no other way than by these and copy_async. What a
+//                                   launch stores, it does not load.
 //   T load_shared(T const*)
 //   void store_shared(T*, T)
 //
 //   void copy_async(void* shared, void const* global)   16 bytes; lands by the matching wait.
 //   void copy_async_commit()                            Closes a group of the thread's copies.
-//   void copy_async_wait<N>()                           All but the thread's newest N groups
-//   landed.
+//   void copy_async_wait<N>()                           All but its newest N groups landed.
 //
 //   T shuffle_xor(T, int lane_mask)                     float, int32_t or uint32_t; all 32 lanes.
 //   void load_matrix_x4(uint32_t (&r)[4], void const* row)
@@ -35,17 +35,17 @@
 //
 //   float exp2(float), log2(float)  Approximate on a device (MUFU).
 //   float divide(float a, float b)  For b from 2^-126 to 2^126, correctly rounded where the
-//   quotient is
-//                                   normal and |a| at least 2^-100, else off by the last bit: no
-//                                   slow path, and so no call, on a device. Zero for b beyond.
+//   quotient
+//                                   is normal and |a| at least 2^-100, else off by the last bit: no
+//                                   slow path, and so no call, on a device. Zero for b beyond, and
+//                                   NaN for quotients beyond.
 //   float multiply(float, float)    Rounded by itself, never part of an FMA.
 //   float fma(float, float, float)
 //   float maximum(float, float)     A NaN loses against a number, as in fmaxf.
 //   int32_t round_to_int(float)     Half to even; NaN becomes 0.
 //   uint32_t bits(float), float from_bits(uint32_t)
-//   uint32_t pack_e4m3(float, float, float, float)      The first in the lowest byte. Saturates,
-//   NaN
-//                                                       stays NaN.
+//   uint32_t pack_e4m3(float, float, float, float)      The first in the lowest byte. Saturates;
+//                                                       NaN stays NaN.
 //   uint32_t pack_half(float, float), pack_bfloat16(float, float)
 //   float2 unpack_half(uint32_t), unpack_bfloat16(uint32_t)
 //   uint32_t to_tf32(float)         Nearest, ties away from zero.

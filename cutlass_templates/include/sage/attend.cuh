@@ -126,7 +126,7 @@ class Attend {
         if constexpr (kKeepQuery) keep_query();
         SAGE_UNROLL
         for (int place = 0; place < kStages - 1; ++place) {
-            if (first_tile_ + place < end_tile_) copy_stage(place, first_tile_ + place);
+            if (first_tile_ + place < end_tile_) copy_shown(place, first_tile_ + place);
             arch::copy_async_commit();
         }
         // All rows that the thread holds share a scale, as all its columns of a tile do.
@@ -140,7 +140,7 @@ class Attend {
             arch::copy_async_wait<kStages - 2>();
             // Now the tile is there for all threads, and the place of the tile before it is free.
             arch::barrier();
-            if (tile + kStages - 1 < end_tile_) copy_stage(next, tile + kStages - 1);
+            if (tile + kStages - 1 < end_tile_) copy_shown(next, tile + kStages - 1);
             arch::copy_async_commit();
 
             uint8_t const shown = shown_of(tile);
@@ -215,6 +215,10 @@ class Attend {
         if (natural == infinity() || natural == -infinity()) return natural;
         float const scaled = natural * kLog2E;
         return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
+    }
+
+    SAGE_DEVICE void copy_shown(int place, int tile) const {
+        if (shown_of(tile) != kHidesAll) copy_stage(place, tile);
     }
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
@@ -629,9 +633,10 @@ class Attend {
         return kSoftcap ? lse : lse + row_term_of(band, half);
     }
 
-    // log(exp(lse) + exp(sink)); a sink of +inf gives NaN.
+    // log(exp(lse) + exp(sink)); a sink of +inf gives NaN, as NaN does.
     SAGE_DEVICE static float with_sink(float lse, float sink) {
-        if (sink == infinity()) return sink - sink;
+        if (sink == infinity() || sink != sink) return sink - sink;
+        if (lse != lse) return lse;
         float const larger = arch::maximum(lse, sink);
         if (larger == -infinity()) return larger;
         float const sum =

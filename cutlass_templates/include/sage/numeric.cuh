@@ -74,13 +74,12 @@ struct Packed2<cutlass::bfloat16_t> {
     SAGE_DEVICE static float2 unpack(uint32_t x) { return arch::unpack_bfloat16(x); }
 };
 
-SAGE_DEVICE float minimum(float a, float b) { return -arch::maximum(-a, -b); }
-
-SAGE_DEVICE float clamp(float x, float limit) { return minimum(arch::maximum(x, -limit), limit); }
-
-// By an exponential, which is exacter than the instruction of this name.
+// By an exponential, which is exacter than the instruction of this name, and near zero, where that
+// would cancel, by two terms of the series.
 SAGE_DEVICE float hyperbolic_tangent(float x) {
     constexpr float kFlat = 20.0f;  // where it is 1 in float32; NaN stays NaN
+    constexpr float kSmall = 0.04f;
+    if (x < kSmall && x > -kSmall) return x - x * x * x * (1.0f / 3.0f);
     x = x > kFlat ? kFlat : x < -kFlat ? -kFlat : x;
     return 1.0f - arch::divide(2.0f, arch::exp2(x * (2.0f * kLog2E)) + 1.0f);
 }
@@ -94,6 +93,15 @@ SAGE_DEVICE uint32_t magnitude_bits(float x) { return arch::bits(x) & kMagnitude
 SAGE_DEVICE float scale_of(uint32_t amax_bits, float limit) {
     if (amax_bits >= kInfinityBits) return arch::from_bits(kNanBits);
     return arch::maximum(arch::divide(arch::from_bits(amax_bits), limit), kSmallestScale);
+}
+
+// x / scale, within [-limit, limit], which only a token that does not count exceeds; NaN stays NaN.
+// Neither the reciprocal of a scale may be in range, nor such a token's quotient.
+SAGE_DEVICE float quotient_within(float x, float scale, float limit) {
+    float const shrink = scale > 0x1p125f ? 0.125f : 1.0f;
+    float const quotient = arch::divide(x * shrink, scale * shrink);
+    float const most = limit * scale;
+    return x > most ? limit : x < -most ? -limit : quotient;
 }
 
 // The power of two that brings amax into [2^14, 2^15), the top of FP16's range; NaN for a channel

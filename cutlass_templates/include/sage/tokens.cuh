@@ -193,8 +193,8 @@ SAGE_DEVICE void store_codes(void* codes, int64_t token, int channel, float cons
     constexpr int kPerWord = 32 / Format::kBits;
     SAGE_UNROLL
     for (int i = 0; i < kChunk; ++i) {
-        float const rounded = clamp(arch::divide(x[i], scale), Format::kLimit);
-        uint32_t const code = static_cast<uint32_t>(arch::round_to_int(rounded)) & kMask;
+        float const quotient = quotient_within(x[i], scale, Format::kLimit);
+        uint32_t const code = static_cast<uint32_t>(arch::round_to_int(quotient)) & kMask;
         packed[i / kPerWord] |= code << (i % kPerWord * Format::kBits);
     }
     int64_t const offset = (token * kHeadDim + channel) * Format::kBits / 8;

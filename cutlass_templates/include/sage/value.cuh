@@ -47,7 +47,7 @@ struct QuantizeValue {
             tokens.chunk(token, at.channel, is_seen).unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
-                if (is_seen && kScaled) x[i] = scaled(x[i], scale[i]);
+                if (is_seen && kScaled) x[i] = quotient_within(x[i], scale[i], kLimit);
             }
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }
@@ -81,15 +81,6 @@ struct QuantizeValue {
             scale[i] =
                 Format::kBits == 8 ? scale_of(amax[i], kLimit) : power_of_two_scale_of(amax[i]);
         }
-    }
-
-    // x / scale, whose quotient is known to be in range though the reciprocal of a scale may not
-    // be.
-    SAGE_DEVICE static float scaled(float x, float scale) {
-        float const shrink = scale > 0x1p125f ? 0.125f : 1.0f;
-        float const quotient = arch::divide(x * shrink, scale * shrink);
-        // Only a token that does not count reaches beyond; NaN stays NaN.
-        return quotient > kLimit ? kLimit : quotient < -kLimit ? -kLimit : quotient;
     }
 
     // 16 bytes a thread and turn: 16 tokens of a channel in E4M3, 8 in FP16.

@@ -157,7 +157,7 @@ def attend(
         value_head_dim=call.value.shape[3],
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
-        softcap=call.semantics.softcap is not None,
+        softcap=kernel.has_softcap(call.semantics),
     )
     running = kernel.Call(
         target,

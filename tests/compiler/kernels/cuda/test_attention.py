@@ -170,7 +170,7 @@ def test_windows(recipe: str, left: int, right: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
-@pytest.mark.parametrize("softcap", [1e-3, 5.0, 50.0])
+@pytest.mark.parametrize("softcap", [1e-40, 1e-3, 5.0, 50.0, 1e9, 1e38])
 def test_softcap(recipe: str, softcap: float) -> None:
     for mask_class in MASKS:
         for scale in (None, -0.2):
@@ -195,8 +195,15 @@ def test_sinks() -> None:
         )
         sinks = torch.tensor([0.5, 30.0, -80.0, -inf, 8.0])
         assert_right(dataclasses.replace(call, sinks=sinks), recipe, Accumulator.FP32)
-        result = attend(dataclasses.replace(call, sinks=torch.full((5,), inf)), recipe)
-        assert result.output.isnan().all()
+        for sink in (inf, nan):
+            result = attend(dataclasses.replace(call, sinks=torch.full((5,), sink)), recipe)
+            assert result.output.isnan().all()
+            assert result.lse is not None
+            assert result.lse.isnan().all()
+        call.query[:, :, 150:] = nan
+        result = attend(dataclasses.replace(call, sinks=torch.full((5,), -inf)), recipe)
+        assert result.lse is not None
+        assert result.lse[:, :, 150:].isnan().all()
 
 
 @pytest.mark.parametrize("recipe", ["int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16"])
@@ -298,8 +305,20 @@ def test_masks(recipe: str) -> None:
     assert torch.equal(results[0].output, results[1].output)
 
 
+@pytest.mark.parametrize(("recipe", "accumulator"), RECIPE_VARIANTS)
+def test_what_does_not_count_is_clipped(recipe: str, accumulator: Accumulator) -> None:
+    """Beside counted zeros, whose scale is the smallest there is, in V and in K."""
+    call = make_call(64, 128, 64, torch.bfloat16)
+    call.value[:, :, :50, 3], call.value[:, :, 50:, 3] = 0.0, 8.0
+    call.key[:, :, :64] = 1.0
+    call.key[:, :, 50:64] = 9.0
+    mask = torch.zeros(64, 128)
+    mask[:, 50:64] = torch.finfo(torch.float32).min
+    assert_right(dataclasses.replace(call, attn_mask=mask), recipe, accumulator)
+
+
 def test_hidden_tiles_are_not_read() -> None:
-    """With keys in one tile only, no other is computed: a mask that lies would not show."""
+    """With keys in one tile only, no other is copied or computed."""
     call = make_call(128, 256, 64, torch.float16)
     mask = torch.zeros(128, 256, dtype=torch.bool)
     mask[:, 64:128] = True
