@@ -34,11 +34,10 @@
 // bits). Their register layouts are PTX's, which CuTe's MMA_Traits of `Atom::Cute` state.
 //
 //   float exp2(float), log2(float)  Approximate on a device (MUFU).
-//   float divide(float a, float b)  For b from 2^-126 to 2^126, correctly rounded where the
-//   quotient
-//                                   is normal and |a| at least 2^-100, else off by the last bit: no
-//                                   slow path, and so no call, on a device. Zero for b beyond, and
-//                                   NaN for quotients beyond.
+//   float divide(float a, float b)  For b from 2^-126 to 2^126: correctly rounded where |a| is at
+//                                   least 2^-100 and the quotient normal, else off by a bit, and
+//                                   NaN beyond. Zero for larger b. No slow path on a device, so no
+//                                   call.
 //   float multiply(float, float)    Rounded by itself, never part of an FMA.
 //   float fma(float, float, float)
 //   float maximum(float, float)     A NaN loses against a number, as in fmaxf.

@@ -153,6 +153,24 @@ def test_key_and_its_delta(recipe: str, head_dim: int, case: tuple[int, int, Mas
         assert not delta[..., length:].any()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("recipe", ["int4_fp16", "int8_fp16"])
+def test_with_other_sums_codes_differ_at_ties_alone(recipe: str, head_dim: int) -> None:
+    """Against means that torch adds up: at most one step, and rarely."""
+    call, result = quantized(recipe, Accumulator.FP32, head_dim, CASES[1])
+    batch, kv_heads, length, _ = call.key.shape
+    format_, running = RECIPES[recipe].qk, result.call
+    smoothed = call.key.float() - call.key.float().mean(2, keepdim=True)
+    counted = torch.ones(length, dtype=torch.bool)
+    groups = key_groups(length, Granularity.THREAD, TILE_MMA, smoothed.device)
+    expected, _ = quantize_tokens(smoothed, counted, groups, LIMIT[format_])
+    packed = tiles(call, result)
+    codes = integers(packed[..., : running.tile.value_offset].copy(), format_, head_dim)
+    steps = (codes.view(batch, kv_heads, -1, head_dim)[:, :, :length] - expected).abs()
+    assert steps.max() <= 1
+    assert steps.mean() < 1e-3
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("recipe", "accumulator"), RECIPE_VARIANTS[2:])
