@@ -111,9 +111,10 @@ class LookAlike:
         return result, replay
 
     def milliseconds(self, work: Callable[[], object]) -> float:
-        start = time.perf_counter()
+        # A clock of its own, which ticks with launches: real time would be the machine's load.
+        before = len(emulation.the_host().launches())
         work()
-        return (time.perf_counter() - start) * 1e3
+        return 1.0 + len(emulation.the_host().launches()) - before
 
     def attention(self, call: Call, recipe: str) -> Tensor:
         return kernel.run(
