@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.kernels.cuda import params
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
@@ -191,13 +191,16 @@ class Call:
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> None:
-        """Take the scratch memory; no length is zero.
+        """Look at the sizes, and take the scratch memory; no length is zero.
 
         Args:
             output: (B, H, Lq, Dv), the last stride 1.
             lse: float32 (B, H, Lq), dense, if it is wanted.
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
+
+        Raises:
+            InvalidAttentionError: a length that positions in the kernels do not hold.
         """
         self.target, self.kernels = target, kernels
         self.query, self.key, self.value = query, key, value
@@ -207,6 +210,11 @@ class Call:
         self.batch, self.heads, self.query_length, self.head_dim = query.shape
         self.kv_heads, self.key_length = key.shape[1], key.shape[2]
         self.group = self.heads // self.kv_heads
+        if max(self.query_length, self.key_length) >= _FAR:
+            raise InvalidAttentionError(
+                f"{self.query_length} queries and {self.key_length} keys; the CUDA kernels take "
+                f"fewer than {_FAR} of each; split the sequence"
+            )
         self.scale = semantics.scale_for(self.head_dim)
 
         # Query i sees the keys i + lower to i + upper; all keys that one sees count.

@@ -145,7 +145,21 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 
 
 @dataclass(frozen=True, slots=True)
-class StatisticsSpec(KernelSpec):
+class _QuantizerSpec(KernelSpec, ABC):
+    """What prepares operands: its blocks read tokens in rows of threads, 8 channels a thread."""
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Tokens that a block reads at once."""
+        return QUANTIZER_THREADS // (self.head_dim // _CHUNK)
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsSpec(_QuantizerSpec):
     """Sums of K and largest magnitudes of V over chunks of tokens."""
 
     value_head_dim: int
@@ -153,10 +167,6 @@ class StatisticsSpec(KernelSpec):
     kind: ClassVar[str] = "statistics"
     template: ClassVar[str] = "Statistics"
     params: ClassVar[struct.Struct] = params.STATISTICS
-
-    @property
-    def threads(self) -> int:
-        return QUANTIZER_THREADS
 
     @property
     def shared_bytes(self) -> int:
@@ -168,7 +178,7 @@ class StatisticsSpec(KernelSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class QuerySpec(KernelSpec):
+class QuerySpec(_QuantizerSpec):
     """Smoothing and quantization of Q; INT4 comes with Q smoothing."""
 
     qk: Format
@@ -178,12 +188,8 @@ class QuerySpec(KernelSpec):
     params: ClassVar[struct.Struct] = params.QUERY
 
     @property
-    def threads(self) -> int:
-        return QUANTIZER_THREADS
-
-    @property
     def shared_bytes(self) -> int:
-        rows = _rows_at_once(self.head_dim)
+        rows = self._rows_at_once
         groups = TILE_MMA.q_block // 4 * (rows // 8)
         return (rows * self.head_dim + groups) * _FLOAT_BYTES
 
@@ -193,7 +199,7 @@ class QuerySpec(KernelSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class KeySpec(KernelSpec):
+class KeySpec(_QuantizerSpec):
     """Smoothing and quantization of K; INT4 comes with Q smoothing, so with its term of K."""
 
     qk: Format
@@ -203,12 +209,8 @@ class KeySpec(KernelSpec):
     params: ClassVar[struct.Struct] = params.KEY
 
     @property
-    def threads(self) -> int:
-        return QUANTIZER_THREADS
-
-    @property
     def shared_bytes(self) -> int:
-        rows = _rows_at_once(self.head_dim)
+        rows = self._rows_at_once
         smoothed = TILE_MMA.kv_block * (self.head_dim + _BANK_PADDING)
         return (rows + (smoothed if self.qk is Format.INT4 else 0)) * _FLOAT_BYTES
 
@@ -218,7 +220,7 @@ class KeySpec(KernelSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class ValueSpec(KernelSpec):
+class ValueSpec(_QuantizerSpec):
     """Quantization of V, transposed, in the order of tokens that P has; ``head_dim`` is V's."""
 
     pv: Format
@@ -227,10 +229,6 @@ class ValueSpec(KernelSpec):
     kind: ClassVar[str] = "value"
     template: ClassVar[str] = "QuantizeValue"
     params: ClassVar[struct.Struct] = params.VALUE
-
-    @property
-    def threads(self) -> int:
-        return QUANTIZER_THREADS
 
     @property
     def shared_bytes(self) -> int:
@@ -334,8 +332,3 @@ class KeyValueTile:
 
 def _cpp(truth: bool) -> str:
     return "true" if truth else "false"
-
-
-def _rows_at_once(head_dim: int) -> int:
-    """Tokens that a quantizer's block reads at once, 8 channels a thread."""
-    return QUANTIZER_THREADS // (head_dim // _CHUNK)

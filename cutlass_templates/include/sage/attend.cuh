@@ -7,6 +7,7 @@
 // its operand of P V.
 #pragma once
 
+#include <sage/mask.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/tile.cuh>
@@ -184,37 +185,10 @@ class Attend {
             for (int i = 0; i < 2; ++i) {
                 int const key = first_column + atom * 8 + i;
                 if (key >= p_.key_length) continue;
-                float const added = bias(of_row + key * p_.mask.key_stride);
+                float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
                 x[atom][i] = added == -infinity() ? added : x[atom][i] + added;
             }
         }
-    }
-
-    // What the mask adds to a score, in units of log 2: finite stays finite.
-    SAGE_DEVICE float bias(int64_t index) const {
-        float natural;
-        switch (p_.mask.kind) {
-            case MaskKind::kBool: {
-                uint8_t const visible =
-                    arch::load_global(static_cast<uint8_t const*>(p_.mask.data) + index);
-                return visible != 0 ? 0.0f : -infinity();
-            }
-            case MaskKind::kHalf:
-                natural = arch::unpack_half(
-                              arch::load_global(static_cast<uint16_t const*>(p_.mask.data) + index))
-                              .x;
-                break;
-            case MaskKind::kBfloat16:
-                natural = arch::unpack_bfloat16(
-                              arch::load_global(static_cast<uint16_t const*>(p_.mask.data) + index))
-                              .x;
-                break;
-            default:
-                natural = arch::load_global(static_cast<float const*>(p_.mask.data) + index);
-        }
-        if (natural == infinity() || natural == -infinity()) return natural;
-        float const scaled = natural * kLog2E;
-        return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
     }
 
     SAGE_DEVICE void copy_shown(int place, int tile) const {

@@ -40,7 +40,7 @@ struct Int8 {
     using Atom = arch::MmaS8;
 };
 
-// Formats of P and V. kWeightFactor is what makes P in [0, 1] fill the range of its format.
+// Formats of P and V. 2^kLog2WeightFactor is what makes P in [0, 1] fill the range of its format.
 struct E4m3 {
     static constexpr int kBits = 8;
     static constexpr float kLimit = 448.0f;

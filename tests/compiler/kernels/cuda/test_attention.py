@@ -547,3 +547,33 @@ def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
     loader = broken(kind, replacing(old, new))
     with pytest.raises(AssertionError):
         assert_right(MANY_BLOCKS, "int4_fp16", Accumulator.FP32, kernels=loader)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
+        ("attend", "if (shown != kHidesAll) {", "if (shown == kMixed) {"),
+        ("attend", "capped(x[atom][i] + row_term)", "x[atom][i] * kLog2E"),
+        ("attend", "if (p_.sinks != nullptr) {", "if (false) {"),
+        ("statistics", "seen & kCounts ? sum + x : sum", "sum + x"),
+        ("key", "counted_keys(p.counts, head, p.first_key, p.end_key)", "100.0f"),
+        ("query", "seen.of(token(t)) != 0", "true"),
+    ],
+)
+def test_a_mask_softcap_or_sink_left_out_is_noticed(kind: str, old: str, new: str) -> None:
+    """Whole tiles hidden, shown and mixed, rows that see nothing, keys that do not count."""
+    call = make_call(200, 320, 64, torch.float16, softcap=3.0, sinks=True)
+    mask = torch.zeros(200, 320)
+    mask[:, 64:128] = -inf
+    mask[:, 300:] = -1e4
+    mask[::3, 130:190] = -2.0
+    mask[150:180] = -inf
+    # Before the first query that sees a key, what is read counts too unless the flags are heeded.
+    call.query[:, :, 150:180] = 50.0
+    call.key[:, :, 300:] = 20.0
+    call = dataclasses.replace(call, attn_mask=mask)
+    assert_right(call, "int4_fp16", Accumulator.FP32)
+    # DriverError: what is read outside of the tensors ends the launch.
+    with pytest.raises((AssertionError, DriverError)):
+        assert_right(call, "int4_fp16", Accumulator.FP32, kernels=broken(kind, replacing(old, new)))

@@ -26,24 +26,12 @@ from sage_compiler.kernels.cuda.spec import (
     StatisticsSpec,
     ValueSpec,
 )
+from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 
 LEAN = Resources(registers=200, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
-S8_E4M3 = AttendSpec(
-    "sm_89",
-    "float16",
-    128,
-    128,
-    False,
-    False,
-    False,
-    Format.INT8,
-    Format.FP8,
-    Accumulator.FP32,
-    16,
-    2,
-)
+S8_E4M3 = variant("sm_89", "float16", 128, "int8_fp8").attend
 S4_E4M3 = replace(S8_E4M3, qk=Format.INT4)
 S8_HALF = replace(S8_E4M3, arch="sm_80", pv=Format.FP16)
 PLUS_PLUS = replace(S8_E4M3, accumulator=Accumulator.FP16)

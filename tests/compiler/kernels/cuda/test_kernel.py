@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sage_compiler as sage
-from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.spec import ARCHS, AttendSpec, arch_of
@@ -134,6 +134,17 @@ def test_the_callers_stream_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
     check(output, exact, call.value, "int8_fp16")
     check_lse(lse, exact_lse.float(), "int8_fp16")
     assert {launch["stream"] for launch in the_host().launches()} == {4711}
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+def test_a_length_beyond_the_kernels_positions_is_refused() -> None:
+    call = make_call(1, 1, 64, torch.float16)
+    endless = call.key.expand(1, 1, 1 << 30, 64)
+    target = kernel.Target(ARCH, 0, 0, loader())
+    with pytest.raises(InvalidAttentionError, match="split the sequence"):
+        kernel.run(
+            target, call.query, endless, endless, call.semantics, want_lse=False, recipe="int8_fp8"
+        )
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))

@@ -6,77 +6,29 @@ from pathlib import Path
 
 from sage_compiler.kernels.cuda.render import INCLUDE, render, templates_digest
 from sage_compiler.kernels.cuda.spec import (
-    AttendSpec,
     KernelSpec,
     KeySpec,
     QuerySpec,
     StatisticsSpec,
     ValueSpec,
 )
+from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import ToySpec
 
+ATTEND = variant("sm_89", "float16", 64, "int8_fp8").attend
 SPECS: list[KernelSpec] = [
     StatisticsSpec("sm_89", "float16", 64, 64),
     QuerySpec("sm_89", "float16", 64, Format.INT8),
     KeySpec("sm_89", "float16", 64, Format.INT4),
     ValueSpec("sm_89", "bfloat16", 128, Format.FP8),
-    AttendSpec(
-        "sm_89",
-        "float16",
-        64,
-        64,
-        False,
-        False,
-        False,
-        Format.INT8,
-        Format.FP8,
-        Accumulator.FP32,
-        32,
-        2,
-    ),
-    AttendSpec(
-        "sm_89",
-        "float16",
-        64,
-        64,
-        False,
-        False,
-        False,
-        Format.INT8,
-        Format.FP8,
-        Accumulator.FP16,
-        32,
-        2,
-    ),
-    AttendSpec(
-        "sm_89",
-        "float16",
-        64,
-        64,
-        False,
-        False,
-        False,
-        Format.INT8,
-        Format.FP8,
-        Accumulator.FP32,
-        32,
-        3,
-    ),
-    AttendSpec(
-        "sm_89",
-        "float16",
-        64,
-        64,
-        False,
-        False,
-        False,
-        Format.INT8,
-        Format.FP8,
-        Accumulator.FP32,
-        16,
-        2,
-    ),
+    ATTEND,
+    replace(ATTEND, accumulator=Accumulator.FP16),
+    replace(ATTEND, stages=2),
+    replace(ATTEND, warp_rows=16),
+    replace(ATTEND, window=True),
+    replace(ATTEND, masked=True),
+    replace(ATTEND, softcap=True),
 ]
 
 
