@@ -6,22 +6,27 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from types import CodeType
+from typing import Any, Final
 
 from torch import fx
 from torch._logging._internal import trace_structured
+from torch.utils.weak import WeakIdKeyDictionary
 
 from sage_compiler import ops as ops  # registers sage::attention, which the rewrite inserts
 from sage_compiler import report as reporting
+from sage_compiler import steps
 from sage_compiler.config import Fallback, Options, parse_options
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
-from sage_compiler.passes import pipeline
+from sage_compiler.passes import identity, pipeline
 from sage_compiler.passes.normalize import tensor_of
 from sage_compiler.passes.pipeline import Decision
 from sage_compiler.passes.site import AttentionSite
+from sage_compiler.policy import Policy
 from sage_compiler.precision import AUTO, EXACT
 from sage_compiler.report import Report
 
@@ -59,10 +64,45 @@ def sage(
 
 
 def transform(gm: fx.GraphModule, options: Options) -> Report:
-    """Rewrite the graph of ``gm`` in place, all or nothing, and report on it."""
-    outcome = pipeline.run(gm, functools.partial(decide, options=options))
+    """Rewrite the graph of ``gm`` in place, all or nothing, and report on it.
+
+    Raises:
+        PolicyError: a policy that does not fit, with all differences; the graph is what it was.
+        KernelUnavailableError: no kernel serves an explicit recipe and fallback="error".
+    """
+    outcome = pipeline.run(
+        gm,
+        functools.partial(_decide_and_guard, options=options, model=_number_of_model()),
+        functools.partial(_accept, options=options),
+    )
     gm.recompile()
-    return reporting.describe(gm, outcome)
+    return reporting.describe(gm, outcome, options.policy)
+
+
+def _accept(sites: Sequence[AttentionSite], options: Options) -> None:
+    """Raises PolicyError when the policy, if there is one, does not fit these sites."""
+    policy = options.policy
+    if policy is not None and options.strict_policy:
+        found = (policy.difference(site.layer, site.fingerprint) for site in sites)
+        policy.require([text for text in found if text is not None])
+
+
+_models: Final[MutableMapping[CodeType, int]] = WeakIdKeyDictionary()
+
+
+def _number_of_model() -> int:
+    """Which of the functions compiled so far this is: recompilations are the same one."""
+    code = identity.captured_code()
+    if code is None:
+        return 0
+    return _models.setdefault(identity.written_code(code), len(_models) + 1)
+
+
+def _decide_and_guard(site: AttentionSite, options: Options, model: int) -> Decision:
+    decision = decide(site, options)
+    if options.guard is None or decision.recipe in (None, EXACT):
+        return decision
+    return replace(decision, guard=options.guard.of_layer(site.layer, model))
 
 
 def decide(site: AttentionSite, options: Options) -> Decision:
@@ -71,6 +111,8 @@ def decide(site: AttentionSite, options: Options) -> Decision:
     Raises:
         KernelUnavailableError: no kernel serves the explicit recipe and fallback="error".
     """
+    if options.policy is not None:
+        return _decide_by_policy(site, options, options.policy)
     precision = options.precision
     if precision == EXACT:
         return Decision(EXACT, "precision='exact': the unquantized operator")
@@ -80,22 +122,88 @@ def decide(site: AttentionSite, options: Options) -> Decision:
     found = registry.find(precision, problem)
     if isinstance(found, Kernel):
         return Decision(precision, f"precision={precision!r}, kernel {found.name()}")
+    return _without_kernel(site, options, precision, found.reason)
+
+
+def _without_kernel(site: AttentionSite, options: Options, recipe: str, refusal: str) -> Decision:
+    """What becomes of a recipe that was asked for and that no kernel serves here.
+
+    Raises:
+        KernelUnavailableError: fallback="error".
+    """
     match options.fallback:
         case Fallback.EMULATE:
-            return Decision(precision, f"emulated: {found.reason}")
+            return Decision(recipe, f"emulated: {refusal}")
         case Fallback.SDPA:
-            return Decision(None, f"{found.reason}; fallback='sdpa'")
+            return Decision(None, f"{refusal}; fallback='sdpa'")
         case Fallback.ERROR:
             raise KernelUnavailableError(
-                f"{site.layer}: {found.reason}; use fallback='emulate', fallback='sdpa' or "
+                f"{site.layer}: {refusal}; use fallback='emulate', fallback='sdpa' or "
                 "precision='auto'"
             )
+
+
+def _decide_by_policy(site: AttentionSite, options: Options, policy: Policy) -> Decision:
+    """What the policy says of one site; where it does not fit, the site is kept.
+
+    Raises:
+        KernelUnavailableError: no kernel serves a recipe of the policy and fallback="error".
+    """
+    difference = policy.difference(site.layer, site.fingerprint)
+    if difference is not None:
+        return Decision(None, f"strict_policy=False: {difference}")
+    choice = policy.layers[site.layer]
+    because = f"policy: {choice.reason}" if choice.reason else "policy"
+    decisions = {
+        recipe: _decide_recipe(site, options, recipe, because)
+        for recipe in dict.fromkeys(choice.recipes)
+    }
+    first = decisions[choice.recipes[0]]
+    if len(decisions) == 1:
+        return first
+    # Which one a call gets is known when it runs; what is kept is the exact operator then.
+    served = [decision for decision in decisions.values() if decision.recipe is not None]
+    if not served:
+        return first
+    table = tuple(decisions[recipe].recipe or EXACT for recipe in choice.recipes)
+    return Decision(
+        served[0].recipe,
+        "; ".join(dict.fromkeys(decision.reason for decision in decisions.values())),
+        min(
+            (decision.min_seq_len for decision in served),
+            key=lambda least: least != ops.SHIPPED_GATE,
+        ),
+        step_index=steps.index_tensor(len(table)),
+        step_recipes=table,
+    )
+
+
+def _decide_recipe(site: AttentionSite, options: Options, recipe: str, because: str) -> Decision:
+    """One recipe that a policy has for a site."""
+    if recipe == EXACT:
+        return Decision(None, because)
+    problem = _problem(site)
+    found = registry.find(recipe, problem)
+    if isinstance(found, registry.Unavailable):
+        decision = _without_kernel(site, options, recipe, found.reason)
+        return replace(decision, reason=f"{because}; {decision.reason}")
+    gate = found.gate(problem)
+    # What `auto` never takes by itself the policy does: it was measured.
+    least = OPEN if isinstance(gate, str) else gate
+    reason = f"{because}, kernel {found.name()}"
+    return _by_gate(site, options, registry.Default(recipe, reason, found, least))
 
 
 def _decide_auto(site: AttentionSite, options: Options, problem: Problem) -> Decision:
     default = registry.default(problem)
     if default.kernel is None:
         return Decision(None, f"precision='auto': {default.reason}")
+    return _by_gate(site, options, default)
+
+
+def _by_gate(site: AttentionSite, options: Options, default: registry.Default) -> Decision:
+    """Take the recipe and its kernel where the site is long enough; else the site is kept."""
+    assert default.kernel is not None
     least, gate = options.min_seq_len, default.gate
     if least is not None:
         gate = Gate(least, least)
@@ -188,7 +296,7 @@ def last_report() -> Report:
 
     Empty when there are none, never None.
     """
-    return Report(_last.sites, _last.graphs)
+    return Report(_last.sites, _last.graphs, _last.policies)
 
 
 def _publish(report: Report) -> None:
@@ -205,6 +313,7 @@ def _publish(report: Report) -> None:
 def _reset() -> None:
     _last.sites.clear()
     _last.graphs.clear()
+    _last.policies.clear()
 
 
 # torch._dynamo.reset() calls this attribute of every backend it has used.

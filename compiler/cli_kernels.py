@@ -14,13 +14,14 @@ from typing import Final, TypeVar
 
 from sage_compiler.errors import SageError, UsageError
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
-from sage_compiler.kernels.cuda.check import check, columns, table
+from sage_compiler.kernels.cuda.check import check, table
 from sage_compiler.kernels.cuda.manifest import Entry
 from sage_compiler.kernels.cuda.pack import build, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
 from sage_compiler.kernels.cuda.toolchain import NAMES, Compiler, find
 from sage_compiler.kernels.cuda.variants import all_specs
+from sage_compiler.text import columns
 
 Item = TypeVar("Item")
 

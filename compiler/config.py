@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Final
 
 from sage_compiler.errors import InvalidOptionError
-from sage_compiler.precision import AUTO, check_precision
+from sage_compiler.guard import Guard, parse_guard
+from sage_compiler.policy import Policy
+from sage_compiler.precision import AUTO, EXACT, check_precision
 
 
 class Fallback(StrEnum):
@@ -25,6 +28,9 @@ class Options:
 
     Attributes:
         precision: "auto", "exact" or a recipe's name, for every site.
+        policy: the recipe of every layer; with "auto" only.
+        strict_policy: whether a layer that the policy does not fit is an error; else it is kept.
+        guard: compares a part of the calls with exact attention; None: no calls.
         min_seq_len: with "auto", attention with fewer queries or keys than this is kept; None
             takes the device's default, 0 switches the gate off.
         fallback: "emulate", "sdpa" or "error" for an explicit recipe without a kernel here.
@@ -33,6 +39,9 @@ class Options:
     """
 
     precision: str = AUTO
+    policy: Policy | None = None
+    strict_policy: bool = True
+    guard: Guard | None = None
     min_seq_len: int | None = None
     fallback: Fallback = Fallback.EMULATE
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -52,6 +61,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     Raises:
         InvalidOptionError: an unknown key (the message lists the known ones), or a value that
             its key cannot have.
+        PolicyError: the policy's file cannot be read.
     """
     given = dict(options or {})
     unknown = sorted(set(given) - set(KNOWN), key=str)
@@ -61,13 +71,46 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
     if mode is not None and given.get("mode") not in (None, mode):
         raise InvalidOptionError(f"mode={mode!r} and the option mode={given['mode']!r}; give one")
     precision = check_precision(given.get("precision", AUTO))
+    policy = _policy(given.get("policy"), precision)
     return Options(
         precision=precision,
+        policy=policy,
+        strict_policy=_strict_policy(given.get("strict_policy", True)),
+        guard=_parse_guard(given.get("guard"), policy, precision),
         min_seq_len=_min_seq_len(given.get("min_seq_len"), precision),
         fallback=_fallback(given.get("fallback", Fallback.EMULATE)),
         inductor=_inductor(given.get("inductor", {})),
         mode=_mode(mode if mode is not None else given.get("mode")),
     )
+
+
+def _policy(value: object, precision: str) -> Policy | None:
+    if value is None:
+        return None
+    if precision != AUTO:
+        raise InvalidOptionError(
+            f"a policy with precision={precision!r}; the policy chooses the precision: leave it "
+            "'auto'"
+        )
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return Policy.load(value)
+    raise InvalidOptionError(f"policy={value!r}; it must be a sage.Policy or the path of one")
+
+
+def _strict_policy(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidOptionError(f"strict_policy={value!r}; it must be True or False")
+    return value
+
+
+def _parse_guard(value: object, policy: Policy | None, precision: str) -> Guard | None:
+    if value is None or isinstance(value, Guard):
+        return value
+    if precision == EXACT:
+        raise InvalidOptionError("guard with precision='exact'; there is nothing to guard")
+    return parse_guard(value, {} if policy is None else policy.calibration.budget)
 
 
 def _min_seq_len(value: object, precision: str) -> int | None:

@@ -17,6 +17,10 @@ class KernelUnavailableError(SageError, RuntimeError):
     """No kernel serves the requested recipe on this device, and emulation was refused."""
 
 
+class PolicyError(SageError, ValueError):
+    """A policy that is malformed, or that does not fit the model it is applied to."""
+
+
 class UsageError(SageError):
     """A command line that names something that is not there."""
 

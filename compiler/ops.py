@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sage_compiler import gradient
+from sage_compiler import guard as guards
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
 from sage_compiler.kernels.kernel import Problem
@@ -39,7 +40,8 @@ ARGUMENTS: Final = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str mask_class='none', "
     "float? scale=None, str recipe='exact', str dead_rows='zero', float? softcap=None, "
     "Tensor? sinks=None, int window_left=-1, int window_right=-1, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None, Tensor? step=None, str[]? step_recipes=None, int min_seq_len=0"
+    "Tensor? cu_seqlens_k=None, Tensor? step=None, str[]? step_recipes=None, int min_seq_len=0, "
+    "str guard=''"
 )
 
 # As min_seq_len: the least lengths that `auto` has for the kernel, where and when the call runs.
@@ -156,6 +158,7 @@ def _general(
     step: Tensor | None = None,
     step_recipes: list[str] | None = None,
     min_seq_len: int = 0,
+    guard: str = "",
     *,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -174,14 +177,19 @@ def _general(
         check_precision(name)
     recipe = _recipe_of_step(recipe, step, step_recipes)
 
-    def serve(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return _serve(q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, want_lse)
+    def compute(recipe: str) -> tuple[Tensor, Tensor]:
+        def serve(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return _serve(q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, want_lse)
 
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        output, lse = serve(query, key, value)
-    else:
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            return serve(query, key, value)
         parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
-        output, lse = join(parts, query, value)
+        return join(parts, query, value)
+
+    if guard and recipe != EXACT:
+        output, lse = guards.run(guard, lambda: compute(recipe), lambda: compute(EXACT))
+    else:
+        output, lse = compute(recipe)
     return in_layout(output, query), lse.contiguous()
 
 
@@ -234,7 +242,8 @@ def _recipe_of_step(recipe: str, step: Tensor | None, step_recipes: list[str] | 
     index = int(step.item())
     if not 0 <= index < len(step_recipes):
         raise InvalidAttentionError(
-            f"step {index} with a table of {len(step_recipes)} recipes; it must be in range"
+            f"step {index} with a table of {len(step_recipes)} recipes; it must be in range. Where "
+            "a policy depends on the timestep, call sage.set_step(step, total) before the model"
         )
     return step_recipes[index]
 
@@ -260,6 +269,7 @@ def _fake_attention(
     step: Tensor | None = None,
     step_recipes: list[str] | None = None,
     min_seq_len: int = 0,
+    guard: str = "",
 ) -> Tensor:
     check_arguments(
         query, key, value, attn_mask, sinks, cu_seqlens_q, cu_seqlens_k, step, step_recipes

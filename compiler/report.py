@@ -6,7 +6,7 @@ import json
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -15,6 +15,9 @@ from torch import fx
 from sage_compiler.passes.pipeline import Outcome
 from sage_compiler.passes.site import AttentionSite, Shape
 from sage_compiler.passes.snapshot import Snapshot
+from sage_compiler.policy import LayerPolicy, Policy
+from sage_compiler.precision import EXACT
+from sage_compiler.text import columns, count
 
 VERSION: Final = 1  # of the JSON form
 REWRITE: Final = "rewrite"
@@ -23,7 +26,7 @@ KEEP: Final = "keep"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One attention of a compiled graph; every field is text or a tuple of sizes.
+    """One attention of a compiled graph; fields are text or tuples of sizes, but for measurements.
 
     Attributes:
         layer: qualified module name and ordinal, ``encoder.layer.0.attention.self#0``.
@@ -34,9 +37,14 @@ class Site:
         kv_shape: (B, Hkv, Lk, Dv).
         heads: ``12`` or, grouped, ``32 over 8``.
         mask: the mask in a few words; proof: why it is that.
-        recipe: the operator's recipe; "" when kept.
+        recipe: the operator's recipe, those of the ranges of timesteps by "/" where they differ;
+            "" when kept.
         decision: "rewrite" or "keep"; reason: why.
         source: ``file:line: code`` that wrote it.
+        cosine, rel_l1: errors of the recipe in calibration, the worst over its inputs; None where
+            no policy says.
+        seconds, exact_seconds: time of the layer's attention for one input, with the recipe and
+            exact, as the policy predicts it; None where no policy says.
     """
 
     layer: str
@@ -51,15 +59,34 @@ class Site:
     decision: str
     reason: str
     source: str
+    cosine: float | None = None
+    rel_l1: float | None = None
+    seconds: float | None = None
+    exact_seconds: float | None = None
 
 
 class GraphPair:
-    """One captured graph before and after rewriting."""
+    """One captured graph before and after rewriting.
 
-    def __init__(self, root: fx.GraphModule, before: Snapshot, after: Snapshot) -> None:
+    Attributes:
+        sites: the attentions of this graph, in its order.
+        nodes: for each of them, the names of the nodes of ``before`` that compute it, first to
+            last. In ``after``, what was inserted for it has its layer as ``meta["sage_layer"]``.
+    """
+
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        before: Snapshot,
+        after: Snapshot,
+        sites: Sequence[Site],
+        nodes: Sequence[tuple[str, ...]],
+    ) -> None:
         self._root = root
         self._before = before
         self._after = after
+        self.sites = tuple(sites)
+        self.nodes = tuple(nodes)
 
     @property
     def before(self) -> fx.GraphModule:
@@ -78,11 +105,18 @@ class Report:
     Attributes:
         sites: all of them, in order of capture.
         graphs: before and after of each captured graph.
+        policies: those that chose recipes, each once.
     """
 
-    def __init__(self, sites: Iterable[Site] = (), graphs: Iterable[GraphPair] = ()) -> None:
+    def __init__(
+        self,
+        sites: Iterable[Site] = (),
+        graphs: Iterable[GraphPair] = (),
+        policies: Iterable[Policy] = (),
+    ) -> None:
         self.sites: list[Site] = list(sites)
         self.graphs: list[GraphPair] = list(graphs)
+        self.policies: list[Policy] = list(policies)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -95,9 +129,10 @@ class Report:
         return [site for site in self.sites if site.decision == KEEP]
 
     def extend(self, other: Report) -> None:
-        """Add the sites and graphs of another report."""
+        """Add the sites, graphs and policies of another report."""
         self.sites.extend(other.sites)
         self.graphs.extend(other.graphs)
+        self.policies.extend(each for each in other.policies if each not in self.policies)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, without the graphs."""
@@ -120,8 +155,8 @@ class Report:
             file.write("\n")
 
     def __str__(self) -> str:
-        found = _count(len(self.sites), "attention site")
-        graphs = _count(len(self.graphs), "graph")
+        found = count(len(self.sites), "attention site")
+        graphs = count(len(self.graphs), "graph")
         lines = [
             f"sage: {found} in {graphs}: {len(self.rewritten)} rewritten, {len(self.kept)} kept"
         ]
@@ -132,11 +167,15 @@ class Report:
         return f"Report({len(self.rewritten)} rewritten, {len(self.kept)} kept)"
 
 
-def describe(gm: fx.GraphModule, outcome: Outcome) -> Report:
-    """The report of one graph, which the passes have just left."""
-    sites = []
+def describe(gm: fx.GraphModule, outcome: Outcome, policy: Policy | None = None) -> Report:
+    """The report of one graph, which the passes have just left, deciding by ``policy`` if any."""
+    sites, nodes = [], []
     for finding, decision in outcome.findings:
         mask = finding.mask if isinstance(finding, AttentionSite) else None
+        interior = finding.interior if isinstance(finding, AttentionSite) else ()
+        nodes.append(tuple(node.name for node in (*interior, finding.node)))
+        choice = None if policy is None else policy.layers.get(finding.layer)
+        errors = None if choice is None or decision.recipe is None else choice.errors
         sites.append(
             Site(
                 layer=finding.layer,
@@ -147,13 +186,25 @@ def describe(gm: fx.GraphModule, outcome: Outcome) -> Report:
                 heads=_heads(finding.q_shape, finding.kv_shape),
                 mask=mask.text if mask else "",
                 proof=mask.proof if mask else "",
-                recipe=decision.recipe or "",
+                recipe="/".join(decision.step_recipes) or decision.recipe or "",
                 decision=KEEP if decision.recipe is None else REWRITE,
                 reason=decision.reason,
                 source=finding.source,
+                cosine=None if errors is None else errors.cosine,
+                rel_l1=None if errors is None else errors.rel_l1,
+                seconds=_seconds(choice, decision.recipe),
+                exact_seconds=None if choice is None else choice.seconds.get(EXACT),
             )
         )
-    return Report(sites, [GraphPair(gm, outcome.before, Snapshot(gm.graph))])
+    pair = GraphPair(gm, outcome.before, Snapshot(gm.graph), sites, nodes)
+    return Report(sites, [pair], [] if policy is None else [policy])
+
+
+def _seconds(choice: LayerPolicy | None, recipe: str | None) -> float | None:
+    """The predicted time of what became of a layer."""
+    if choice is None:
+        return None
+    return choice.seconds.get(EXACT) if recipe is None else choice.predicted_seconds
 
 
 def _heads(q_shape: Shape, kv_shape: Shape) -> str:
@@ -161,10 +212,6 @@ def _heads(q_shape: Shape, kv_shape: Shape) -> str:
         return ""
     query, key = q_shape[1], kv_shape[1]
     return f"{query}" if query == key else f"{query} over {key}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shape(shape: Shape) -> str:
@@ -181,21 +228,15 @@ def _table(sites: list[Site]) -> list[str]:
         (site.layer, _shape(site.q_shape), _shape(site.kv_shape), site.mask, site.recipe)
         for site in sites
     ]
-    widths = [max(len(row[at]) for row in (_COLUMNS, *rows)) for at in range(len(_COLUMNS))]
-
-    def line(row: tuple[str, ...]) -> str:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        return ("  " + "  ".join(cells)).rstrip()
-
-    lines = ["rewritten:", line(_COLUMNS), *(line(row) for row in rows)]
+    lines = ["rewritten:", *columns([_COLUMNS, *rows], "  ")]
     proofs = Counter((site.mask, site.proof) for site in sites)
     lines += [
-        f"  mask {mask}: {proof} ({_count(number, 'site')})"
+        f"  mask {mask}: {proof} ({count(number, 'site')})"
         for (mask, proof), number in proofs.items()
     ]
     reasons = Counter((site.recipe, site.reason) for site in sites)
     lines += [
-        f"  recipe {recipe}: {reason} ({_count(number, 'site')})"
+        f"  recipe {recipe}: {reason} ({count(number, 'site')})"
         for (recipe, reason), number in reasons.items()
     ]
     return lines
@@ -208,7 +249,7 @@ def _kept(sites: list[Site]) -> list[str]:
         groups.setdefault((site.form, site.reason, site.source), []).append(site)
     lines = []
     for (form, reason, source), members in groups.items():
-        lines.append(f"kept, {_count(len(members), 'site')} ({form}):")
+        lines.append(f"kept, {count(len(members), 'site')} ({form}):")
         lines += textwrap.wrap(reason, 96, initial_indent="  ", subsequent_indent="  ")
         lines += [
             f"  - {site.layer} {_shape(site.q_shape)}".removesuffix(" ()") for site in members

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from sage_compiler.errors import RewriteError
 from sage_compiler.passes.detect import detect
@@ -24,11 +24,17 @@ class Decision:
         reason: why, in one sentence.
         min_seq_len: the operator's run-time gate where lengths are not known; 0: none, -1: that
             of its kernel.
+        step_recipes: by range of timesteps, where ``recipe`` is not the same in all of them;
+            ``step_index`` is the tensor that holds the range at run time.
+        guard: the operator's guard, "" for none.
     """
 
     recipe: str | None
     reason: str
     min_seq_len: int = 0
+    step_index: Tensor | None = None
+    step_recipes: tuple[str, ...] = ()
+    guard: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +50,35 @@ class Outcome:
     before: Snapshot
 
 
-def run(gm: fx.GraphModule, decide: Callable[[AttentionSite], Decision]) -> Outcome:
+def run(
+    gm: fx.GraphModule,
+    decide: Callable[[AttentionSite], Decision],
+    accept: Callable[[Sequence[AttentionSite]], None] = lambda sites: None,
+) -> Outcome:
     """Find every attention of ``gm``, decide on each, and rewrite its graph in place.
 
-    ``decide`` may raise to refuse the whole graph; then nothing has happened. A rewrite that
-    fails its checks is taken back, and the reasons say so.
+    ``accept``, which sees all proved sites at once, and ``decide`` may raise to refuse the whole
+    graph; then nothing has happened. A rewrite that fails its checks is taken back, and the reasons
+    say so.
     """
     before = Snapshot(gm.graph)
+    findings = detect(gm)
+    accept([finding for finding in findings if isinstance(finding, AttentionSite)])
     decided: list[tuple[Finding, Decision]] = [
         (finding, decide(finding))
         if isinstance(finding, AttentionSite)
         else (finding, Decision(None, finding.reason))
-        for finding in detect(gm)
+        for finding in findings
     ]
     replacements = [
-        Replacement(finding, decision.recipe, decision.min_seq_len)
+        Replacement(
+            finding,
+            decision.recipe,
+            decision.min_seq_len,
+            step_index=decision.step_index,
+            step_recipes=decision.step_recipes,
+            guard=decision.guard,
+        )
         for finding, decision in decided
         if isinstance(finding, AttentionSite) and decision.recipe is not None
     ]

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import maybe_get_fake_mode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -38,11 +39,17 @@ class Replacement:
         recipe: a recipe's name, "exact" or "auto".
         min_seq_len: the operator's run-time gate for lengths not known here; 0: none, -1: that of
             its kernel.
+        step_index, step_recipes: the tensor that holds the range of timesteps at run time, and the
+            recipe of each range; None and empty: ``recipe`` serves all of them.
+        guard: the operator's guard, "" for none.
     """
 
     site: AttentionSite
     recipe: str
     min_seq_len: int = 0
+    step_index: Tensor | None = None
+    step_recipes: tuple[str, ...] = ()
+    guard: str = ""
 
 
 def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionSite, str]:
@@ -96,12 +103,17 @@ def _replace(
             node = graph.call_function(target, args, kwargs)
             values = fx.map_arg((args, kwargs), _value)
             node.meta = {key: old.meta[key] for key in _INHERITED if key in old.meta}
+            node.meta[LAYER_KEY] = site.layer
             node.meta[_value_key(old)] = trial.run(target, *values, expected, casts)
             inserted.append(node)
             return node
 
         try:
-            new = _call_operator(call, replacement, now)
+            index = None
+            if replacement.step_recipes:
+                index = _index_of_step(graph, replacement, _value_key(old), expected)
+                inserted.append(index)
+            new = _call_operator(call, replacement, now, index)
             new = _finish(call, site.result, new, now)
             if expected.dim() == 3 and site.result is RESULT:
                 new = call(_aten.squeeze.dim, new, 0)
@@ -114,11 +126,14 @@ def _replace(
         for node in reversed(inserted):
             graph.erase_node(node)
         return f"the replacement failed its check: {reason}"
-    new.meta = dict(old.meta)  # its example value too: just checked to be alike
+    # Its example value too: just checked to be alike.
+    new.meta = old.meta | {LAYER_KEY: site.layer}
     old.replace_all_uses_with(new)
     now[old] = new  # a later site may read this one
     return None
 
+
+LAYER_KEY: Final = "sage_layer"  # of the metadata of inserted nodes: the layer they belong to
 
 # Where a replaced node came from, for whoever reads the new graph.
 _INHERITED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
@@ -134,7 +149,9 @@ def _finish(call: Any, result: Value, made: fx.Node, now: Mapping[fx.Node, fx.No
     return final
 
 
-def _call_operator(call: Any, replacement: Replacement, now: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _call_operator(
+    call: Any, replacement: Replacement, now: Mapping[fx.Node, fx.Node], index: fx.Node | None
+) -> fx.Node:
     site = replacement.site
     semantics = site.semantics
 
@@ -160,9 +177,10 @@ def _call_operator(call: Any, replacement: Replacement, now: Mapping[fx.Node, fx
         (semantics.window_right, UNBOUNDED),
         (None, None),  # cu_seqlens_q
         (None, None),  # cu_seqlens_k
-        (None, None),  # step
-        (None, None),  # step_recipes
+        (index, None),  # step
+        (list(replacement.step_recipes) or None, None),
         (replacement.min_seq_len, 0),
+        (replacement.guard, ""),
     ]
     while arguments and arguments[-1][0] == arguments[-1][1]:
         arguments.pop()
@@ -182,6 +200,26 @@ def _outside_autocast(call: Any, device_type: str) -> Iterator[None]:
     entered = call(_enter_autocast, device_type, None, False, None)
     yield
     call(_exit_autocast, entered)
+
+
+def _index_of_step(
+    graph: fx.Graph, replacement: Replacement, value_key: str, output: Tensor
+) -> fx.Node:
+    """A node for the tensor that holds the range of timesteps: a buffer, read in every call."""
+    tensor, root = replacement.step_index, graph.owning_module
+    assert tensor is not None and root is not None
+    name = f"sage_step_of_{len(replacement.step_recipes)}"
+    if not hasattr(root, name):
+        root.register_buffer(name, tensor, persistent=False)
+        # Dynamo's graphs say of every buffer where it comes from; others have no such table.
+        sources = getattr(root, "_param_name_to_source", None)
+        if sources is not None:
+            sources[name] = ConstantSource(name)
+    node = graph.get_attr(name)
+    fake_mode = maybe_get_fake_mode(output)
+    node.meta[value_key] = tensor if fake_mode is None else fake_mode.from_tensor(tensor)
+    node.meta[LAYER_KEY] = replacement.site.layer
+    return node
 
 
 def _share_batch(

@@ -6,6 +6,8 @@ import pytest
 
 from sage_compiler.config import KNOWN, Fallback, Options, parse_options
 from sage_compiler.errors import InvalidOptionError
+from sage_compiler.guard import Action, Guard
+from sage_compiler.policy import LayerPolicy, Policy
 
 
 def test_nothing_given_is_the_default() -> None:
@@ -13,16 +15,30 @@ def test_nothing_given_is_the_default() -> None:
 
 
 def test_every_option_is_read() -> None:
+    layer = LayerPolicy(("q4 kv4 d16 dv16 none",), ("int8_int8",))
+    policy = Policy({"layers.0#0": layer}, target="cpu")
     parsed = parse_options(
         {
             "precision": "auto",
+            "policy": policy,
+            "strict_policy": False,
+            "guard": {"fraction": 0.5, "cosine": 0.99, "action": "demote"},
             "min_seq_len": 7,
             "fallback": "sdpa",
             "inductor": {"max_autotune": True},
             "mode": "reduce-overhead",
         }
     )
-    assert parsed == Options("auto", 7, Fallback.SDPA, {"max_autotune": True}, "reduce-overhead")
+    assert parsed == Options(
+        precision="auto",
+        policy=policy,
+        strict_policy=False,
+        guard=Guard(0.5, {"cosine": 0.99}, Action.DEMOTE),
+        min_seq_len=7,
+        fallback=Fallback.SDPA,
+        inductor={"max_autotune": True},
+        mode="reduce-overhead",
+    )
 
 
 def test_unknown_options_list_the_known_ones() -> None:

@@ -16,10 +16,11 @@ from tests.packaging.layout import PACKAGE_DIRS, ROOT, modules
 
 PACKAGE: Final = "sage_compiler"
 
-VOCABULARY: Final = ("errors", "precision", "semantics")
-OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "ops", "functional")
-RUNTIME: Final = (*VOCABULARY, *OPERATOR, "packed_kv")
-DECISION: Final = (*VOCABULARY, "config", "passes", "policy", "report")
+VOCABULARY: Final = ("errors", "precision", "semantics", "text")
+MEASURES: Final = (*VOCABULARY, "metrics")
+OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
+RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
+DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
 MEETING: Final = ("fence", "backend", "explain", "prepare", "cli_kernels", "cli")
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
@@ -29,20 +30,25 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "errors": (),
     "precision": ("errors",),
     "semantics": ("errors",),
-    "config": VOCABULARY,
+    "text": (),
+    "metrics": VOCABULARY,
+    "steps": VOCABULARY,
+    "guard": MEASURES,
+    "config": (*MEASURES, "guard", "policy"),
     # the operator: what runs
     "cutlass_templates": (),
     "validate": VOCABULARY,
     "kernels": (*VOCABULARY, "cutlass_templates"),
     "packed": VOCABULARY,
     "gradient": (*VOCABULARY, "packed", "kernels"),
-    "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient"),
+    "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient", "guard"),
     "functional": (*VOCABULARY, "ops"),
     "packed_kv": (*VOCABULARY, "validate", "kernels", "functional"),
     # the graph: what is found and decided
     "passes": VOCABULARY,
-    "policy": (*VOCABULARY, "passes"),
-    "report": (*VOCABULARY, "passes"),
+    "policy_json": VOCABULARY,
+    "policy": (*MEASURES, "policy_json"),
+    "report": (*MEASURES, "passes", "policy"),
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
@@ -54,7 +60,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
 }
 
 # These are read without a compiler at hand: by tools, by exported models, by other rooms' tests.
-WITHOUT_DYNAMO: Final = ("errors", "precision", "semantics", "config", "passes.site")
+WITHOUT_DYNAMO: Final = ("errors", "precision", "semantics", "policy", "config", "passes.site")
 
 
 def imported_names(source: str, module: str, *, is_package: bool = False) -> Iterator[str]:

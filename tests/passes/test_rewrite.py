@@ -294,7 +294,7 @@ def test_the_gate_is_an_argument() -> None:
     pipeline.run(gm, lambda site: Decision("auto", "", min_seq_len=17))
     (call,) = operators(gm.graph)
     schema = [given.name for given in OPERATOR._schema.arguments]
-    given = dict(zip(schema, call.args, strict=True))
+    given = dict(zip(schema, call.args, strict=False))  # trailing defaults are left out
     assert given["recipe"] == "auto"
     assert given["min_seq_len"] == 17
 

@@ -28,6 +28,7 @@ from sage_compiler.kernels.cuda.spec import (
 )
 from sage_compiler.kernels.cuda.toolchain import Compiler
 from sage_compiler.precision import RECIPES, Accumulator, Format
+from sage_compiler.text import columns
 
 # Bytes per thread. A variant that is nobody's default may keep a few rarely used registers in
 # local memory.
@@ -181,15 +182,6 @@ def table(rows: Iterable[Row]) -> str:
         notes += [f"{row.symbol}: {problem}" for problem in row.problems]
         notes += [f"{row.symbol}: {line}" for line in row.warnings.splitlines()]
     return "\n".join([*columns(lines), *([""] if notes else []), *notes])
-
-
-def columns(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells, the first one the heading, in columns as wide as they need."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
 
 
 def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -> Row:
