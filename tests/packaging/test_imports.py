@@ -21,7 +21,18 @@ MEASURES: Final = (*VOCABULARY, "metrics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
-MEETING: Final = ("fence", "backend", "explain", "prepare", "cli_kernels", "cli")
+MEETING: Final = (
+    "fence",
+    "backend",
+    "capture",
+    "machine",
+    "calibration",
+    "calibrate",
+    "explain",
+    "prepare",
+    "cli_kernels",
+    "cli",
+)
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
@@ -53,7 +64,11 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     # where both meet, and Inductor
     "fence": (),
     "backend": (*RUNTIME, *DECISION, "fence"),
-    "explain": (*RUNTIME, *DECISION, "backend"),
+    "capture": (*VOCABULARY, "passes"),
+    "machine": (*VOCABULARY, "kernels"),
+    "explain": (*RUNTIME, *DECISION, "backend", "capture"),
+    "calibration": (*RUNTIME, "capture", "machine", "passes", "policy_json", "rates"),
+    "calibrate": (*RUNTIME, *DECISION, "calibration", "machine", "rates"),
     "cli_kernels": (*VOCABULARY, "kernels"),
     "cli": ANYTHING,
     "": ANYTHING,
