@@ -21,7 +21,7 @@ MEASURES: Final = (*VOCABULARY, "metrics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
-MEETING: Final = ("fence", "backend", "explain", "prepare", "cli_kernels", "cli")
+MEETING: Final = ("fence", "rates", "backend", "explain", "prepare", "cli_kernels", "cli")
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
@@ -52,6 +52,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
+    "rates": (*VOCABULARY, "kernels"),
     "backend": (*RUNTIME, *DECISION, "fence"),
     "explain": (*RUNTIME, *DECISION, "backend"),
     "cli_kernels": (*VOCABULARY, "kernels"),
