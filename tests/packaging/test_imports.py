@@ -23,6 +23,7 @@ RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
 MEETING: Final = (
     "fence",
+    "rates",
     "backend",
     "capture",
     "machine",
@@ -63,6 +64,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
+    "rates": (*VOCABULARY, "kernels"),
     "backend": (*RUNTIME, *DECISION, "fence"),
     "capture": (*VOCABULARY, "passes"),
     "machine": (*VOCABULARY, "kernels"),
