@@ -472,7 +472,7 @@ def test_unknown_members_are_refused(path: Path, data: Any, at: tuple[Any, ...])
         (("calibration", "versions"), {"torch": 2}, "versions holds 2; it must hold strings"),
         (("calibration", "end_to_end"), 1, "calibration.end_to_end is 1; it must be an object"),
     ],
-    ids=lambda value: value[-1] if isinstance(value, tuple) and value else None,
+    ids=lambda value: str(value[-1] if isinstance(value, tuple) and value else value)[:40],
 )
 def test_complaints_say_what_is_wrong_and_where(
     path: Path, data: Any, at: tuple[Any, ...], value: object, words: str
