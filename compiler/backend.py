@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -88,6 +89,7 @@ def _accept(sites: Sequence[AttentionSite], options: Options) -> None:
 
 
 _models: Final[MutableMapping[CodeType, int]] = WeakIdKeyDictionary()
+_numbers: Final = itertools.count(1)  # never again that of a function that is gone
 
 
 def _number_of_model() -> int:
@@ -95,7 +97,10 @@ def _number_of_model() -> int:
     code = identity.captured_code()
     if code is None:
         return 0
-    return _models.setdefault(identity.written_code(code), len(_models) + 1)
+    written = identity.written_code(code)
+    if written not in _models:
+        _models[written] = next(_numbers)
+    return _models[written]
 
 
 def _decide_and_guard(site: AttentionSite, options: Options, model: int) -> Decision:
@@ -137,9 +142,9 @@ def _without_kernel(site: AttentionSite, options: Options, recipe: str, refusal:
         case Fallback.SDPA:
             return Decision(None, f"{refusal}; fallback='sdpa'")
         case Fallback.ERROR:
+            other = "precision='auto'" if options.policy is None else "a policy for this device"
             raise KernelUnavailableError(
-                f"{site.layer}: {refusal}; use fallback='emulate', fallback='sdpa' or "
-                "precision='auto'"
+                f"{site.layer}: {refusal}; use fallback='emulate', fallback='sdpa' or {other}"
             )
 
 

@@ -48,6 +48,7 @@ class Options:
     mode: str | None = None
 
 
+CUDA_GRAPH_MODES: Final = ("reduce-overhead", "max-autotune")  # of torch.compile
 KNOWN: Final = tuple(sorted(item.name for item in fields(Options)))
 
 
@@ -72,7 +73,7 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         raise InvalidOptionError(f"mode={mode!r} and the option mode={given['mode']!r}; give one")
     precision = check_precision(given.get("precision", AUTO))
     policy = _policy(given.get("policy"), precision)
-    return Options(
+    parsed = Options(
         precision=precision,
         policy=policy,
         strict_policy=_strict_policy(given.get("strict_policy", True)),
@@ -82,6 +83,31 @@ def parse_options(options: Mapping[str, Any] | None, mode: str | None = None) ->
         inductor=_inductor(given.get("inductor", {})),
         mode=_mode(mode if mode is not None else given.get("mode")),
     )
+    _check_together(parsed)
+    return parsed
+
+
+def _check_together(options: Options) -> None:
+    """Refuse options each of which is fine, where one would silently undo the other.
+
+    A CUDA graph repeats what the GPU did when it was recorded: what the operator decides on the
+    host, call by call, would be decided once. Freezing takes buffers for constants.
+    """
+    patches = {name.replace("-", "_"): value for name, value in options.inductor.items()}
+    recorded = options.mode in CUDA_GRAPH_MODES or patches.get("triton.cudagraphs")
+    by_step = options.policy is not None and options.policy.timestep_ranges > 1
+    what = "guard" if options.guard is not None else "a policy with timestep ranges"
+    if recorded and (options.guard is not None or by_step):
+        mode = f"mode={options.mode!r}" if options.mode in CUDA_GRAPH_MODES else "triton.cudagraphs"
+        raise InvalidOptionError(
+            f"{what} with {mode}; CUDA graphs, which that turns on, would repeat the first call's "
+            "choice: use mode='default' or mode='max-autotune-no-cudagraphs'"
+        )
+    if by_step and patches.get("freezing"):
+        raise InvalidOptionError(
+            "a policy with timestep ranges with inductor freezing; freezing would make the first "
+            "step permanent: leave it off"
+        )
 
 
 def _policy(value: object, precision: str) -> Policy | None:

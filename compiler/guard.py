@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -62,6 +63,8 @@ class GuardedLayer:
 
     Attributes:
         layer: its name; ``model`` tells compiled functions with the same names apart, by number.
+            Instances of one class that share compiled code count as one: ``sage.prepare`` gives
+            each its own.
         calls: with the quantized recipe; ``compared``: how many of them.
         errors: the worst over those; None before the first.
         exceeded: how many were beyond the limits.
@@ -79,6 +82,7 @@ class GuardedLayer:
 
 
 _layers: Final[dict[str, GuardedLayer]] = {}
+_lock: Final = threading.Lock()  # of everything in them: one model may serve several threads
 
 
 def guarded_layers() -> list[GuardedLayer]:
@@ -101,32 +105,32 @@ def run(text: str, quantized: Callable[[], Result], exact: Callable[[], Result])
     Raises:
         InvalidOptionError: ``text`` is no guard's.
     """
-    layer = _layers.get(text)
-    if layer is None:
-        layer = _layers[text] = _parse(text)
+    layer = _layers.get(text) or _layers.setdefault(text, _parse(text))
     if layer.demoted:
         return exact()
     result = quantized()
-    due = layer.compared <= layer.calls * layer.guard.fraction
-    layer.calls += 1
+    with _lock:
+        due = layer.compared <= layer.calls * layer.guard.fraction
+        layer.calls += 1
+        layer.compared += due
+        call = layer.calls
     if not due:
         return result
     reference = exact()
     found = compare(result[0], reference[0])
-    layer.compared += 1
-    layer.errors = found if layer.errors is None else layer.errors.join(found)
     beyond = found.beyond(layer.guard.limits)
-    if beyond is None:
-        return result
-    layer.exceeded += 1
-    layer.demoted = layer.guard.action is Action.DEMOTE
-    if layer.exceeded == 1:
+    with _lock:
+        layer.errors = found if layer.errors is None else layer.errors.join(found)
+        if beyond is None:
+            return result
+        layer.exceeded += 1
+        layer.demoted = layer.guard.action is Action.DEMOTE
+        first = layer.exceeded == 1
+    if first:
         becomes = (
             "exact from now on" if layer.demoted else "this call was exact, the next may not be"
         )
-        log.warning(
-            "sage: guard of %s: %s in call %d; %s", layer.layer, beyond, layer.calls, becomes
-        )
+        log.warning("sage: guard of %s: %s in call %d; %s", layer.layer, beyond, call, becomes)
     return reference
 
 
@@ -177,9 +181,10 @@ def _is_number(value: object) -> bool:
 def _parse(text: str) -> GuardedLayer:
     try:
         plain = json.loads(text)
-        guard = Guard(plain["fraction"], dict(plain["limits"]), Action(plain["action"]))
-        return GuardedLayer(plain["layer"], plain["model"], guard)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        given = {"fraction": plain["fraction"], "action": plain["action"], **plain["limits"]}
+        layer, model = str(plain["layer"]), int(plain["model"])
+    except (ValueError, KeyError, TypeError):
         raise InvalidOptionError(
             f"guard={text!r} is not of the form that the backend writes"
         ) from None
+    return GuardedLayer(layer, model, parse_guard(given, {}))

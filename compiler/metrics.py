@@ -7,7 +7,7 @@ and relative L1 = sum |O' - O| / sum |O| over the flattened output, and RMSE.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import inf, isfinite, sqrt
 from typing import Any, Final
 
@@ -83,14 +83,14 @@ def compare(actual: Tensor, expected: Tensor) -> Errors:
     """
     if expected.numel() == 0:
         return EXACT_ERRORS
-    a, e = actual.float(), expected.float()
+    a, e = actual.double(), expected.double()  # squares of what float32 holds overflow in it
     usual = e.isfinite()
     if not bool(usual.all()):
         same = (a == e) | (a.isnan() & e.isnan())
         # Both zero where they agree on something that is no number; else the difference stays.
         a = torch.where(usual, a, torch.where(same, 0.0, torch.nan))
         e = torch.where(usual, e, 0.0)
-    dims = (-2, -1)  # sums over one head of one sequence, then over those in float64
+    dims = (-2, -1)  # sums over one head of one sequence, then over those
     sums = torch.stack(
         [
             (a * e).sum(dims),
@@ -100,7 +100,7 @@ def compare(actual: Tensor, expected: Tensor) -> Errors:
             e.abs().sum(dims),
             (a - e).square().sum(dims),
         ]
-    ).double()
+    )
     heads = sums.flatten(1)
     whole = heads.sum(1, keepdim=True)
     cosine, rel_l1 = _ratios(whole)
@@ -133,8 +133,12 @@ def _ratios(sums: Tensor) -> tuple[Tensor, Tensor]:
 def tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors of a model's output, whatever it is made of, in order."""
     for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            yield leaf
+        if isinstance(leaf, Tensor):
+            if leaf.is_floating_point():
+                yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for item in fields(leaf):
+                yield from tensors(getattr(leaf, item.name))
 
 
 def output_rel_l1(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

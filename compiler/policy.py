@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sage_compiler.errors import PolicyError
-from sage_compiler.metrics import Errors
+from sage_compiler.metrics import LAYER_METRICS, Errors
 from sage_compiler.policy_json import Reader, load_json, write_json
 from sage_compiler.precision import EXACT, RECIPES
 from sage_compiler.text import columns, count, duration
@@ -155,6 +155,10 @@ class Policy:
         self.calibration = calibration or Calibration()
         if not 1 <= timestep_ranges <= MOST_RANGES:
             raise PolicyError(f"{timestep_ranges} timestep ranges; possible: 1 to {MOST_RANGES}")
+        for name in self.calibration.budget:
+            if name not in LAYER_METRICS:
+                known = ", ".join(LAYER_METRICS)
+                raise PolicyError(f"the budget has {name!r}; known: {known}")
         for name, layer in self.layers.items():
             if not layer.fingerprints:
                 raise PolicyError(
@@ -304,7 +308,10 @@ class Policy:
     __hash__ = None  # type: ignore[assignment]  # its layers can be changed
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as plain data, ready for JSON: an infinite error is None there."""
+        """The policy as plain data, ready for JSON: an infinite error is None there.
+
+        What is not known is not there.
+        """
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -379,9 +386,10 @@ def _number(errors: Errors | None, name: str, form: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Plain data of a dataclass of this file; infinities become None."""
+    """Plain data of a dataclass of this file; infinities become None, and None is left out."""
     if isinstance(value, (Errors, EndToEnd, Calibration)):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+        given = {item.name: getattr(value, item.name) for item in fields(value)}
+        return {name: _plain(each) for name, each in given.items() if each is not None}
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, tuple):
@@ -417,12 +425,11 @@ def _read_errors(reader: Reader) -> Errors:
 def _read_calibration(reader: Reader) -> Calibration:
     end_to_end = None
     if (given := reader.child("end_to_end", optional=True)) is not None:
-        worst = given.number("worst", none=inf)
         end_to_end = EndToEnd(
             metric=given.text("metric"),
             limit=given.number("limit"),
             margin=given.number("margin"),
-            worst=None if worst == inf else worst,
+            worst=given.number("worst", none=inf) if given.has("worst") else None,
             holds=given.flag("holds"),
             rounds=given.integer("rounds"),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Final
 from sage_compiler.errors import PolicyError
 
 MOST_BYTES: Final = 64 << 20
+MOST: Final = 1 << 53  # of an integer: from there on, floats skip some
 _MISSING: Final = object()
 
 
 def load_json(path: Path) -> object:
-    """Parse a file strictly: no NaN, no duplicate keys, a bound on its size and depth.
+    """``parse_json`` of a file, which has a greatest size.
 
     Raises:
         PolicyError: it cannot be read, or is no such JSON.
@@ -25,14 +26,26 @@ def load_json(path: Path) -> object:
     try:
         with open(path, "rb") as file:
             text = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise PolicyError(f"cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise PolicyError(f"cannot be read: {getattr(error, 'strerror', error)}") from None
     if len(text) > MOST_BYTES:
         raise PolicyError(f"larger than {MOST_BYTES} bytes")
+    return parse_json(text)
+
+
+def parse_json(text: bytes) -> object:
+    """Parse strictly: UTF-8, no NaN, no duplicate keys, no depth beyond all bounds.
+
+    Raises:
+        PolicyError: it is no such JSON.
+    """
     try:
-        return json.loads(
+        data = json.loads(
             text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
         )
+        # Escapes can spell half of a surrogate pair, which could be neither printed nor saved.
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
+        return data
     except PolicyError:
         raise
     except (ValueError, RecursionError) as error:
@@ -43,7 +56,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise PolicyError(f"the key {key!r} is there twice")
+            raise PolicyError(f"the key {_kind(key)} is there twice")
         found[key] = value
     return found
 
@@ -59,14 +72,14 @@ def write_json(path: Path, data: object) -> None:
         OSError: it cannot be written.
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened as any new file, so with the permissions that the user's files have.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(unfinished, "x", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(name, 0o644)  # mkstemp's are private
-        os.replace(name, path)
+        os.replace(unfinished, path)
     except BaseException:
-        os.unlink(name)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -103,10 +116,12 @@ class Reader:
         return str(self._typed(key, str, "a string", default))
 
     def integer(self, key: str, default: object = _MISSING) -> int:
-        """An integer of at least 0."""
+        """An integer of at least 0, and not beyond ``MOST``."""
         value = int(self._typed(key, int, "an integer", default))
-        if value < 0:
-            raise PolicyError(f"{self._place(key)} is {value}; it must be at least 0")
+        if not 0 <= value <= MOST:
+            raise PolicyError(
+                f"{self._place(key)} is {_kind(value)}; it must be at least 0, at most {MOST}"
+            )
         return value
 
     def flag(self, key: str) -> bool:
@@ -144,6 +159,10 @@ class Reader:
         given = self._typed(key, dict, "an object", {})
         _texts(list(given.values()), self._place(key))
         return dict(given)
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a member, be it null."""
+        return key in self._data
 
     def child(self, key: str, optional: bool = False) -> Any:
         """An object, as a Reader; optional: None when it is null or missing."""

@@ -175,6 +175,8 @@ def describe(gm: fx.GraphModule, outcome: Outcome, policy: Policy | None = None)
         interior = finding.interior if isinstance(finding, AttentionSite) else ()
         nodes.append(tuple(node.name for node in (*interior, finding.node)))
         choice = None if policy is None else policy.layers.get(finding.layer)
+        if choice is not None and finding.fingerprint not in choice.fingerprints:
+            choice = None  # of another layer, which has this name
         errors = None if choice is None or decision.recipe is None else choice.errors
         sites.append(
             Site(

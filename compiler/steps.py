@@ -6,6 +6,7 @@ one compiled model serves all timesteps. Positions are of this process, like tor
 
 from __future__ import annotations
 
+import operator
 from typing import Final
 
 import torch
@@ -40,16 +41,22 @@ def set_step(step: int | None, total: int | None = None) -> None:
         InvalidAttentionError: a step outside of its schedule.
     """
     global _position
-    if step is None and total is None:
-        _position = None
-    elif step is None or total is None or not 0 <= step < total:
-        raise InvalidAttentionError(
-            f"set_step({step}, {total}); it needs 0 <= step < total, or set_step(None)"
-        )
-    else:
-        _position = (int(step), int(total))
+    _position = None if step is None and total is None else _checked(step, total)
     for ranges, tensor in _tensors.items():
         tensor.fill_(_index(ranges))
+
+
+def _checked(step: object, total: object) -> tuple[int, int]:
+    """Both as integers: a timestep, as schedulers have it, is often a float, and no step."""
+    try:
+        at, end = operator.index(step), operator.index(total)  # type: ignore[arg-type]
+    except TypeError:
+        at, end = 0, 0  # refused like any other
+    if not 0 <= at < end:
+        raise InvalidAttentionError(
+            f"set_step({step}, {total}); it needs integers 0 <= step < total, or set_step(None)"
+        )
+    return at, end
 
 
 def position() -> tuple[int, int] | None:
@@ -65,7 +72,8 @@ def range_of(ranges: int) -> int:
 def index_tensor(ranges: int) -> Tensor:
     """The tensor that always holds ``range_of(ranges)``: 0-d, int64, on the CPU."""
     if ranges not in _tensors:
-        _tensors[ranges] = torch.tensor(_index(ranges), dtype=torch.int64)
+        with torch.inference_mode(False):  # else set_step could not change it outside of it
+            _tensors[ranges] = torch.tensor(_index(ranges), dtype=torch.int64, device="cpu")
     return _tensors[ranges]
 
 

@@ -26,7 +26,7 @@ def test_every_option_is_read() -> None:
             "min_seq_len": 7,
             "fallback": "sdpa",
             "inductor": {"max_autotune": True},
-            "mode": "reduce-overhead",
+            "mode": "max-autotune-no-cudagraphs",
         }
     )
     assert parsed == Options(
@@ -37,7 +37,7 @@ def test_every_option_is_read() -> None:
         min_seq_len=7,
         fallback=Fallback.SDPA,
         inductor={"max_autotune": True},
-        mode="reduce-overhead",
+        mode="max-autotune-no-cudagraphs",
     )
 
 
@@ -80,3 +80,68 @@ def test_mode_has_two_spellings_that_must_agree() -> None:
     assert parse_options({"mode": "max-autotune"}, "max-autotune").mode == "max-autotune"
     with pytest.raises(InvalidOptionError, match="give one"):
         parse_options({"mode": "default"}, "max-autotune")
+
+
+GUARD = {"guard": {"cosine": 0.99}}
+BY_STEP = {"policy": Policy({}, target="cpu", timestep_ranges=2)}
+FIXED = {"policy": Policy({}, target="cpu")}
+GRAPHS = {"inductor": {"triton.cudagraphs": True}}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({**GUARD, "mode": "reduce-overhead"}, ["guard with mode='reduce-overhead'"]),
+        ({**GUARD, "mode": "max-autotune"}, ["mode='max-autotune'", "max-autotune-no-cudagraphs"]),
+        ({**GUARD, **GRAPHS}, ["guard with triton.cudagraphs", "mode='default'"]),
+        ({**BY_STEP, "mode": "reduce-overhead"}, ["timestep ranges with mode='reduce-overhead'"]),
+        ({**BY_STEP, **GRAPHS}, ["timestep ranges with triton.cudagraphs"]),
+        ({**BY_STEP, "inductor": {"freezing": True}}, ["timestep ranges with inductor freezing"]),
+    ],
+    ids=str,
+)
+def test_options_that_undo_each_other_are_refused(
+    options: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InvalidOptionError) as error:
+        parse_options(options)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**GUARD, "mode": "default"},
+        {**GUARD, "mode": "max-autotune-no-cudagraphs"},
+        {**GUARD, "inductor": {"triton.cudagraphs": False, "freezing": True}},
+        {**BY_STEP, "mode": "max-autotune-no-cudagraphs", "inductor": {"freezing": False}},
+        {**FIXED, "mode": "reduce-overhead", "inductor": {"freezing": True}},
+        {"mode": "reduce-overhead", **GRAPHS},
+    ],
+    ids=str,
+)
+def test_options_that_go_together(options: dict[str, Any]) -> None:
+    parse_options(options)
+
+
+def test_the_mode_argument_is_refused_like_the_option() -> None:
+    with pytest.raises(InvalidOptionError, match="guard with mode='reduce-overhead'"):
+        parse_options(GUARD, "reduce-overhead")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"policy": 3}, "policy=3; it must be a sage.Policy or the path of one"),
+        ({"policy": b"policy.json"}, "it must be a sage.Policy or the path of one"),
+        ({**FIXED, "precision": "int8_int8"}, "a policy with precision='int8_int8'"),
+        ({**FIXED, "precision": "exact"}, "a policy with precision='exact'"),
+        ({"strict_policy": 1}, "strict_policy=1; it must be True or False"),
+        ({**GUARD, "precision": "exact"}, "guard with precision='exact'"),
+    ],
+    ids=str,
+)
+def test_bad_policies_and_guards(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidOptionError) as error:
+        parse_options(options)
+    assert words in str(error.value)
