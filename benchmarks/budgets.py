@@ -5,7 +5,7 @@ bounds on the relative L1 of their output, for an RTX 4090, whose recipes the re
 Each policy is then applied by the backend's own rewrite, and its output compared with the exact
 model's on held-out inputs. A case holds when the worst of them is within the bound.
 
-So that tiny models pose real choices, predicted times are those of a batch 256 times larger: at
+So that tiny models pose real choices, predicted times are those of sequences 32 times as long: at
 their own size launches would be all that counts.
 
     python -m benchmarks.budgets --models 24
@@ -37,7 +37,7 @@ from sage_compiler.metrics import output_rel_l1
 LIMITS: Final = (0.003, 0.01, 0.03)
 TARGET: Final = "sm_89"
 CANDIDATES: Final = ("int4_fp8", "int8_fp8", "int8_fp16")
-BATCH_FACTOR: Final = 256
+LENGTH_FACTOR: Final = 32
 CALIBRATION_INPUTS: Final = 4
 HELD_OUT_INPUTS: Final = 8
 
@@ -112,10 +112,15 @@ def case(given: Subject, limit: float) -> dict[str, Any]:
     """Calibrate to one bound, and measure the outputs of the held-out inputs."""
     predicted = rates.seconds
 
-    def of_a_larger_batch(target: str, recipe: str, work: rates.Work) -> float | None:
-        return predicted(target, recipe, replace(work, batch=work.batch * BATCH_FACTOR))
+    def of_longer_sequences(target: str, recipe: str, work: rates.Work) -> float | None:
+        longer = replace(
+            work,
+            query_length=work.query_length * LENGTH_FACTOR,
+            key_length=work.key_length * LENGTH_FACTOR,
+        )
+        return predicted(target, recipe, longer)
 
-    with mock.patch.object(rates, "seconds", of_a_larger_batch):
+    with mock.patch.object(rates, "seconds", of_longer_sequences):
         policy = sage.calibrate(
             given.model,
             given.calibration,

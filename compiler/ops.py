@@ -27,7 +27,7 @@ from sage_compiler import gradient
 from sage_compiler import guard as guards
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
-from sage_compiler.kernels.kernel import Problem
+from sage_compiler.kernels.kernel import Kernel, Problem
 from sage_compiler.kernels.layout import empty_output, in_layout
 from sage_compiler.packed import join, sequences
 from sage_compiler.precision import EXACT, PRECISIONS, RECIPES, check_precision
@@ -193,19 +193,14 @@ def _general(
         check_precision(name)
     recipe = _recipe_of_step(recipe, step, step_recipes)
 
-    def compute(recipe: str) -> tuple[Tensor, Tensor]:
-        def serve(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return _serve(q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, want_lse)
+    def serve(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _serve(q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, guard, want_lse)
 
-        if cu_seqlens_q is None or cu_seqlens_k is None:
-            return serve(query, key, value)
-        parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
-        return join(parts, query, value)
-
-    if guard and recipe != EXACT:
-        output, lse = guards.run(guard, lambda: compute(recipe), lambda: compute(EXACT))
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        output, lse = serve(query, key, value)
     else:
-        output, lse = compute(recipe)
+        parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
+        output, lse = join(parts, query, value)
     return in_layout(output, query), lse.contiguous()
 
 
@@ -218,6 +213,7 @@ def _serve(
     semantics: Semantics,
     recipe: str,
     min_seq_len: int,
+    guard: str,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     problem = Problem(
@@ -235,22 +231,29 @@ def _serve(
     served_by = registry.choose(
         recipe, problem, min_seq_len, length, key_length, query.numel() * key_length
     )
-    if served_by is None:
+
+    def run_exact() -> tuple[Tensor, Tensor]:
         if want_lse:
             return exact.attention_with_lse(
                 query, key, value, semantics, attn_mask=attn_mask, sinks=sinks
             )
         output = exact.attention(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
         return output, query.new_empty(0, dtype=torch.float32)
-    if isinstance(served_by, registry.Unavailable):
-        if not _expected.get():
-            _warn_emulated(served_by.reason)
+
+    def run_quantized() -> tuple[Tensor, Tensor]:
+        if isinstance(served_by, Kernel):
+            return served_by.run(
+                query, key, value, semantics, attn_mask=attn_mask, sinks=sinks, want_lse=want_lse
+            )
         return reference.attention(
             query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
         )
-    return served_by.run(
-        query, key, value, semantics, attn_mask=attn_mask, sinks=sinks, want_lse=want_lse
-    )
+
+    if served_by is None:
+        return run_exact()
+    if isinstance(served_by, registry.Unavailable) and not _expected.get():
+        _warn_emulated(served_by.reason)
+    return guards.run(guard, run_quantized, run_exact) if guard else run_quantized()
 
 
 def _recipe_of_step(recipe: str, step: Tensor | None, step_recipes: list[str] | None) -> str:

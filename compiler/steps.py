@@ -31,7 +31,7 @@ def set_step(step: int | None, total: int | None = None) -> None:
             sage.set_step(i, len(scheduler.timesteps))
             noise = model(latents, t)
 
-    It costs about a microsecond and compiles nothing. Inside of compiled code it is a graph break.
+    It costs microseconds and compiles nothing. Inside of compiled code it is a graph break.
 
     Args:
         step: from 0 for the first call (the noisiest) to total - 1; None: no schedule, as at first.
