@@ -21,7 +21,7 @@ MEASURES: Final = (*VOCABULARY, "metrics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
-MEETING: Final = ("fence", "backend", "explain", "prepare", "cli_kernels", "cli")
+MEETING: Final = ("fence", "backend", "explain", "prepare", "commands", "cli")
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
@@ -54,8 +54,8 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "fence": (),
     "backend": (*RUNTIME, *DECISION, "fence"),
     "explain": (*RUNTIME, *DECISION, "backend"),
-    "cli_kernels": (*VOCABULARY, "kernels"),
-    "cli": ANYTHING,
+    "commands": ANYTHING,
+    "cli": (*VOCABULARY, "commands"),
     "": ANYTHING,
 }
 
