@@ -95,7 +95,12 @@ def _only_input(built: Built) -> tuple[Any, ...] | Mapping[str, Any]:
     """What the build function returned, as one input: a tuple, or a dict if it has keywords."""
     if not built.kwargs:
         return built.args
-    return built.named_arguments() if built.args else dict(built.kwargs)
+    if not built.args:
+        return dict(built.kwargs)
+    try:
+        return built.named_arguments()
+    except UsageError as error:
+        raise UsageError(f"{error}; name the inputs with --inputs") from None
 
 
 def _save(policy: Policy, path: Path) -> None:

@@ -14,9 +14,9 @@ from sage_compiler.errors import UsageError
 _DESCRIPTION: Final = """\
 Print a script that makes a shell complete the commands and options of sagec, and file names.
 
-    eval "$(sagec completion bash)"                             # in ~/.bashrc
-    sagec completion zsh > "${fpath[1]}/_sagec"                 # then start zsh anew
-    sagec completion tcsh > ~/.sagec.tcsh                       # source it in ~/.tcshrc
+    sagec completion bash > ~/.sagec.bash       # in ~/.bashrc: source ~/.sagec.bash
+    sagec completion zsh > "${fpath[1]}/_sagec"
+    sagec completion tcsh > ~/.sagec.tcsh       # in ~/.tcshrc: source ~/.sagec.tcsh
 
 Needs the package shtab: pip install "sage-compiler[cli]"."""
 

@@ -112,9 +112,9 @@ def _captured(
     except UserError as error:
         if shapes is None:
             raise
-        # The first lines are the constraints; what follows is about calls of torch.export.
-        said = " ".join(str(error).partition("\n\n")[0].split())
-        raise UsageError(f"--dynamic: {said}") from None
+        # What follows the constraints is about calls of torch.export.
+        said = str(error).partition("! For more")[0].splitlines()[0]
+        raise UsageError(f"--dynamic: the model fixes a size that should vary: {said}") from None
 
 
 def _dynamic_shapes(built: Built, dynamic: Iterable[tuple[str, int]]) -> DynamicShapes | None:

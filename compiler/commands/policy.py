@@ -42,7 +42,7 @@ def add_command(commands: options.Commands) -> None:
     show = options.add_command(
         actions, "show", _show, summary="the recipe of every layer", description=_SHOW
     )
-    show.add_argument("file", type=Path, metavar="FILE")
+    show.add_argument("file", type=Path, metavar="FILE", help="the policy")
     show.add_argument("--layer", metavar="PATTERN", help="only those layers, such as 'blocks.1*'")
     options.add_json(show)
 
@@ -54,8 +54,8 @@ def add_command(commands: options.Commands) -> None:
         description=_DIFF,
         compares=True,
     )
-    diff.add_argument("a", type=Path, metavar="A")
-    diff.add_argument("b", type=Path, metavar="B")
+    diff.add_argument("a", type=Path, metavar="A", help="a policy")
+    diff.add_argument("b", type=Path, metavar="B", help="another")
     options.add_json(diff)
 
     check = options.add_command(
@@ -66,7 +66,7 @@ def add_command(commands: options.Commands) -> None:
         description=_CHECK,
         compares=True,
     )
-    check.add_argument("file", type=Path, metavar="FILE")
+    check.add_argument("file", type=Path, metavar="FILE", help="the policy")
     options.add_model(check)
     options.add_json(check)
 
