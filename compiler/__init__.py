@@ -1,6 +1,7 @@
 """sage-compiler: quantized attention for PyTorch, as a torch.compile backend."""
 
 from sage_compiler.backend import last_report
+from sage_compiler.calibrate import calibrate
 from sage_compiler.errors import (
     InvalidAttentionError,
     InvalidOptionError,
@@ -28,6 +29,7 @@ __all__ = [
     "Report",
     "SageError",
     "attention",
+    "calibrate",
     "explain",
     "guarded_layers",
     "last_report",

@@ -10,8 +10,11 @@ projection), else (B, H, Lq, Dv); always dense, whatever kernel runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from math import inf
 from typing import Any, Final
 
@@ -59,6 +62,19 @@ _PLAIN: Final = {"none": False, "causal": True}  # mask class -> is_causal
 
 # The arguments from softcap to step_recipes when only min_seq_len, which follows them, is given.
 _NO_EXTRAS: Final = (None, None, UNBOUNDED, UNBOUNDED, None, None, None, None)
+
+
+_expected: Final = ContextVar("emulation is expected", default=False)
+
+
+@contextlib.contextmanager
+def expecting_emulation() -> Iterator[None]:
+    """Without the warning: recipes of another device are tried on purpose."""
+    token = _expected.set(True)
+    try:
+        yield
+    finally:
+        _expected.reset(token)
 
 
 @functools.cache
@@ -227,7 +243,8 @@ def _serve(
         output = exact.attention(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
         return output, query.new_empty(0, dtype=torch.float32)
     if isinstance(served_by, registry.Unavailable):
-        _warn_emulated(served_by.reason)
+        if not _expected.get():
+            _warn_emulated(served_by.reason)
         return reference.attention(
             query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
         )

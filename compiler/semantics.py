@@ -51,6 +51,15 @@ class Band:
     right: int | None
     offset: int
 
+    def pairs(self, query_length: int, key_length: int) -> int:
+        """How many pairs of a query and a key it shows."""
+        diagonal = torch.arange(query_length) + self.offset
+        first = torch.zeros_like(diagonal) if self.left is None else (diagonal - self.left).clamp(0)
+        last = torch.full_like(diagonal, key_length - 1)
+        if self.right is not None:
+            last = torch.minimum(last, diagonal + self.right)
+        return int((last - first + 1).clamp(0).sum())
+
 
 @dataclass(frozen=True, slots=True)
 class Semantics:

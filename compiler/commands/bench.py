@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import platform
 import statistics
 import time
@@ -12,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,6 +21,7 @@ from sage_compiler.backend import last_report
 from sage_compiler.commands import options
 from sage_compiler.commands.model import Built, build
 from sage_compiler.errors import SageError, UsageError
+from sage_compiler.machine import device_name
 from sage_compiler.metrics import compare, output_rel_l1, tensors
 from sage_compiler.report import Report
 from sage_compiler.text import columns, count, duration
@@ -254,27 +253,15 @@ def _cosine(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float | Non
 
 
 def machine(built: Built) -> dict[str, Any]:
-    """What the numbers belong to: names, threads, versions."""
-    gpus = sorted(
-        {torch.cuda.get_device_name(each) for each in _devices(built) if each.type == "cuda"}
-    )
+    """What the numbers belong to: devices, the CPU always among them, threads and versions."""
+    gpus = {device for device in _devices(built) if device.type == "cuda"}
+    names = [device_name(device) for device in (*sorted(gpus, key=str), torch.device("cpu"))]
     return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
+        "devices": list(dict.fromkeys(names)),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _text(timings: Sequence[Timing], report: Report, found: Mapping[str, Any], rounds: int) -> str:
@@ -295,8 +282,7 @@ def _text(timings: Sequence[Timing], report: Report, found: Mapping[str, Any], r
     recipes = Counter(site.recipe for site in report.rewritten)
     made = "".join(f", {number} as {recipe}" for recipe, number in recipes.items())
     lines = [
-        f"{', '.join([*found['gpus'], found['cpu']])}; {count(found['cores'], 'core')}, "
-        f"{count(found['threads'], 'thread')}, torch {found['torch']}, {count(rounds, 'round')}",
+        f"{', '.join(found['devices'])}, torch {found['torch']}, {count(rounds, 'round')}",
         *columns([heading, *rows], "  "),
         f"{SAGE}: {sites}, {len(report.rewritten)} rewritten{made}",
     ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from sage_compiler.calibrate import calibrate
 from sage_compiler.commands import options
 from sage_compiler.commands.model import Built, Source
 from sage_compiler.errors import UsageError
@@ -22,9 +22,9 @@ layer the fastest one within a budget. The policy is printed and written as JSON
 
 {options.MODEL_HELP}
 
---inputs names another function there, without arguments, that yields inputs: a tuple is the
-positional arguments of one call, a dict the keyword arguments. Without it, the only input is what
-FUNCTION returns."""
+--inputs names another function there, without arguments, that yields inputs: the positional
+arguments of one call as a tuple, the keyword arguments as a dict, or (args, kwargs). Without it,
+the only input is what FUNCTION returns."""
 
 # Options that are handed on as they are, where they were given.
 _HANDED_ON: Final = ("candidates", "target", "timestep_ranges", "margin", "heads", "queries")
@@ -68,7 +68,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     source = Source.find(arguments.model)
     read = None if arguments.inputs is None else source.function(arguments.inputs)
     built = source.build()
-    inputs = [_only_input(built)] if read is None else read()
+    inputs = [(built.args, dict(built.kwargs))] if read is None else read()
     policy = _run(built, inputs, arguments)
     _save(policy, out)
     if arguments.json:
@@ -79,28 +79,14 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _run(built: Built, inputs: Iterable[Any], arguments: argparse.Namespace) -> Policy:
-    calibrate = importlib.import_module("sage_compiler.calibrate").calibrate
     given = {name: getattr(arguments, name) for name in _HANDED_ON}
-    policy: Policy = calibrate(
+    return calibrate(
         built.model,
         inputs,
         budget=_budget(arguments.budget),
         progress=not arguments.quiet,
         **{name: value for name, value in given.items() if value is not None},
     )
-    return policy
-
-
-def _only_input(built: Built) -> tuple[Any, ...] | Mapping[str, Any]:
-    """What the build function returned, as one input: a tuple, or a dict if it has keywords."""
-    if not built.kwargs:
-        return built.args
-    if not built.args:
-        return dict(built.kwargs)
-    try:
-        return built.named_arguments()
-    except UsageError as error:
-        raise UsageError(f"{error}; name the inputs with --inputs") from None
 
 
 def _save(policy: Policy, path: Path) -> None:

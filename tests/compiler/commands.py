@@ -25,9 +25,6 @@ def build():
 def with_keywords():
     return Model(), (torch.randn(1, 2, 70, 16),), {"causal": True}
 
-def only_keywords():
-    return Model(), (), {"x": torch.randn(1, 2, 70, 16)}
-
 def function():
     return lambda *x: x[0], (torch.ones(2),), {}
 

@@ -35,7 +35,7 @@ def test_bench(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert timings["eager"]["rel_l1"] == 0 and timings["eager"]["cosine"] == 1
     assert 0 < timings["sage"]["rel_l1"] < 0.1 and 0.99 < timings["sage"]["cosine"] < 1
     assert data["report"]["rewritten"] == 1
-    assert data["machine"]["threads"] == torch.get_num_threads() and data["machine"]["cpu"]
+    assert data["machine"]["threads"] == torch.get_num_threads() and data["machine"]["devices"]
     assert data["rounds"] == 3
 
 
@@ -50,7 +50,7 @@ def test_the_table_says_what_was_kept(models: str, capsys: pytest.CaptureFixture
     options = ["--rounds", "1", "--warmup", "0", "--threads", "1", "--min-seq-len", "5000"]
     assert cli.main(["bench", f"{models}:build", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "1 thread, torch " in lines[0] and lines[0].endswith("1 round")
+    assert "1 thread), torch " in lines[0] and lines[0].endswith("1 round")
     assert lines[1].split("  ")[-1] == "cosine"
     assert [line.split()[0] for line in lines[2:5]] == ["eager", "inductor", "sage"]
     assert lines[5] == "sage: 1 attention site, 0 rewritten"

@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sage_compiler import cli
+from sage_compiler.commands import calibrate
 from sage_compiler.errors import InvalidOptionError
 from sage_compiler.policy import LayerPolicy, Policy
 from tests.compiler.commands import FINGERPRINT, LAYER, error_of, write_models, write_policy
@@ -96,10 +96,10 @@ def test_check(models: str, capsys: pytest.CaptureFixture[str]) -> None:
 # --- calibrate ------------------------------------------------------------------------------
 
 
-class Calibrator(ModuleType):
-    """Stands for sage_compiler.calibrate: remembers the call, and answers with a policy."""
+class Calibrator:
+    """Stands for ``sage.calibrate``: remembers the call, and answers with a policy."""
 
-    def calibrate(self, model: Any, inputs: Any, **options: Any) -> Policy:
+    def __call__(self, model: Any, inputs: Any, **options: Any) -> Policy:
         if "speed" in options["budget"]:
             raise InvalidOptionError("unknown metric 'speed'")
         self.inputs, self.options = list(inputs), options
@@ -109,9 +109,9 @@ class Calibrator(ModuleType):
 
 @pytest.fixture
 def calibrator(monkeypatch: pytest.MonkeyPatch) -> Calibrator:
-    module = Calibrator("sage_compiler.calibrate")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
+    stub = Calibrator()
+    monkeypatch.setattr(calibrate, "calibrate", stub)
+    return stub
 
 
 def test_calibrate(models: str, calibrator: Calibrator, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,8 +121,8 @@ def test_calibrate(models: str, calibrator: Calibrator, capsys: pytest.CaptureFi
     policy = Policy.load(out)
     assert capsys.readouterr().out == f"{policy}\nwritten: {out}\n"
     assert calibrator.options == {"budget": {"cosine": 0.998}, "progress": True}
-    ((only,),) = calibrator.inputs
-    assert isinstance(only, Tensor) and only.shape == (1, 2, 70, 16)
+    (((only,), named),) = calibrator.inputs
+    assert isinstance(only, Tensor) and only.shape == (1, 2, 70, 16) and named == {}
 
     more = "--candidates int8_int8,exact --target sm_89 --timestep-ranges 2 --margin 0.8 --heads 3"
     more += " --queries 64 --budget output_rel_l1=1e-2"
@@ -142,6 +142,15 @@ def test_calibrate(models: str, calibrator: Calibrator, capsys: pytest.CaptureFi
     assert Policy.from_dict(json.loads(capsys.readouterr().out)) == policy
 
 
+def test_a_real_calibration(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(models).parent / "policy.json"
+    start = ["calibrate", f"{models}:build", "--out", str(out), "--budget", "cosine=0.9"]
+    assert cli.main([*start, "--inputs", "inputs", "--candidates", "int8_int8", "--json"]) == 0
+    policy = Policy.from_dict(json.loads(capsys.readouterr().out))
+    assert policy == Policy.load(out)
+    assert list(policy.layers) == [LAYER] and policy.calibration.inputs == 2
+
+
 def test_inputs_of_calibration(models: str, calibrator: Calibrator) -> None:
     out = str(Path(models).parent / "policy.json")
 
@@ -150,10 +159,8 @@ def test_inputs_of_calibration(models: str, calibrator: Calibrator) -> None:
         assert cli.main([*start, *more]) == 0
         return calibrator.inputs
 
-    (only,) = inputs_of("only_keywords")
-    assert list(only) == ["x"]
-    (only,) = inputs_of("with_keywords")
-    assert list(only) == ["x", "causal"] and only["causal"] is True
+    ((args, kwargs),) = inputs_of("with_keywords")
+    assert len(args) == 1 and kwargs == {"causal": True}
     first, second = inputs_of("build", "--inputs", "inputs")
     assert isinstance(first, tuple) and torch.equal(second["x"], torch.ones(1, 2, 70, 16))
 
@@ -164,7 +171,6 @@ def test_inputs_of_calibration(models: str, calibrator: Calibrator) -> None:
         ("build", ["--budget", "cosine=0.9"], "--budget has 'cosine' twice"),
         ("build", ["--budget", "speed=2"], "unknown metric 'speed'"),
         ("build", ["--inputs", "absent"], "no function 'absent'"),
-        ("positional", [], "the model takes 'x' by position alone; name the inputs with --inputs"),
         ("build", ["--out", "absent/p.json"], "there is no folder 'absent' to write 'p.json' to"),
     ],
     ids=str,

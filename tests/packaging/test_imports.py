@@ -21,7 +21,19 @@ MEASURES: Final = (*VOCABULARY, "metrics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
-MEETING: Final = ("fence", "backend", "explain", "prepare", "commands", "cli")
+MEETING: Final = (
+    "fence",
+    "rates",
+    "backend",
+    "capture",
+    "machine",
+    "calibration",
+    "calibrate",
+    "explain",
+    "prepare",
+    "commands",
+    "cli",
+)
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
@@ -52,8 +64,13 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
+    "rates": (*VOCABULARY, "kernels"),
     "backend": (*RUNTIME, *DECISION, "fence"),
-    "explain": (*RUNTIME, *DECISION, "backend"),
+    "capture": (*VOCABULARY, "passes"),
+    "machine": (*VOCABULARY, "kernels"),
+    "explain": (*RUNTIME, *DECISION, "backend", "capture"),
+    "calibration": (*RUNTIME, "capture", "machine", "passes", "policy_json", "rates"),
+    "calibrate": (*RUNTIME, *DECISION, "calibration", "machine", "rates"),
     "commands": ANYTHING,
     "cli": (*VOCABULARY, "commands"),
     "": ANYTHING,

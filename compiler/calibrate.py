@@ -1,0 +1,361 @@
+"""``sage.calibrate``: measure every recipe in every layer, on real inputs, and choose."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sage_compiler import rates, steps
+from sage_compiler.calibration.budget import Budget, parse_budget
+from sage_compiler.calibration.choose import Option, worthwhile
+from sage_compiler.calibration.inputs import Inputs
+from sage_compiler.calibration.measure import Measurement, current_range
+from sage_compiler.calibration.probe import Call, Watched, watched
+from sage_compiler.calibration.search import Found, Outputs, search
+from sage_compiler.calibration.subset import Subset
+from sage_compiler.calibration.times import Times
+from sage_compiler.errors import InvalidOptionError
+from sage_compiler.machine import device_name
+from sage_compiler.metrics import Errors
+from sage_compiler.policy import Calibration, EndToEnd, LayerPolicy, Policy
+from sage_compiler.precision import EXACT, RECIPES
+
+T = TypeVar("T")
+
+DEFAULT_RANGES: Final = 4  # of the timesteps of a diffusion model
+MARGIN: Final = 0.8  # inputs that were not measured may be somewhat worse
+_TIMED_INPUTS: Final = 4  # of the whole model, exact and with the policy in turn
+
+
+def calibrate(
+    model: Callable[..., Any],
+    inputs: Iterable[Any],
+    *,
+    budget: Mapping[str, Any],
+    candidates: Sequence[str] | None = None,
+    target: str | None = None,
+    timestep_ranges: int | None = None,
+    margin: float = MARGIN,
+    heads: int | None = None,
+    queries: int | None = None,
+    progress: bool = True,
+) -> Policy:
+    """The recipe of every layer with the least predicted time that a budget allows.
+
+    The model runs once on every input, exactly; on the way every candidate is tried in every
+    attention that the backend would rewrite, and compared with exact attention. A bound on the
+    output is then verified by running the policy, and the worst layers are promoted until it holds.
+    Ctrl-C ends measuring and keeps what was measured. docs/calibration.md says more.
+
+    Args:
+        model: an nn.Module or a function, compiled already or not; its mode (``eval()``) is left.
+        inputs: an iterable of calls: a tuple of positional arguments, a dict of keyword arguments,
+            ``(args, kwargs)``, or one tensor. What can be iterated once only is kept in memory if a
+            bound on the output needs it again. A diffusion model's ``sage.set_step(step, total)``
+            is called while its inputs are drawn (in a generator, before ``yield``).
+        budget: what may be lost; all of it holds. Of every layer in every call: ``cosine`` and
+            ``head_cosine`` (least), ``rel_l1``, ``head_rel_l1`` and ``rmse`` (greatest). Of the
+            model's output, for every input: ``output_rel_l1``, or ``output``: (metric, limit) with
+            a function metric(actual, expected) -> number, the lower the better.
+        candidates: recipes to try besides "exact"; None: those that make sense on the target.
+        target: the device that the policy is for, "cpu" or an architecture such as "sm_89", present
+            or not; None: the one that the model is on.
+        timestep_ranges: into how many equal parts the steps of a diffusion model are divided, each
+            with a recipe of its own; None: 4 where a step is set, else 1.
+        margin: part of a bound on the output that the inputs may use up: others may be worse.
+        heads, queries: measure about so many of each call, where recipes are emulated; None: all.
+        progress: show a progress bar.
+
+    Raises:
+        InvalidOptionError: an argument that is not of these, no attention to calibrate, or no
+            candidate that the target has a kernel for.
+        InvalidAttentionError: timesteps are to be told apart, and no step was set.
+        KeyboardInterrupt: before anything was measured.
+    """
+    parsed = parse_budget(budget)
+    if isinstance(margin, bool) or not 0 < margin <= 1:
+        raise InvalidOptionError(f"margin={margin!r}; it must be above 0, at most 1")
+    run = _Run(
+        Inputs(inputs),
+        parsed,
+        candidates,
+        target,
+        timestep_ranges,
+        Subset(heads, queries),
+        progress,
+    )
+    position = steps.position()
+    try:
+        with watched(model) as watch, torch.no_grad():
+            return run.policy(watch, model, margin)
+    finally:
+        steps.set_step(*(position or (None, None)))
+
+
+class _Run:
+    """One calibration, from the first input to the policy."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        budget: Budget,
+        candidates: Sequence[str] | None,
+        target: str | None,
+        timestep_ranges: int | None,
+        subset: Subset,
+        progress: bool,
+    ) -> None:
+        self._inputs = inputs
+        self._budget = budget
+        self._candidates = candidates
+        self._target = None if target is None else rates.parse_target(target)
+        self._ranges = timestep_ranges
+        self._subset = subset
+        self._show = progress
+        self._times: Times
+        self._measured: Measurement
+        self._outputs = Outputs()
+        self._ranges_of: dict[int, frozenset[int]] = {}  # by input: the timesteps it is in
+        self._count = 0
+        self._interrupted = False
+        self._parts: dict[str, float] = {}
+
+    def policy(self, watch: Watched, model: Callable[..., Any], margin: float) -> Policy:
+        """Measure, choose, verify."""
+        start = time.perf_counter()
+        self._measure(watch, model)
+        self._times.recall()
+        options = self._options()
+        measured = time.perf_counter()
+        found: Found | None = None
+        if self._budget.output is None:
+            choice = {
+                at: {layer: worthwhile(each)[0] for layer, each in layers.items()}
+                for at, layers in options.items()
+            }
+        else:
+            found = self._search(watch, options, margin)
+            choice = found.choice
+        searched = time.perf_counter()
+        model_seconds = self._time_model(watch, choice) if self._times.here else {}
+        self._parts |= {"measuring": measured - start, "searching": searched - measured}
+        layers = {
+            layer: self._layer(watch, layer, choice, found) for layer in self._measured.layers
+        }
+        return Policy(
+            layers,
+            target=self._times.target,
+            timestep_ranges=self._ranges or 1,
+            calibration=self._calibration(found, margin, model_seconds),
+        )
+
+    # --- measure ----------------------------------------------------------------------------
+
+    def _measure(self, watch: Watched, model: Callable[..., Any]) -> None:
+        """Run every input once.
+
+        Raises:
+            KeyboardInterrupt: before the first one was done.
+        """
+        try:
+            for item in self._progress(self._inputs, "measuring", self._inputs.count):
+                if self._count == 0:
+                    self._begin(model, (item.args, dict(item.kwargs)), item.position is not None)
+                watch.attend = self._measured.attend
+                output = item.call(watch.run)
+                self._count += 1
+                self._ranges_of[item.number] = frozenset(self._measured.ranges)
+                self._measured.ranges.clear()
+                if self._budget.output is not None:
+                    self._outputs.keep(item, output)
+        except KeyboardInterrupt:
+            if self._count == 0:
+                raise
+            self._interrupted = True
+        if self._count == 0:
+            raise InvalidOptionError("inputs is empty; calibration needs at least one input")
+        self._measured.check()
+
+    def _begin(self, model: Callable[..., Any], arguments: Any, has_step: bool) -> None:
+        """Settle what depends on where the model is: target, candidates, ranges."""
+        self._times = Times(self._target, _device(model, arguments))
+        if self._ranges is None:
+            self._ranges = DEFAULT_RANGES if has_step else 1
+        elif isinstance(self._ranges, bool) or self._ranges < 1:
+            raise InvalidOptionError(f"timestep_ranges={self._ranges!r}; it must be at least 1")
+        candidates = self._candidates
+        if candidates is None:
+            candidates = rates.candidates(self._times.target)
+        unknown = [each for each in candidates if each not in RECIPES]
+        if unknown or not candidates or isinstance(candidates, str):
+            known = ", ".join(RECIPES)
+            raise InvalidOptionError(f"candidates={candidates!r}; it must be a list of: {known}")
+        self._candidates = tuple(dict.fromkeys(candidates))
+        if self._times.here and str(self._subset):
+            raise InvalidOptionError(
+                f"{self._subset} only, for kernels that are here: they are timed on whole calls; "
+                "leave heads and queries out"
+            )
+        self._measured = Measurement(self._candidates, self._times, self._subset, self._ranges)
+
+    def _progress(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
+        from tqdm import tqdm
+
+        bar = tqdm(items, desc=f"sage: {what}", total=total, leave=False, disable=not self._show)
+        yield from bar
+
+    # --- choose -----------------------------------------------------------------------------
+
+    def _options(self) -> dict[int, dict[str, list[Option]]]:
+        """By range of timesteps, layer by layer: exact, and the recipes within its limits."""
+        options: dict[int, dict[str, list[Option]]] = {at: {} for at in range(self._ranges or 1)}
+        for layer in self._measured.layers:
+            seconds = self._times.of_layer(layer, self._count)
+            for at, layers in options.items():
+                errors = self._measured.errors.get((layer, at), {})
+                layers[layer] = [Option(EXACT, seconds[EXACT], 0.0)] + [
+                    Option(recipe, seconds[recipe], found.mean_rel_l1)
+                    for recipe, found in errors.items()
+                    if recipe in seconds and found.beyond(self._budget.layers) is None
+                ]
+        return options
+
+    def _search(
+        self, watch: Watched, options: Mapping[int, Mapping[str, list[Option]]], margin: float
+    ) -> Found:
+        assert self._budget.output is not None
+        if self._interrupted:  # no more runs: nothing is promised
+            exact = {
+                at: {layer: each[0] for layer, each in layers.items()}
+                for at, layers in options.items()
+            }
+            return Found(exact, interrupted=True)
+        found = search(
+            watch,
+            self._inputs,
+            self._outputs,
+            options,
+            self._ranges_of,
+            self._budget.output,
+            margin,
+            self._progress,
+        )
+        self._interrupted = found.interrupted
+        return found
+
+    def _time_model(
+        self, watch: Watched, choice: Mapping[int, Mapping[str, Option]]
+    ) -> dict[str, float]:
+        """Median times of the model, not compiled, exact and with the policy, on a few inputs."""
+
+        def exact(call: Call) -> Tensor:
+            return call.run(EXACT)
+
+        def chosen(call: Call) -> Tensor:
+            return call.run(choice[current_range(self._ranges or 1)][call.layer].recipe)
+
+        taken: dict[str, list[float]] = {EXACT: [], "policy": []}
+        try:
+            for item in self._inputs:
+                if item.number == _TIMED_INPUTS or self._interrupted:
+                    break
+                for name, attend in ((EXACT, exact), ("policy", chosen)):
+                    watch.attend = attend
+                    start = time.perf_counter()
+                    item.call(watch.run)
+                    taken[name].append(time.perf_counter() - start)
+        except KeyboardInterrupt:
+            self._interrupted = True
+        return {name: statistics.median(times) for name, times in taken.items() if times}
+
+    # --- say --------------------------------------------------------------------------------
+
+    def _layer(
+        self,
+        watch: Watched,
+        layer: str,
+        choice: Mapping[int, Mapping[str, Option]],
+        found: Found | None,
+    ) -> LayerPolicy:
+        recipes = tuple(choice[at][layer].recipe for at in sorted(choice))
+        measured = tuple(self._measured.errors.get((layer, at), {}) for at in sorted(choice))
+        return LayerPolicy(
+            fingerprints=tuple(watch.fingerprints[layer]),
+            recipes=recipes[:1] if len(set(recipes)) == 1 else recipes,
+            reason=self._reason(layer, recipes, measured, found),
+            measured=measured,
+            seconds=self._times.of_layer(layer, self._count),
+        )
+
+    def _reason(
+        self,
+        layer: str,
+        recipes: Sequence[str],
+        measured: Sequence[Mapping[str, Errors]],
+        found: Found | None,
+    ) -> str:
+        """Why the layer gets what it gets: what was quicker and fell out, and why."""
+        seconds = self._times.of_layer(layer, self._count)
+        reasons: dict[str, list[str]] = {}  # reason -> recipes
+        for recipe in sorted(seconds, key=seconds.__getitem__):
+            if set(recipes) == {recipe}:
+                break
+            beyond = [
+                text
+                for errors in measured
+                if recipe in errors
+                and (text := errors[recipe].beyond(self._budget.layers)) is not None
+            ]
+            if beyond:
+                reasons.setdefault(beyond[0], []).append(recipe)
+            elif found is not None and recipe not in recipes and recipe != EXACT:
+                reasons.setdefault("too much of the output's error", []).append(recipe)
+        for recipe, refusal in self._measured.refusals.get(layer, {}).items():
+            reasons.setdefault(refusal, []).append(recipe)
+        if not reasons:
+            exact = set(recipes) == {EXACT}
+            return "exact is the quickest" if exact else "the quickest candidate"
+        return "; ".join(f"{', '.join(given)}: {text}" for text, given in reasons.items())
+
+    def _calibration(
+        self, found: Found | None, margin: float, model_seconds: Mapping[str, float]
+    ) -> Calibration:
+        bound, end_to_end = self._budget.output, None
+        if bound is not None and found is not None:
+            end_to_end = EndToEnd(
+                bound.name, bound.limit, margin, found.worst, found.holds, found.rounds
+            )
+        return Calibration(
+            budget=self._budget.layers,
+            candidates=tuple(self._candidates or ()),
+            inputs=self._count,
+            interrupted=self._interrupted,
+            device=device_name(self._times.device),
+            versions={
+                "sage-compiler": metadata.version("sage-compiler"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            times=str(self._times),
+            subset=str(self._subset),
+            parts={**self._measured.parts, **self._parts},
+            end_to_end=end_to_end,
+            model_seconds=model_seconds,
+        )
+
+
+def _device(model: Callable[..., Any], arguments: Any) -> torch.device:
+    """Where the model is: its parameters', else its first input's device."""
+    held: list[Tensor] = []
+    if isinstance(model, nn.Module):
+        held = [*model.parameters(), *model.buffers()]
+    held += [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return held[0].device if held else torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The parts of ``sage.calibrate``: budgets, inputs, probes, times, choices."""

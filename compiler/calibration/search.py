@@ -1,0 +1,270 @@
+"""Find the quickest policy whose output stays within a bound, by running it.
+
+How much of a layer's error reaches the output is not known before: it is measured with one layer
+quantized at a time. From these shares the error of a policy is predicted; the policy is run on all
+inputs, and what it measures scales the prediction, until the bound holds with the margin, or
+nothing is quantized. Ranges of timesteps are searched side by side: an input is in one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any, Final, Protocol, TypeVar
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sage_compiler.calibration.budget import OutputBound
+from sage_compiler.calibration.choose import Option, choose, is_exact, seconds, total_error
+from sage_compiler.calibration.inputs import Inputs, Item
+from sage_compiler.calibration.measure import current_range
+from sage_compiler.calibration.probe import Call, Watched
+from sage_compiler.precision import EXACT
+
+T = TypeVar("T")
+
+MOST_ROUNDS: Final = 8  # after these, a bound that does not hold yet is approached in great steps
+_LOOSEN: Final = 1.1  # what is this much below the bound may be worth another round
+_TIGHTEN: Final = 0.9  # of what a measured error asks for
+_KEEP_BYTES: Final = 1 << 28  # of exact outputs, to compare policies with
+
+
+class Progress(Protocol):
+    """Shows how far a loop over inputs is."""
+
+    def __call__(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]: ...
+
+
+class Outputs:
+    """Exact outputs of the model: kept while they are small, computed again where not."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Any] = {}
+        self._bytes = 0
+
+    def keep(self, item: Item, output: Any) -> None:
+        """Keep an output that the model gave without any quantization."""
+        size = sum(
+            leaf.numel() * leaf.element_size()
+            for leaf in pytree.tree_leaves(output)
+            if isinstance(leaf, Tensor)
+        )
+        if self._bytes + size <= _KEEP_BYTES:
+            self._bytes += size
+            self._kept[item.number] = output
+
+    def of(self, item: Item, watch: Watched) -> Any:
+        """The exact output for an item."""
+        if item.number not in self._kept:
+            watch.attend = lambda call: call.run(EXACT)
+            return item.call(watch.run)
+        return self._kept[item.number]
+
+
+@dataclass(slots=True)
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        choice: range of timesteps -> layer -> what it gets.
+        worst: the greatest error of an output that was measured with it; None: it was not run.
+        holds: whether that is within the bound and margin.
+        rounds: how many policies were run on all inputs.
+        shares: (range, layer) -> error of the output for one unit of the layer's relative L1.
+        interrupted: whether the user ended the search.
+    """
+
+    choice: dict[int, dict[str, Option]]
+    worst: float | None = None
+    holds: bool = False
+    rounds: int = 0
+    shares: dict[tuple[int, str], float] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def search(
+    watch: Watched,
+    inputs: Inputs,
+    outputs: Outputs,
+    options: Mapping[int, Mapping[str, list[Option]]],
+    ranges_of: Mapping[int, Collection[int]],
+    bound: OutputBound,
+    margin: float,
+    progress: Progress,
+) -> Found:
+    """The quickest policy found that keeps ``bound`` with ``margin`` on all inputs.
+
+    Args:
+        options: by range of timesteps, layer by layer, with the layer's relative L1 as error.
+        ranges_of: number of an input -> the ranges of timesteps that it is in: one, unless the
+            model goes through steps by itself.
+        margin: the part of the limit that the inputs may use up.
+    """
+    allowed = bound.limit * margin
+    model = _Model(watch, inputs, outputs, ranges_of, bound, len(options), progress)
+    found = Found({})
+    ranges: dict[int, _Range] = {}
+    try:
+        found.shares = model.shares(options)
+        for at, layers in options.items():
+            weighted = {
+                layer: [_weigh(each, found.shares.get((at, layer), 1.0)) for each in candidates]
+                for layer, candidates in layers.items()
+            }
+            ranges[at] = _Range(weighted, allowed)
+        while not all(each.done for each in ranges.values()):
+            found.rounds += 1
+            choice = {at: each.choice for at, each in ranges.items()}
+            open_ranges = {at for at, each in ranges.items() if not each.done}
+            worst = model.run(choice, open_ranges, found.rounds)
+            for at in open_ranges:
+                ranges[at].learn(worst[at], found.rounds)
+    except KeyboardInterrupt:
+        found.interrupted = True
+    kept = {at: ranges[at].best for at in options if at in ranges}
+    for at, layers in options.items():
+        best = kept.get(at)
+        # What was not found out before an interruption is not guessed.
+        found.choice[at] = _exact(layers) if best is None else best.choice
+    known = [best.worst for best in kept.values() if best is not None]
+    if len(known) == len(options):
+        found.worst = max(known)
+        found.holds = found.worst <= allowed
+    return found
+
+
+def _weigh(option: Option, share: float) -> Option:
+    return Option(option.recipe, option.seconds, option.error * share if option.error else 0.0)
+
+
+def _exact(layers: Mapping[str, list[Option]]) -> dict[str, Option]:
+    return {
+        layer: next(each for each in options if each.recipe == EXACT)
+        for layer, options in layers.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    choice: dict[str, Option]
+    worst: float
+
+
+class _Range:
+    """The search within one range of timesteps: the choice to run next, and what is known."""
+
+    def __init__(self, options: Mapping[str, list[Option]], allowed: float) -> None:
+        self._options = options
+        self._allowed = allowed
+        self._target = allowed  # of the predicted error
+        self._tried: list[dict[str, Option]] = []
+        self.best: _Best | None = None
+        self.done = False
+        self.choice = choose(options, allowed)
+
+    def learn(self, worst: float, rounds: int) -> None:
+        """Take in the greatest error of an output under ``choice``, and make the next one."""
+        if self.done:
+            return
+        self._tried.append(self.choice)
+        predicted = total_error(self.choice.values())
+        if worst <= self._allowed or is_exact(self.choice.values()):
+            self.best = _Best(self.choice, worst)
+            self._target = max(self._target, predicted) * (self._allowed / worst if worst else inf)
+            wide = worst * _LOOSEN < self._allowed
+            self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
+        elif self.best is not None:
+            self.done = True  # one step too far: the step before was right
+        else:
+            step = _TIGHTEN if rounds < MOST_ROUNDS else 0.25
+            self._target = min(self._target, predicted) * step * self._allowed / worst
+            while not self._move():
+                self._target *= 0.5
+
+    def _move(self) -> bool:
+        """Take the choice for the target next; False where it is one that was run before."""
+        following = choose(self._options, self._target)
+        if following in self._tried:
+            return False
+        if self.best is not None and seconds(following.values()) >= seconds(
+            self.best.choice.values()
+        ):
+            return False
+        self.choice = following
+        return True
+
+
+class _Model:
+    """The watched model, run with a choice of recipes."""
+
+    def __init__(
+        self,
+        watch: Watched,
+        inputs: Inputs,
+        outputs: Outputs,
+        ranges_of: Mapping[int, Collection[int]],
+        bound: OutputBound,
+        timestep_ranges: int,
+        progress: Progress,
+    ) -> None:
+        self._watch = watch
+        self._inputs = inputs
+        self._outputs = outputs
+        self._ranges_of = ranges_of
+        self._bound = bound
+        self._ranges = timestep_ranges
+        self._progress = progress
+
+    def _error(self, item: Item, choice: Mapping[int, Mapping[str, Option]]) -> float:
+        """The error of the output for one input under a choice; what it leaves out is exact."""
+        expected = self._outputs.of(item, self._watch)
+
+        def attend(call: Call) -> Tensor:
+            option = choice.get(current_range(self._ranges), {}).get(call.layer)
+            return call.run(EXACT if option is None else option.recipe)
+
+        self._watch.attend = attend
+        return self._bound.measure(item.call(self._watch.run), expected)
+
+    def run(
+        self, choice: Mapping[int, Mapping[str, Option]], ranges: Collection[int], number: int
+    ) -> dict[int, float]:
+        """The greatest error in each of these ranges of timesteps, over all inputs in them."""
+        worst = dict.fromkeys(ranges, 0.0)
+        for item in self._progress(self._inputs, f"policy {number}", self._inputs.count):
+            concerned = worst.keys() & self._ranges_of.get(item.number, ())
+            if concerned:
+                error = self._error(item, choice)
+                worst |= {at: max(worst[at], error) for at in concerned}
+        return worst
+
+    def shares(
+        self, options: Mapping[int, Mapping[str, list[Option]]]
+    ) -> dict[tuple[int, str], float]:
+        """Error of the output for one unit of a layer's: one layer at a time, on one input each."""
+        found: dict[tuple[int, str], float] = {}
+        trials = [
+            (item, at, layer, coarsest)
+            for at, item in self._first_items().items()
+            for layer, candidates in options[at].items()
+            if (coarsest := max(candidates, key=lambda each: each.error)).error > 0
+        ]
+        for item, at, layer, coarsest in self._progress(trials, "layer by layer", len(trials)):
+            error = self._error(item, {at: {layer: coarsest}})
+            if 0 < error < inf and coarsest.error < inf:
+                found[at, layer] = error / coarsest.error
+        return found
+
+    def _first_items(self) -> dict[int, Item]:
+        """The first input in each range of timesteps."""
+        missing = {at for ranges in self._ranges_of.values() for at in ranges}
+        first: dict[int, Item] = {}
+        for item in self._inputs:
+            for at in missing.intersection(self._ranges_of.get(item.number, ())):
+                first[at] = item
+                missing.discard(at)
+            if not missing:
+                break
+        return first
