@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,16 @@ def test_the_examples_of_the_help_are_commands(words: tuple[str, ...]) -> None:
     examples = [line for line in lines if line.startswith("sagec ")]
     for line in examples:
         cli.parser().parse_args(line.partition(" > ")[0].replace('"', "").split()[1:])
+
+
+def test_the_commands_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("sagec ")]
+    for line in lines:
+        cli.parser().parse_args(line.partition(" > ")[0].split()[1:])
+    shown = {line.split()[1] for line in lines}
+    assert shown == {words[0] for words in COMMANDS} - {"kernels"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
