@@ -31,7 +31,7 @@ MEETING: Final = (
     "calibrate",
     "explain",
     "prepare",
-    "cli_kernels",
+    "commands",
     "cli",
 )
 ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
@@ -71,8 +71,8 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "explain": (*RUNTIME, *DECISION, "backend", "capture"),
     "calibration": (*RUNTIME, "capture", "machine", "passes", "policy_json", "rates"),
     "calibrate": (*RUNTIME, *DECISION, "calibration", "machine", "rates"),
-    "cli_kernels": (*VOCABULARY, "kernels"),
-    "cli": ANYTHING,
+    "commands": ANYTHING,
+    "cli": (*VOCABULARY, "commands"),
     "": ANYTHING,
 }
 

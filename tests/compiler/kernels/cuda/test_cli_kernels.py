@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sage_compiler import cli, cli_kernels
+from sage_compiler import cli
+from sage_compiler.commands import kernels
 from sage_compiler.kernels.cuda import headers
 from sage_compiler.kernels.cuda.cache import Cache
 from sage_compiler.kernels.cuda.sass import Disassembler
@@ -24,8 +25,8 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def all_specs(arch: str) -> tuple[KernelSpec, ...]:
         return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in ("float16", "bfloat16"))
 
-    monkeypatch.setattr(cli_kernels, "all_specs", all_specs)
-    monkeypatch.setattr(cli_kernels, "find", lambda *names: FakeCompiler(" or ".join(names)))
+    monkeypatch.setattr(kernels, "all_specs", all_specs)
+    monkeypatch.setattr(kernels, "find", lambda *names: FakeCompiler(" or ".join(names)))
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
     monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
     monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path / "cache"))
@@ -40,16 +41,16 @@ def test_check_compiles_every_architecture(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_check_fails_with_its_table_and_its_rows(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"BPT.TRAP": 1}))
-    file = tmp_path / "rows.json"
-    arguments = ["kernels", "check", "--arch", "sm_80", "--jobs", "1", "--json", str(file)]
+    arguments = ["kernels", "check", "--arch", "sm_80", "--jobs", "1"]
     assert cli.main(arguments) == 1
     output = capsys.readouterr()
     assert "BPT.TRAP 1 times, which it must not have" in output.out
     assert output.err.endswith("sagec: 2 of 2 kernels are not as they must be\n")
-    rows = json.loads(file.read_text())
+    assert cli.main([*arguments, "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
     assert [row["arch"] for row in rows] == ["sm_80", "sm_80"]
     assert rows[0]["opcodes"] == {"BPT.TRAP": 1} and rows[0]["problems"]
 
@@ -67,13 +68,20 @@ def test_build_makes_a_pack_and_list_shows_it(
     assert lines[0].split() == ["symbol", "arch", "bytes", "registers", "spills", "where", "age"]
     assert len(lines) == 5
     assert all(f"pack {out}" in line for line in lines[1:])
+    assert cli.main(["kernels", "list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["where"] for row in rows] == [f"pack {out}"] * 4
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_89"}
 
 
-def test_ahead_of_time_nvcc_is_asked_first(tmp_path: Path) -> None:
+def test_ahead_of_time_nvcc_is_asked_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "pack"
-    build = ["kernels", "build", "--arch", "sm_80", "--out", str(out), "--jobs", "1"]
+    build = ["kernels", "build", "--arch", "sm_80", "--out", str(out), "--jobs", "1", "--json"]
     for more, identity in (([], "nvcc or nvrtc"), (["--compiler", "nvrtc"], "nvrtc")):
         assert cli.main([*build, *more]) == 0
+        assert json.loads(capsys.readouterr().out)["kernels"] == 2
         manifest = json.loads((out / "manifest.json").read_text())
         assert {kernel["compiler"] for kernel in manifest["kernels"]} == {identity}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
+from sage_compiler.commands import options
 from sage_compiler.errors import SageError, UsageError
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
 from sage_compiler.kernels.cuda.check import check, table
@@ -27,25 +27,59 @@ Item = TypeVar("Item")
 
 # Ahead of time, the smaller images of nvcc are worth a toolkit.
 _AHEAD: Final = ("nvcc", "nvrtc")
+_CHECK: Final = """\
+Compile every variant of every kernel and look at its machine code: registers, spills, and the
+instructions it must and must not have. Fails where one is not as it must be.
+
+    sagec kernels check --arch sm_89"""
+_BUILD: Final = """\
+Compile every variant for some architectures into a kernel pack, which is found through the
+environment variable SAGE_KERNEL_PACK; then nothing is compiled where the model runs.
+
+    sagec kernels build --arch sm_89 --arch sm_90a --out pack"""
+_LIST: Final = """\
+List the kernels that are shipped in packs and those that are kept in the cache.
+
+    sagec kernels list"""
+_HEADING: Final = ("symbol", "arch", "bytes", "registers", "spills", "where", "age")
 _UNITS: Final = (("d", 24 * 60 * 60), ("h", 60 * 60), ("min", 60), ("s", 1))  # in seconds
 
 
-def add_commands(kernels: argparse.ArgumentParser) -> None:
-    """Give the parser of ``sagec kernels`` its commands."""
-    commands = kernels.add_subparsers(required=True, metavar="COMMAND")
+def add_command(commands: options.Commands) -> None:
+    """Give ``sagec`` the command."""
+    summary = "the CUDA kernels: check, build, list"
+    kernels = commands.add_parser("kernels", help=summary, description=f"{summary.capitalize()}.")
+    actions = kernels.add_subparsers(required=True, metavar="COMMAND")
 
-    checking = commands.add_parser("check", help="compile every variant, look at its machine code")
+    checking = options.add_command(
+        actions,
+        "check",
+        _check,
+        summary="compile every variant, look at its machine code",
+        description=_CHECK,
+    )
     _add_compiling(checking, "all by default")
-    checking.add_argument("--json", type=Path, metavar="FILE", help="write the rows to it as well")
-    checking.set_defaults(run=_check)
+    options.add_json(checking)
 
-    building = commands.add_parser("build", help="compile every variant into a kernel pack")
+    building = options.add_command(
+        actions,
+        "build",
+        _build,
+        summary="compile every variant into a kernel pack",
+        description=_BUILD,
+    )
     _add_compiling(building, "at least one")
     building.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
-    building.set_defaults(run=_build)
+    options.add_json(building)
 
-    listing = commands.add_parser("list", help="what is shipped in packs and kept in the cache")
-    listing.set_defaults(run=_list)
+    listing = options.add_command(
+        actions,
+        "list",
+        _list,
+        summary="what is shipped in packs and kept in the cache",
+        description=_LIST,
+    )
+    options.add_json(listing)
 
 
 def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
@@ -59,21 +93,22 @@ def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
     )
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> int:
     specs = _specs(arguments.arch or list(ARCHS))
     disassembler = Disassembler.find()
     found = check(specs, _compiler(arguments), disassembler, _jobs(arguments))
     rows = list(_progress(found, len(specs)))
-    print(table(rows))
-    if arguments.json is not None:
-        text = json.dumps([row.to_dict() for row in rows], indent=1)
-        arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    if arguments.json:
+        options.print_json([row.to_dict() for row in rows])
+    else:
+        print(table(rows))
     failed = sum(bool(row.problems) for row in rows)
     if failed:
         raise SageError(f"{failed} of {len(rows)} kernels are not as they must be")
+    return options.OK
 
 
-def _build(arguments: argparse.Namespace) -> None:
+def _build(arguments: argparse.Namespace) -> int:
     if not arguments.arch:
         raise UsageError(f"--arch is missing; known: {', '.join(ARCHS)}")
     specs = _specs(arguments.arch)
@@ -85,23 +120,39 @@ def _build(arguments: argparse.Namespace) -> None:
         lambda binaries: _progress(binaries, len(specs)),
     )
     size = sum(entry.size for entry in entries)
-    print(f"{len(entries)} kernels, {size} bytes, in {arguments.out}")
-
-
-def _list(arguments: argparse.Namespace) -> None:
-    now = time.time()
-    lines = [("symbol", "arch", "bytes", "registers", "spills", "where", "age")]
-    for pack in find_packs():
-        age = now - pack.written
-        lines += [
-            (*_cells(entry), f"pack {pack.folder}", _age(age)) for entry in pack.entries.values()
-        ]
-    for kept in Cache(default_folder()).kept():
-        lines.append((*_cells(kept.entry), f"cache {kept.folder}", _age(now - kept.written)))
-    if len(lines) == 1:
-        print("no kernels: none is shipped in a pack, and none is in the cache")
+    if arguments.json:
+        made = {"folder": str(arguments.out), "kernels": len(entries), "bytes": size}
+        options.print_json(made)
     else:
-        print("\n".join(columns(lines)))
+        print(f"{len(entries)} kernels, {size} bytes, in {arguments.out}")
+    return options.OK
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    # Each with its place and the time it was written, in seconds since the epoch.
+    found = [
+        (entry, f"pack {pack.folder}", pack.written)
+        for pack in find_packs()
+        for entry in pack.entries.values()
+    ]
+    found += [
+        (kept.entry, f"cache {kept.folder}", kept.written)
+        for kept in Cache(default_folder()).kept()
+    ]
+    if arguments.json:
+        options.print_json(
+            [
+                {**entry.to_dict(), "where": where, "written": written}
+                for entry, where, written in found
+            ]
+        )
+    elif found:
+        now = time.time()
+        lines = [(*_cells(entry), where, _age(now - written)) for entry, where, written in found]
+        print("\n".join(columns([_HEADING, *lines])))
+    else:
+        print("no kernels: none is shipped in a pack, and none is in the cache")
+    return options.OK
 
 
 def _specs(archs: Sequence[str]) -> list[KernelSpec]:

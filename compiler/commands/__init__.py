@@ -1,0 +1,1 @@
+"""The commands of ``sagec``, one module each: its options, its help and what it does."""
