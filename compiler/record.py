@@ -88,12 +88,20 @@ class GraphPair:
     @property
     def before(self) -> fx.GraphModule:
         """The graph as it was captured."""
-        return fx.GraphModule(self._root, self.graph(BEFORE))
+        return self.module(BEFORE)
 
     @property
     def after(self) -> fx.GraphModule:
         """The graph that was handed to Inductor."""
-        return fx.GraphModule(self._root, self.graph(AFTER))
+        return self.module(AFTER)
+
+    def module(self, which: str) -> fx.GraphModule:
+        """``before`` or ``after`` by name.
+
+        Raises:
+            InvalidOptionError: ``which`` is neither.
+        """
+        return fx.GraphModule(self._root, self.graph(which))
 
     def graph(self, which: str) -> fx.Graph:
         """The graph alone, "before" or "after", which takes less time than a module of it.

@@ -15,6 +15,7 @@ from typing import Any, Final
 from xml.etree import ElementTree
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from sage_compiler.drawing.layout import LONGEST_EDGE, Box, arrange, levels
 
@@ -85,7 +86,6 @@ def write_svg(svg: ElementTree.Element, path: str | os.PathLike[str]) -> None:
     style = ElementTree.Element("style")
     style.text = stylesheet()
     svg.insert(0, style)
-    svg.set("xmlns", "http://www.w3.org/2000/svg")
     ElementTree.ElementTree(svg).write(path, encoding="utf-8", xml_declaration=True)
 
 
@@ -96,8 +96,9 @@ def operation_text(node: fx.Node) -> str:
         return f".{target}"
     if not callable(target):
         return node.op if target in (node.op, node.name) else f"{node.op} {target}"
-    name = getattr(target, "_qualified_op_name", None)  # of an OpOverload
-    return str(name).replace("::", ".") if name else str(getattr(target, "__name__", target))
+    if isinstance(target, OpOverload):
+        return str(target).removesuffix(".default")
+    return str(getattr(target, "__name__", target))
 
 
 def value_text(node: fx.Node) -> str:
@@ -122,9 +123,10 @@ def _label(node: fx.Node, far: Sequence[str]) -> list[str]:
 
 
 def _clip(text: str) -> str:
+    """The text without its middle if it is long: generated names differ at their ends."""
     if len(text) <= _LONGEST_TEXT:
         return text
-    return text[: _LONGEST_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return f"{text[: _LONGEST_TEXT // 3]}\N{HORIZONTAL ELLIPSIS}{text[-_LONGEST_TEXT // 2 :]}"
 
 
 def _description(node: fx.Node) -> str:
@@ -137,6 +139,7 @@ def _canvas(width: float, height: float, title: str) -> ElementTree.Element:
     return ElementTree.Element(
         "svg",
         {
+            "xmlns": "http://www.w3.org/2000/svg",
             "class": "graph",
             "role": "img",
             "aria-label": drawable(title),

@@ -1,7 +1,8 @@
 """A report as one page: everything in the file, nothing loaded, nothing trusted.
 
-All names, reasons and code come from users; Jinja escapes them. The page's policy names the hashes
-of its script and stylesheet, so that a browser would run nothing else even if one got through.
+All names, reasons and code come from users; Jinja escapes them, also in the JSON of the drawings.
+The page's policy names the hashes of its script and stylesheet, so that a browser would run nothing
+else even if it got through.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def render(sites: Sequence[Site], graphs: Sequence[GraphPair], policies: Sequenc
         lstrip_blocks=True,
     )
     environment.filters |= {"shape": shape_text, "duration": duration, "error": error_text}
+    views = view_sites(sites, graphs)
+    # A browser reads a string of JSON far faster than the elements that it stands for: drawings
+    # become elements when somebody opens them.
+    drawings = dict.fromkeys(each.svg for view in views for each in view.drawings)
     style, script = stylesheet() + _resource("page.css"), _resource("page.js")
     return environment.get_template("page.html.jinja").render(
         style=Markup(style),
@@ -49,7 +54,9 @@ def render(sites: Sequence[Site], graphs: Sequence[GraphPair], policies: Sequenc
         graphs=count(len(graphs), "graph"),
         targets=", ".join(dict.fromkeys(policy.target for policy in policies)),
         decisions=(REWRITE, KEEP),
-        sites=view_sites(sites, graphs),
+        sites=views,
+        drawings=list(drawings),
+        number_of={svg: number for number, svg in enumerate(drawings)},
         heat_maps=[each for policy in policies for each in heat_maps(policy)],
         heat_steps=STEPS,
     )

@@ -1,6 +1,17 @@
 "use strict";
 
-// Opens the drawing that a link of the table, or the address, leads to.
+let drawings;
+
+// Makes elements of the drawings of a site, once.
+function draw(details) {
+  for (const place of details.querySelectorAll("[data-drawing]:empty")) {
+    drawings ??= JSON.parse(document.getElementById("drawings").textContent);
+    const xml = drawings[place.dataset.drawing];
+    place.append(new DOMParser().parseFromString(xml, "image/svg+xml").documentElement);
+  }
+}
+
+// Opens the site that a link of the table, or the address, leads to.
 function openTarget() {
   const target = document.getElementById(location.hash.slice(1));
   if (target instanceof HTMLDetailsElement) {
@@ -73,5 +84,7 @@ if (table) {
   makeSortable(table);
   makeFilter(table);
 }
+// Of details, this event does not bubble.
+addEventListener("toggle", (event) => event.target.open && draw(event.target), true);
 addEventListener("hashchange", openTarget);
 openTarget();

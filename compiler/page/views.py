@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Final
 from xml.etree import ElementTree
 
-from markupsafe import Markup
 from torch import fx
 
 from sage_compiler.drawing import draw
@@ -25,12 +24,12 @@ class Drawing:
     """A part of a graph.
 
     Attributes:
-        svg: the drawing.
+        svg: the drawing, as XML.
         omitted: how many nodes it lacks, because it would be too large.
         source: the lines that wrote its nodes, ``file:line: code``, each once.
     """
 
-    svg: Markup
+    svg: str
     omitted: int
     source: list[str]
 
@@ -42,6 +41,11 @@ class SiteView:
     site: Site
     before: Drawing | None
     after: Drawing | None
+
+    @property
+    def drawings(self) -> list[Drawing]:
+        """Those that there are."""
+        return [each for each in (self.before, self.after) if each is not None]
 
 
 def view_sites(sites: Sequence[Site], graphs: Sequence[GraphPair]) -> list[SiteView]:
@@ -85,7 +89,7 @@ class _Graph:
         kinds = {node.name: "context" for node in context} | {node.name: kind for node in shown}
         ordered = sorted([*shown, *context], key=self.position.__getitem__)
         return Drawing(
-            svg=Markup(ElementTree.tostring(draw(ordered, kinds, title), encoding="unicode")),
+            svg=ElementTree.tostring(draw(ordered, kinds, title), encoding="unicode"),
             omitted=len(nodes) - len(shown) + len(around) - len(context),
             source=[text for text in dict.fromkeys(map(source_of, nodes)) if text],
         )
