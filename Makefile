@@ -57,13 +57,20 @@ print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], 
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help set-up test demo lint format bench gpu check-kernels sanitize check-arm wheel clean distclean
+.PHONY: help set-up browser test demo lint format bench gpu check-kernels sanitize check-arm wheel clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 set-up: $(PACKAGE) $(DEMO) $(CUDA) ## set up .venv, for working in it by hand
 	@:
+
+browser: ## install Chromium for the tests of pages: where it is missing, on Debian, as root
+	@for name in chromium chromium-browser google-chrome; do command -v $$name && exit; done; { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { \
+	    echo >&2 "error: install Chromium; on Debian, 'make browser' does it as root"; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    chromium fonts-dejavu-core fonts-liberation; }
 
 test: $(PACKAGE) $(DEMO) $(CUDA) ## run the tests
 	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)

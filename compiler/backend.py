@@ -29,6 +29,7 @@ from sage_compiler.passes.pipeline import Decision
 from sage_compiler.passes.site import AttentionSite
 from sage_compiler.policy import Policy
 from sage_compiler.precision import AUTO, EXACT
+from sage_compiler.record import AFTER, BEFORE, GraphPair
 from sage_compiler.report import Report
 
 log = logging.getLogger("sage_compiler")
@@ -312,6 +313,20 @@ def _publish(report: Report) -> None:
         "artifact",
         metadata_fn=lambda: {"name": "sage_report", "encoding": "json"},
         payload_fn=lambda: json.dumps(report.to_dict()),
+    )
+    for pair in report.graphs:
+        for which in (BEFORE, AFTER):
+            _trace_graph(pair, which)
+
+
+def _trace_graph(pair: GraphPair, which: str) -> None:
+    """Add a graph to TORCH_TRACE as code; where that is off, no code is made."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"sage_graph_{which}", "encoding": "string"},
+        payload_fn=lambda: pair.module(which).print_readable(
+            print_output=False, include_stride=True, include_device=True
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""What was rewritten, what was kept, and why: one object, printed as text or JSON."""
+"""What was rewritten, what was kept, and why: one object, as text, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any, Final
 
 from torch import fx
@@ -17,86 +17,14 @@ from sage_compiler.passes.site import AttentionSite, Shape
 from sage_compiler.passes.snapshot import Snapshot
 from sage_compiler.policy import LayerPolicy, Policy
 from sage_compiler.precision import EXACT
-from sage_compiler.text import columns, count
+from sage_compiler.record import KEEP, REWRITE, GraphPair, Site, plain, shape_text
+from sage_compiler.report_diff import ReportDiff, compare_sites
+from sage_compiler.text import columns, count, duration
+from sage_compiler.verdict import error_text, judge
 
-VERSION: Final = 1  # of the JSON form
-REWRITE: Final = "rewrite"
-KEEP: Final = "keep"
+__all__ = ["KEEP", "REWRITE", "VERSION", "GraphPair", "Report", "ReportDiff", "Site", "describe"]
 
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """One attention of a compiled graph; fields are text or tuples of sizes, but for measurements.
-
-    Attributes:
-        layer: qualified module name and ordinal, ``encoder.layer.0.attention.self#0``.
-        fingerprint: heads, key/value heads, head_dims and mask class, ``q12 kv4 d64 dv64 causal``;
-            "" when unknown.
-        form: how it was written, e.g. ``sdpa``.
-        q_shape: (B, H, Lq, D), symbolic sizes by name; () when unknown.
-        kv_shape: (B, Hkv, Lk, Dv).
-        heads: ``12`` or, grouped, ``32 over 8``.
-        mask: the mask in a few words; proof: why it is that.
-        recipe: the operator's recipe, those of the ranges of timesteps by "/" where they differ;
-            "" when kept.
-        decision: "rewrite" or "keep"; reason: why.
-        source: ``file:line: code`` that wrote it.
-        cosine, rel_l1: errors of the recipe in calibration, the worst over its inputs; None where
-            no policy says.
-        seconds, exact_seconds: time of the layer's attention for one input, with the recipe and
-            exact, as the policy predicts it; None where no policy says.
-    """
-
-    layer: str
-    fingerprint: str
-    form: str
-    q_shape: Shape
-    kv_shape: Shape
-    heads: str
-    mask: str
-    proof: str
-    recipe: str
-    decision: str
-    reason: str
-    source: str
-    cosine: float | None = None
-    rel_l1: float | None = None
-    seconds: float | None = None
-    exact_seconds: float | None = None
-
-
-class GraphPair:
-    """One captured graph before and after rewriting.
-
-    Attributes:
-        sites: the attentions of this graph, in its order.
-        nodes: for each of them, the names of the nodes of ``before`` that compute it, first to
-            last. In ``after``, what was inserted for it has its layer as ``meta["sage_layer"]``.
-    """
-
-    def __init__(
-        self,
-        root: fx.GraphModule,
-        before: Snapshot,
-        after: Snapshot,
-        sites: Sequence[Site],
-        nodes: Sequence[tuple[str, ...]],
-    ) -> None:
-        self._root = root
-        self._before = before
-        self._after = after
-        self.sites = tuple(sites)
-        self.nodes = tuple(nodes)
-
-    @property
-    def before(self) -> fx.GraphModule:
-        """The graph as it was captured."""
-        return fx.GraphModule(self._root, self._before.build())
-
-    @property
-    def after(self) -> fx.GraphModule:
-        """The graph that was handed to Inductor."""
-        return fx.GraphModule(self._root, self._after.build())
+VERSION: Final = 2  # of the JSON form
 
 
 class Report:
@@ -134,14 +62,26 @@ class Report:
         self.graphs.extend(other.graphs)
         self.policies.extend(each for each in other.policies if each not in self.policies)
 
+    def diff(self, other: Report) -> ReportDiff:
+        """What ``other`` has otherwise; sites are matched by layer, in the order they occur in."""
+        return compare_sites(self.sites, other.sites)
+
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, without the graphs."""
+        """The report as plain data, without the graphs; what is no number is None.
+
+        The verdict of a policy is what became of its bound on the model's output, None without one.
+        """
+        verdicts = [policy.calibration.end_to_end for policy in self.policies]
         return {
             "version": VERSION,
             "graphs": len(self.graphs),
             "rewritten": len(self.rewritten),
             "kept": len(self.kept),
-            "sites": [asdict(site) for site in self.sites],
+            "policies": [
+                {"target": policy.target, "verdict": None if verdict is None else str(verdict)}
+                for policy, verdict in zip(self.policies, verdicts, strict=True)
+            ],
+            "sites": [plain(asdict(site)) for site in self.sites],
         }
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
@@ -151,8 +91,21 @@ class Report:
             OSError: the file cannot be written.
         """
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2)
+            json.dump(self.to_dict(), file, indent=2, allow_nan=False)
             file.write("\n")
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one page for a browser, which loads nothing else: docs/inspection.md.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from sage_compiler.page import render
+
+        page = render(self.sites, self.graphs, self.policies)
+        # Half of a surrogate pair, which a name may hold, is shown as its number.
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(page)
 
     def __str__(self) -> str:
         found = count(len(self.sites), "attention site")
@@ -160,7 +113,8 @@ class Report:
         lines = [
             f"sage: {found} in {graphs}: {len(self.rewritten)} rewritten, {len(self.kept)} kept"
         ]
-        lines += _table(self.rewritten)
+        lines += judge(self.sites, self.policies).sentences
+        lines += _table(self.rewritten, _COLUMNS | (_MEASURED if self.policies else {}))
         return "\n".join(lines + _kept(self.kept))
 
     def __repr__(self) -> str:
@@ -216,21 +170,32 @@ def _heads(q_shape: Shape, kv_shape: Shape) -> str:
     return f"{query}" if query == key else f"{query} over {key}"
 
 
-def _shape(shape: Shape) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else duration(seconds)
 
 
-_COLUMNS: Final = ("layer", "query", "key/value", "mask", "recipe")
+# Heading -> the text of a cell.
+_COLUMNS: Final[dict[str, Callable[[Site], str]]] = {
+    "layer": lambda site: site.layer,
+    "query": lambda site: shape_text(site.q_shape),
+    "key/value": lambda site: shape_text(site.kv_shape),
+    "mask": lambda site: site.mask,
+    "recipe": lambda site: site.recipe,
+}
+# What a policy adds.
+_MEASURED: Final[dict[str, Callable[[Site], str]]] = {
+    "cosine": lambda site: error_text(site.cosine, 6),
+    "rel_l1": lambda site: error_text(site.rel_l1, 4),
+    "time": lambda site: _time(site.seconds),
+    "exact": lambda site: _time(site.exact_seconds),
+}
 
 
-def _table(sites: list[Site]) -> list[str]:
+def _table(sites: list[Site], shown: dict[str, Callable[[Site], str]]) -> list[str]:
     if not sites:
         return []
-    rows = [
-        (site.layer, _shape(site.q_shape), _shape(site.kv_shape), site.mask, site.recipe)
-        for site in sites
-    ]
-    lines = ["rewritten:", *columns([_COLUMNS, *rows], "  ")]
+    rows = [[cell(site) for cell in shown.values()] for site in sites]
+    lines = ["rewritten:", *columns([list(shown), *rows], "  ")]
     proofs = Counter((site.mask, site.proof) for site in sites)
     lines += [
         f"  mask {mask}: {proof} ({count(number, 'site')})"
@@ -253,9 +218,7 @@ def _kept(sites: list[Site]) -> list[str]:
     for (form, reason, source), members in groups.items():
         lines.append(f"kept, {count(len(members), 'site')} ({form}):")
         lines += textwrap.wrap(reason, 96, initial_indent="  ", subsequent_indent="  ")
-        lines += [
-            f"  - {site.layer} {_shape(site.q_shape)}".removesuffix(" ()") for site in members
-        ]
+        lines += [f"  - {site.layer} {shape_text(site.q_shape)}".rstrip() for site in members]
         if source:
             lines.append(f"  at {source}")
     return lines

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from sage_compiler.commands import options
 from sage_compiler.commands.model import build
 from sage_compiler.errors import UsageError
 from sage_compiler.explain import explain
+from sage_compiler.report import GraphPair
 
 _DESCRIPTION: Final = f"""\
 Show what torch.compile(model, backend="sage") would do with every attention of a model: what
@@ -59,7 +60,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     else:
         print(report)
     if html is not None:
-        _write_page(report, html)
+        report.to_html(html)
     if graphs is not None:
         for number, pair in enumerate(report.graphs):
             _draw(pair, graphs, f"graph{number}")
@@ -73,11 +74,7 @@ def _make_folder(folder: Path) -> None:
         raise UsageError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
 
 
-def _write_page(report: Any, path: Path) -> None:
-    report.to_html(path)
-
-
-def _draw(pair: Any, folder: Path, name: str) -> None:
+def _draw(pair: GraphPair, folder: Path, name: str) -> None:
     """Write NAME.before.svg, NAME.after.svg and NAME.after.py."""
     for which in ("before", "after"):
         pair.to_svg(folder / f"{name}.{which}.svg", which=which)

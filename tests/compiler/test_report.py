@@ -1,6 +1,8 @@
 """The report says the same in text, JSON and attributes."""
 
 import json
+from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sage_compiler as sage
+from sage_compiler.metrics import Errors
+from sage_compiler.policy import Calibration, EndToEnd, LayerPolicy, Policy
 from sage_compiler.report import Report, Site
 from tests.capture import rewritten
+from tests.compiler.sites import site
 
 
 class Attention(nn.Module):
@@ -83,11 +88,67 @@ def test_text(report: Report) -> None:
 def test_json(report: Report, tmp_path: Path) -> None:
     report.to_json(tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
-    assert (data["version"], data["graphs"], data["rewritten"], data["kept"]) == (1, 1, 2, 1)
+    assert (data["version"], data["graphs"], data["rewritten"], data["kept"]) == (2, 1, 2, 1)
     assert data["sites"][0]["layer"] == "layers.0#0"
     assert data["sites"][0]["fingerprint"] == "q2 kv2 d8 dv8 causal"
     assert data["sites"][0]["q_shape"] == [1, 2, 6, 8]
+    assert data["policies"] == []
     assert data == json.loads(json.dumps(report.to_dict()))
+
+
+@pytest.fixture(scope="module")
+def judged() -> Report:
+    """Two layers by a policy, one of them with an error that is no number."""
+    errors = Errors(0.9995, 0.03125, 0.1, 0.9, 0.2, 0.9996, 0.02)
+    broken = replace(errors, cosine=-1.0, rel_l1=inf)
+    layers = {
+        f"layers.{at}#0": LayerPolicy(
+            ("q2 kv2 d8 dv8 causal",),
+            ("int8_fp8",),
+            measured=({"int8_fp8": each},),
+            seconds={"exact": 3e-3, "int8_fp8": seconds},
+        )
+        for at, (each, seconds) in enumerate([(errors, 1e-3), (broken, 2e-3)])
+    }
+    made = Calibration(end_to_end=EndToEnd("output_rel_l1", 0.1, 1.0, inf, False, 3))
+    policy = Policy(layers, target="cpu", calibration=made)
+    return rewritten(Model(), torch.randn(1, 2, 6, 8), policy=policy)[1]
+
+
+def test_text_with_a_policy(judged: Report) -> None:
+    text = str(judged)
+    assert text.startswith(
+        "sage: 3 attention sites in 1 graph: 2 rewritten, 1 kept\n"
+        "predicted: attention 2.00 times as fast (6 ms exact, 3 ms by the policy)\n"
+        "worst error: rel_l1 inf, cosine -1.000000 in layers.1#0\n"
+        "output_rel_l1: does NOT hold: inf of at most 0.1 (0.1 with margin 1)\n"
+        "rewritten:\n"
+    )
+    heading, first, second = (line.split() for line in text.splitlines()[5:8])
+    assert heading[-5:] == ["recipe", "cosine", "rel_l1", "time", "exact"]
+    assert first[-7:] == ["int8_fp8", "0.999500", "0.0312", "1", "ms", "3", "ms"]
+    assert second[-7:] == ["int8_fp8", "-1.000000", "inf", "2", "ms", "3", "ms"]
+
+
+def test_a_policy_without_measurements_adds_empty_columns_only() -> None:
+    text = str(Report([site()], [], [Policy({}, target="cpu")]))
+    assert "predicted" not in text and "worst" not in text
+    assert "recipe    cosine  rel_l1  time  exact\n" in text
+
+
+def test_json_with_a_policy_has_no_number_that_json_lacks(judged: Report, tmp_path: Path) -> None:
+    judged.to_json(tmp_path / "report.json")
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(name)
+
+    data = json.loads((tmp_path / "report.json").read_text(), parse_constant=no_constant)
+    verdict = str(judged.policies[0].calibration.end_to_end)
+    assert data["policies"] == [{"target": "cpu", "verdict": verdict}]
+    assert [each["rel_l1"] for each in data["sites"]] == [0.03125, None, None]
+    assert [each["seconds"] for each in data["sites"]] == [1e-3, 2e-3, None]
+    nan_only = Report([site(cosine=nan, seconds=-inf)]).to_dict()["sites"][0]
+    assert nan_only["cosine"] is nan_only["seconds"] is None
 
 
 def test_public_name() -> None:

@@ -20,7 +20,8 @@ VOCABULARY: Final = ("errors", "precision", "semantics", "text")
 MEASURES: Final = (*VOCABULARY, "metrics")
 OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
-DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", "report")
+REPORTING: Final = ("drawing", "record", "verdict", "report_diff", "page", "report")
+DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", *REPORTING)
 MEETING: Final = (
     "fence",
     "rates",
@@ -60,7 +61,13 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "passes": VOCABULARY,
     "policy_json": VOCABULARY,
     "policy": (*MEASURES, "policy_json"),
-    "report": (*MEASURES, "passes", "policy"),
+    # what is told of it
+    "drawing": (),
+    "record": (*VOCABULARY, "passes", "drawing"),
+    "report_diff": ("text", "record"),
+    "verdict": (*MEASURES, "policy", "record"),
+    "page": (*MEASURES, "passes", "policy", "drawing", "record", "verdict"),
+    "report": (*MEASURES, "passes", "policy", *REPORTING),
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
@@ -259,7 +266,7 @@ def test_an_import_of_a_folder_is_reported(source: str) -> None:
 
 
 def test_importing_the_package_leaves_optional_packages_alone() -> None:
-    optional = {"transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib"}
+    optional = {"jinja2", "transformers", "onnx", "onnxruntime", "onnxscript", "matplotlib"}
     program = f"import sys, sage_compiler; print(sorted({optional} & set(sys.modules)))"
     # -P: without the working directory on the path, as in a program of a user's
     run = [sys.executable, "-P", "-c", program]

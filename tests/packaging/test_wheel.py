@@ -151,7 +151,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
         for requirement in metadata.get_all("Requires-Dist", [])
         if "extra ==" not in requirement
     ]
-    assert unconditional == ["filelock", "numpy", "torch>=2.11"]
+    assert unconditional == ["filelock", "jinja2", "markupsafe", "numpy", "torch>=2.11", "tqdm"]
 
 
 def test_the_wheel_holds_the_licence(wheel: zipfile.ZipFile) -> None:
