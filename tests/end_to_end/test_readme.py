@@ -16,7 +16,7 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     # The first block is the one line that the page opens with; it has no model.
     tour = [code for language, code in blocks if language == "python"][1:]
-    assert len(tour) == 6
+    assert len(tour) == 7
     script = tmp_path / "tour.py"
     script.write_text("\n".join(tour))
     done = subprocess.run(
@@ -32,6 +32,8 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     assert "sage.attention.default" in done.stdout
     assert "PackedKV(123 of 4096 tokens" in done.stdout
     assert (tmp_path / "report.json").is_file()
+    assert "policy for sm_89: 2 layers" in done.stdout
+    assert "<html" in (tmp_path / "report.html").read_text()
 
 
 def test_the_commands_run() -> None:
@@ -53,9 +55,13 @@ def test_the_commands_run() -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "layer" in done.stdout
-    # Those of kernels compile for minutes; here, that they are commands.
+    # Those of kernels compile for minutes; here, that they are commands. Other tests run the rest.
     kernels = [command for command in commands if command[0] == "kernels"]
     assert [command[1] for command in kernels] == ["build", "check", "list"]
-    assert len(commands) == len(explains) + len(kernels)
+    policies = [command for command in commands if command[0] in ("calibrate", "policy")]
+    assert [command[0] for command in policies] == ["calibrate", "policy"]
+    for command in policies:
+        parser().parse_args(command)
+    assert len(commands) == len(explains) + len(kernels) + len(policies)
     for command in kernels:
         parser().parse_args(command)
