@@ -64,9 +64,14 @@ def encode(model: Callable[..., Any], data: list[dict[str, Tensor]], label: str)
     with tqdm(data, desc=label, unit="batch", leave=False) as bar, ticking(bar):
         for batch in bar:
             hidden = model(**batch).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-            embeddings.append(F.normalize((hidden * mask).sum(1) / mask.sum(1)))
+            embeddings.append(pooled(hidden, batch["attention_mask"]))
     return torch.cat(embeddings)
+
+
+def pooled(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Normalized means over the tokens, (texts, 384), of the last hidden states."""
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1))
 
 
 @contextlib.contextmanager
