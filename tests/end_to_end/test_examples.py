@@ -30,9 +30,9 @@ def test_a_real_model_is_calibrated_for_a_gpu_that_is_not_here() -> None:
     printed = output_of("calibrate_minilm.py", "--passages", "1")
     assert "policy for sm_89: 6 layers" in printed
     assert "distance: holds" in printed
-    table = printed.partition("least cosine with exact")[2].splitlines()[1:5]
-    rows = {line.split()[0]: line.split() for line in table}
-    assert list(rows) == ["int4_fp8", "int8_fp8", "exact", "adaptive"]
+    table = printed.partition("least cosine with exact")[2].splitlines()[1:6]
+    rows = {line[:11].strip(): ["", *line[11:].split()] for line in table}
+    assert list(rows) == ["int4_fp8", "int8_fp8", "exact", "one int4", "adaptive"]
     # INT4 everywhere is too coarse for this model, and the table must show it.
     assert float(rows["int4_fp8"][1]) < 0.9995 < float(rows["adaptive"][1])
     assert rows["exact"][1:3] == ["1.000000", "1.000000"]
