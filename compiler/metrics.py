@@ -7,7 +7,7 @@ and relative L1 = sum |O' - O| / sum |O| over the flattened output, and RMSE.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from math import inf, isfinite, sqrt
 from typing import Any, Final
 
@@ -130,9 +130,18 @@ def _ratios(sums: Tensor) -> tuple[Tensor, Tensor]:
     return cosine.masked_fill(broken, -1.0), rel_l1.masked_fill(broken, inf)
 
 
+def leaves(output: Any) -> Iterator[Any]:
+    """What a model's output is made of: the contents of containers and dataclasses, in order."""
+    for leaf in pytree.tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from leaves([getattr(leaf, item.name) for item in fields(leaf)])
+        else:
+            yield leaf
+
+
 def tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors of a model's output, whatever it is made of, in order."""
-    for leaf in pytree.tree_leaves(output):
+    for leaf in leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             yield leaf
 

@@ -14,13 +14,13 @@ from math import inf
 from typing import Any, Final, Protocol, TypeVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sage_compiler.calibration.budget import OutputBound
 from sage_compiler.calibration.choose import Option, choose, is_exact, seconds, total_error
 from sage_compiler.calibration.inputs import Inputs, Item
 from sage_compiler.calibration.measure import current_range
 from sage_compiler.calibration.probe import Call, Watched
+from sage_compiler.metrics import leaves
 from sage_compiler.precision import EXACT
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ MOST_ROUNDS: Final = 8  # after these, a bound that does not hold yet is approac
 _LOOSEN: Final = 1.1  # what is this much below the bound may be worth another round
 _TIGHTEN: Final = 0.9  # of what a measured error asks for
 _KEEP_BYTES: Final = 1 << 28  # of exact outputs, to compare policies with
+_UNKNOWN_BYTES: Final = _KEEP_BYTES + 1  # of what may hold tensors out of sight, such as a cache
+_SMALL: Final = (bool, int, float, complex, str, type(None))
 
 
 class Progress(Protocol):
@@ -47,9 +49,9 @@ class Outputs:
     def keep(self, item: Item, output: Any) -> None:
         """Keep an output that the model gave without any quantization."""
         size = sum(
-            leaf.numel() * leaf.element_size()
-            for leaf in pytree.tree_leaves(output)
-            if isinstance(leaf, Tensor)
+            leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else _UNKNOWN_BYTES
+            for leaf in leaves(output)
+            if not isinstance(leaf, _SMALL)
         )
         if self._bytes + size <= _KEEP_BYTES:
             self._bytes += size
@@ -180,8 +182,8 @@ class _Range:
         else:
             step = _TIGHTEN if rounds < MOST_ROUNDS else 0.25
             self._target = min(self._target, predicted) * step * self._allowed / worst
-            while not self._move():
-                self._target *= 0.5
+            if not self._move():  # it was predicted to be without error
+                self.choice = _exact(self._options)
 
     def _move(self) -> bool:
         """Take the choice for the target next; False where it is one that was run before."""
@@ -253,7 +255,7 @@ class _Model:
         ]
         for item, at, layer, coarsest in self._progress(trials, "layer by layer", len(trials)):
             error = self._error(item, {at: {layer: coarsest}})
-            if 0 < error < inf and coarsest.error < inf:
+            if error > 0 and coarsest.error < inf:
                 found[at, layer] = error / coarsest.error
         return found
 

@@ -39,7 +39,7 @@ class Attention(nn.Module):
             for part in self.qkv(x).chunk(3, dim=-1)
         )
         size = torch.ones(HEAD_DIM)
-        size = torch.where(torch.arange(HEAD_DIM) == 0, outlier, size)
+        size = torch.where(torch.arange(HEAD_DIM) == 0, outlier, size).to(v.dtype)
         return [q / size, k * size, v]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
