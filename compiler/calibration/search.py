@@ -123,6 +123,12 @@ def search(
             worst = model.run(choice, open_ranges, found.rounds)
             for at in open_ranges:
                 ranges[at].learn(worst[at], found.rounds)
+        if any(len(each) > 1 for each in ranges_of.values()):
+            # Ranges of one input were judged beside choices that others have left meanwhile.
+            found.rounds += 1
+            choice = {at: each.choice for at, each in ranges.items()}
+            for at, error in model.run(choice, choice.keys(), found.rounds).items():
+                ranges[at].best = _Best(choice[at], error)
     except KeyboardInterrupt:
         found.interrupted = True
     kept = {at: ranges[at].best for at in options if at in ranges}
@@ -161,6 +167,7 @@ class _Range:
         self._options = options
         self._allowed = allowed
         self._target = allowed  # of the predicted error
+        self._holds, self._fails = 0.0, inf  # targets that a run has decided
         self._tried: list[dict[str, Option]] = []
         self.best: _Best | None = None
         self.done = False
@@ -171,19 +178,24 @@ class _Range:
         if self.done:
             return
         self._tried.append(self.choice)
-        predicted = total_error(self.choice.values())
         if worst <= self._allowed or is_exact(self.choice.values()):
             self.best = _Best(self.choice, worst)
-            self._target = max(self._target, predicted) * (self._allowed / worst if worst else inf)
-            wide = worst * _LOOSEN < self._allowed
-            self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
-        elif self.best is not None:
-            self.done = True  # one step too far: the step before was right
+            self._holds = self._target
+            self._target *= self._allowed / worst if worst else inf
         else:
+            self._fails = min(self._fails, total_error(self.choice.values()))
             step = _TIGHTEN if rounds < MOST_ROUNDS else 0.25
-            self._target = min(self._target, predicted) * step * self._allowed / worst
+            self._target = self._fails * step * self._allowed / worst
+        if self.best is None:
             if not self._move():  # it was predicted to be without error
                 self.choice = _exact(self._options)
+            return
+        if not self._holds < self._target < self._fails:  # between what held and what did not
+            self._target = (self._holds + self._fails) / 2
+        wide = self.best.worst * _LOOSEN < self._allowed
+        self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
+        if self.done:
+            self.choice = self.best.choice
 
     def _move(self) -> bool:
         """Take the choice for the target next; False where it is one that was run before."""

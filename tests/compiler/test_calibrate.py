@@ -397,11 +397,37 @@ def test_where_steps_are_set_there_are_four_ranges() -> None:
 
 def test_bounds_on_the_output_by_timestep() -> None:
     policy = sage.calibrate(
-        Denoiser().eval(), schedule(), budget={"output_rel_l1": 0.02}, timestep_ranges=2, **TARGET
+        Denoiser().eval(), schedule(), budget={"output_rel_l1": 0.006}, timestep_ranges=2, **TARGET
     )
     found = policy.calibration.end_to_end
     assert found is not None and found.holds
     assert policy.layers["first#0"].recipes == ("int8_fp8", "int4_fp8")
+
+
+def test_a_model_that_goes_through_steps_by_itself() -> None:
+    """All ranges share in the error of an output; it is that of the policy as a whole."""
+    denoiser = Denoiser().eval()
+
+    def pipeline(x: Tensor) -> Tensor:
+        for step in range(2):
+            sage.set_step(step, 2)
+            x = denoiser(x, torch.tensor(step == 0))
+        return x
+
+    budget = {"output_rel_l1": 0.008}
+    policy = sage.calibrate(pipeline, [tokens(0)], budget=budget, timestep_ranges=2, **TARGET)
+    found = policy.calibration.end_to_end
+    assert found is not None and found.worst is not None and found.holds
+    assert recipes(policy)[0] == "int8_fp8/int4_fp8"
+
+    def attend(call: Call) -> Tensor:
+        chosen = policy.layers[call.layer].recipes
+        return call.run(chosen[steps.range_of(2) if len(chosen) > 1 else 0])
+
+    with torch.no_grad(), watched(pipeline) as watch:
+        watch.attend = attend
+        error = output_rel_l1([watch.run(tokens(0))], [pipeline(tokens(0))])
+    assert found.worst == pytest.approx(error, rel=1e-3)
 
 
 def test_ranges_without_a_step_are_refused() -> None:
