@@ -112,7 +112,7 @@ def search(
         found.shares = model.shares(options)
         for at, layers in options.items():
             weighted = {
-                layer: [_weigh(each, found.shares.get((at, layer), 1.0)) for each in candidates]
+                layer: _weighed(candidates, found.shares.get((at, layer), 1.0))
                 for layer, candidates in layers.items()
             }
             ranges[at] = _Range(weighted, allowed)
@@ -143,8 +143,13 @@ def search(
     return found
 
 
-def _weigh(option: Option, share: float) -> Option:
-    return Option(option.recipe, option.seconds, option.error * share if option.error else 0.0)
+def _weighed(options: Iterable[Option], share: float) -> list[Option]:
+    """The options with what they add to the output's error; none that breaks it."""
+    weighed = (
+        Option(each.recipe, each.seconds, each.error * share if each.error else 0.0)
+        for each in options
+    )
+    return [each for each in weighed if each.error < inf]
 
 
 def _exact(layers: Mapping[str, list[Option]]) -> dict[str, Option]:

@@ -113,6 +113,15 @@ def test_the_worst_layer_is_promoted_first() -> None:
     }
 
 
+def test_of_two_promotions_that_suffice_the_cheaper_one_is_taken() -> None:
+    layers = {
+        "dear": [Option(EXACT, 11.0, 0.0), Option("quick", 1.0, 1.0)],
+        "cheap": [Option(EXACT, 1.1, 0.0), Option("quick", 1.0, 0.95)],
+    }
+    chosen = choose(layers, 1.0)
+    assert chosen["dear"].recipe == "quick" and chosen["cheap"].recipe == EXACT
+
+
 def test_what_a_later_promotion_made_superfluous_is_taken_back() -> None:
     """The small error is cheapest to remove for what it is; the large one must go anyway."""
     layers = {

@@ -150,17 +150,18 @@ def test_random_inputs_are_the_same_in_each_pass(make: Any) -> None:
 
 
 def test_the_users_random_numbers_go_on_as_after_one_pass() -> None:
-    def numbers_after(passes: int, calls: int) -> tuple[float, float, float]:
-        torch.manual_seed(3), np.random.seed(3), random.seed(3)
-        given = Drawn()
-        inputs: Any = Inputs(given) if calls else given
-        for _ in range(passes):
-            for item in inputs:
-                for _ in range(calls):
-                    item.call(lambda _: torch.rand(7))
+    def drawn() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
-    assert numbers_after(3, calls=2) == numbers_after(1, calls=0)
+    def drawn_after(inputs: Any, passes: int) -> list[tuple[float, float, float]]:
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        first = list(inputs)
+        between = drawn()
+        for _ in range(passes - 1):
+            assert len(list(inputs)) == len(first)
+        return [between, drawn()]
+
+    assert drawn_after(Inputs(Drawn()), passes=3) == drawn_after(Drawn(), passes=1)
 
 
 def test_noise_in_the_model_repeats_for_an_item_and_differs_between_items() -> None:

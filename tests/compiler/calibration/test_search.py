@@ -6,15 +6,18 @@ import itertools
 import random
 from collections.abc import Mapping
 from math import hypot, inf
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from sage_compiler.calibration import search
+from sage_compiler.calibration.budget import OutputBound
 from sage_compiler.calibration.choose import Option, seconds
 from sage_compiler.calibration.search import MOST_ROUNDS, _Range
 from sage_compiler.precision import EXACT
 
 MOST: Final = 3 * MOST_ROUNDS
+Choices = Mapping[int, dict[str, Option]]
 
 
 class Problem:
@@ -42,12 +45,12 @@ class Problem:
         return self._factor * hypot(*(self._true[at, each.recipe] for at, each in choice.items()))
 
     def search(self) -> tuple[_Range, int]:
-        search, rounds = _Range(self.options, self.allowed), 0
-        while not search.done:
+        searched, rounds = _Range(self.options, self.allowed), 0
+        while not searched.done:
             rounds += 1
             assert rounds <= MOST
-            search.learn(self.error(search.choice), rounds)
-        return search, rounds
+            searched.learn(self.error(searched.choice), rounds)
+        return searched, rounds
 
     def optimum(self) -> float:
         every = itertools.product(*self.options.values())
@@ -74,6 +77,43 @@ def test_few_policies_are_run() -> None:
     assert sum(rounds) / len(rounds) < 2.5 and max(rounds) <= MOST_ROUNDS
 
 
+def test_ranges_that_share_an_input_are_verified_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each range is judged by an error that all of them make."""
+    for seed in range(20):
+        ranges = {at: Problem(2 * seed + at, noise=0.5) for at in range(2)}
+        runs: list[Choices] = []
+
+        class Model:
+            def __init__(self, *_: Any) -> None: ...
+
+            def shares(self, options: Any) -> dict[Any, float]:
+                return {}
+
+            def run(self, choice: Choices, open_ranges: Any, number: int) -> dict[int, float]:
+                runs.append(dict(choice))  # noqa: B023 - used in this iteration only
+                return dict.fromkeys(open_ranges, joint(choice))
+
+        def joint(choice: Choices) -> float:
+            return hypot(*(ranges[at].error(each) for at, each in choice.items()))  # noqa: B023
+
+        monkeypatch.setattr(search, "_Model", Model)
+        bound = OutputBound("joint", ranges[0].allowed, lambda actual, expected: 0.0)
+        given: Any = None
+        found = search.search(
+            given,
+            given,
+            given,
+            {at: problem.options for at, problem in ranges.items()},
+            {0: (0, 1)},
+            bound,
+            1.0,
+            given,
+        )
+        assert found.worst == joint(found.choice) and found.rounds == len(runs)
+        assert found.holds == (found.worst <= bound.limit)
+        assert runs[-1] == found.choice
+
+
 OPTIONS: Final = {
     name: [Option(EXACT, 1.0, 0.0), Option("quick", 0.5, error)]
     for name, error in (("worse", 0.2), ("better", 0.1))
@@ -81,12 +121,12 @@ OPTIONS: Final = {
 
 
 def test_one_infinite_error_does_not_give_up_every_layer() -> None:
-    search, rounds = _Range(OPTIONS, allowed=10.0), 0
-    while not search.done:
+    one, rounds = _Range(OPTIONS, allowed=10.0), 0
+    while not one.done:
         rounds += 1
-        search.learn(inf if search.choice["worse"].recipe == "quick" else 0.1, rounds)
-    assert search.best is not None
-    assert {layer: option.recipe for layer, option in search.best.choice.items()} == {
+        one.learn(inf if one.choice["worse"].recipe == "quick" else 0.1, rounds)
+    assert one.best is not None
+    assert {layer: option.recipe for layer, option in one.best.choice.items()} == {
         "worse": EXACT,
         "better": "quick",
     }
@@ -99,10 +139,10 @@ def test_what_cannot_be_reached_ends_in_nothing_quantized(
     error: float, allowed: float, predicted: float
 ) -> None:
     options = {"layer": [Option(EXACT, 1.0, 0.0), Option("quick", 0.5, predicted)]}
-    search = _Range(options, allowed)
+    one = _Range(options, allowed)
     for rounds in range(1, MOST):
-        if not search.done:
-            search.learn(error, rounds)
-    assert search.done and search.best is not None
-    assert search.best.worst == error
-    assert search.best.choice["layer"].recipe == EXACT
+        if not one.done:
+            one.learn(error, rounds)
+    assert one.done and one.best is not None
+    assert one.best.worst == error
+    assert one.best.choice["layer"].recipe == EXACT
