@@ -286,17 +286,13 @@ def test_a_layer_that_breaks_the_output_is_given_up_and_no_other() -> None:
         return float("nan") if first > 1e-6 else output_rel_l1([actual], [expected])
 
     model = Stack(2).eval()
-    for at in range(2):
-        layer = model.layers[at]
-        assert isinstance(layer, Attention)
-        layer.out.weight.data[0] = 0  # nothing of the attention reaches the first channel
-    layer = model.layers[1]
-    assert isinstance(layer, Attention)
-    layer.out.weight.data[0] = 1.0  # but of this one
+    last = model.layers[1]
+    assert isinstance(last, Attention)
+    last.out.weight.data[0] = 0  # nothing of its attention reaches the first channel
     policy = sage.calibrate(model, [tokens(0)], budget={"output": (breaks, 0.5)}, **TARGET)
     found = policy.calibration.end_to_end
     assert found is not None and found.holds and found.rounds == 1
-    assert recipes(policy) == ["int4_fp8", EXACT]
+    assert recipes(policy) == [EXACT, "int4_fp8"]
 
 
 @dataclasses.dataclass
