@@ -25,7 +25,7 @@ from sage_compiler.calibration.times import Times
 from sage_compiler.errors import InvalidOptionError
 from sage_compiler.machine import device_name
 from sage_compiler.metrics import Errors
-from sage_compiler.policy import Calibration, EndToEnd, LayerPolicy, Policy
+from sage_compiler.policy import MOST_RANGES, Calibration, EndToEnd, LayerPolicy, Policy
 from sage_compiler.precision import EXACT, RECIPES
 
 T = TypeVar("T")
@@ -81,10 +81,10 @@ def calibrate(
         KeyboardInterrupt: before anything was measured.
     """
     parsed = parse_budget(budget)
-    if isinstance(margin, bool) or not 0 < margin <= 1:
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 < margin <= 1:
         raise InvalidOptionError(f"margin={margin!r}; it must be above 0, at most 1")
     run = _Run(
-        Inputs(inputs),
+        Inputs(inputs, keep=_TIMED_INPUTS if parsed.output is None else None),
         parsed,
         candidates,
         target,
@@ -115,9 +115,9 @@ class _Run:
     ) -> None:
         self._inputs = inputs
         self._budget = budget
-        self._candidates = candidates
+        self._candidates = None if candidates is None else _parse_candidates(candidates)
         self._target = None if target is None else rates.parse_target(target)
-        self._ranges = timestep_ranges
+        self._ranges = _parse_ranges(timestep_ranges)
         self._subset = subset
         self._show = progress
         self._times: Times
@@ -172,9 +172,10 @@ class _Run:
                 watch.attend = self._measured.attend
                 output = item.call(watch.run)
                 self._count += 1
-                self._ranges_of[item.number] = frozenset(self._measured.ranges)
-                self._measured.ranges.clear()
+                self._ranges_of[item.number] = self._measured.finish()
                 if self._budget.output is not None:
+                    if self._count == 1:  # what is wrong with a metric shows at once
+                        self._budget.output.measure(output, output)
                     self._outputs.keep(item, output)
         except KeyboardInterrupt:
             if self._count == 0:
@@ -189,16 +190,8 @@ class _Run:
         self._times = Times(self._target, _device(model, arguments))
         if self._ranges is None:
             self._ranges = DEFAULT_RANGES if has_step else 1
-        elif isinstance(self._ranges, bool) or self._ranges < 1:
-            raise InvalidOptionError(f"timestep_ranges={self._ranges!r}; it must be at least 1")
-        candidates = self._candidates
-        if candidates is None:
-            candidates = rates.candidates(self._times.target)
-        unknown = [each for each in candidates if each not in RECIPES]
-        if unknown or not candidates or isinstance(candidates, str):
-            known = ", ".join(RECIPES)
-            raise InvalidOptionError(f"candidates={candidates!r}; it must be a list of: {known}")
-        self._candidates = tuple(dict.fromkeys(candidates))
+        if self._candidates is None:
+            self._candidates = rates.candidates(self._times.target)
         if self._times.here and str(self._subset):
             raise InvalidOptionError(
                 f"{self._subset} only, for kernels that are here: they are timed on whole calls; "
@@ -221,10 +214,11 @@ class _Run:
             seconds = self._times.of_layer(layer, self._count)
             for at, layers in options.items():
                 errors = self._measured.errors.get((layer, at), {})
+                refused = self._measured.refusals.get(layer, {})  # by some of its calls
                 layers[layer] = [Option(EXACT, seconds[EXACT], 0.0)] + [
                     Option(recipe, seconds[recipe], found.mean_rel_l1)
                     for recipe, found in errors.items()
-                    if recipe in seconds and found.beyond(self._budget.layers) is None
+                    if recipe not in refused and found.beyond(self._budget.layers) is None
                 ]
         return options
 
@@ -350,6 +344,21 @@ class _Run:
             end_to_end=end_to_end,
             model_seconds=model_seconds,
         )
+
+
+def _parse_candidates(given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not given or any(each not in RECIPES for each in given):
+        known = ", ".join(RECIPES)
+        raise InvalidOptionError(f"candidates={given!r}; it must be a list of: {known}")
+    return tuple(dict.fromkeys(given))
+
+
+def _parse_ranges(given: int | None) -> int | None:
+    if given is not None and (type(given) is not int or not 1 <= given <= MOST_RANGES):
+        raise InvalidOptionError(
+            f"timestep_ranges={given!r}; it must be a number from 1 to {MOST_RANGES}, or None"
+        )
+    return given
 
 
 def _device(model: Callable[..., Any], arguments: Any) -> torch.device:

@@ -130,15 +130,20 @@ def _ratios(sums: Tensor) -> tuple[Tensor, Tensor]:
     return cosine.masked_fill(broken, -1.0), rel_l1.masked_fill(broken, inf)
 
 
+def leaves(output: Any) -> Iterator[Any]:
+    """What a model's output is made of: the contents of containers and dataclasses, in order."""
+    for leaf in pytree.tree_leaves(output):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from leaves([getattr(leaf, item.name) for item in fields(leaf)])
+        else:
+            yield leaf
+
+
 def tensors(output: Any) -> Iterator[Tensor]:
     """The floating-point tensors of a model's output, whatever it is made of, in order."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            if leaf.is_floating_point():
-                yield leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            for item in fields(leaf):
-                yield from tensors(getattr(leaf, item.name))
+    for leaf in leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            yield leaf
 
 
 def output_rel_l1(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:

@@ -8,7 +8,7 @@ from math import inf, isfinite
 from typing import Any, Final
 
 from sage_compiler.errors import InvalidOptionError
-from sage_compiler.metrics import LAYER_METRICS, output_rel_l1, tensors
+from sage_compiler.metrics import HIGHER_IS_BETTER, LAYER_METRICS, output_rel_l1, tensors
 
 OUTPUT_REL_L1: Final = "output_rel_l1"
 OUTPUT: Final = "output"
@@ -86,11 +86,23 @@ def parse_budget(value: object) -> Budget:
 def _limit(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
         raise InvalidOptionError(f"budget has {name}={value!r}; it must be a finite number")
+    if name in HIGHER_IS_BETTER and not -1 <= value <= 1:
+        raise InvalidOptionError(
+            f"budget has {name}={value!r}; a cosine is at most 1: 99.8 % is 0.998"
+        )
+    if name not in HIGHER_IS_BETTER and value < 0:
+        raise InvalidOptionError(f"budget has {name}={value!r}; an error is at least 0")
     return float(value)
 
 
 def _output_rel_l1(actual: Any, expected: Any) -> float:
+    exact = list(tensors(expected))
+    if not exact:
+        raise InvalidOptionError(
+            f"{OUTPUT_REL_L1} needs floating-point tensors in the output, and {type(expected)} "
+            f"shows none; use {OUTPUT}: (metric, limit)"
+        )
     try:
-        return output_rel_l1(tensors(actual), tensors(expected))
+        return output_rel_l1(tensors(actual), exact)
     except ValueError:
         return inf  # not even of the same shapes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import hypot, inf
 from typing import Final
 
 from sage_compiler.precision import EXACT
@@ -39,7 +39,7 @@ def worthwhile(options: Iterable[Option]) -> list[Option]:
 
 def total_error(options: Iterable[Option]) -> float:
     """The error of an output when layers err independently of each other."""
-    return sqrt(sum(option.error**2 for option in options))
+    return hypot(*(option.error for option in options))
 
 
 def choose(layers: Mapping[str, Sequence[Option]], bound: float) -> dict[str, Option]:
@@ -57,10 +57,10 @@ def choose(layers: Mapping[str, Sequence[Option]], bound: float) -> dict[str, Op
     ladders = {layer: worthwhile(options) for layer, options in layers.items()}
     places = {layer: 0 for layer in layers}
 
-    def square() -> float:
-        return sum(ladders[layer][place].error ** 2 for layer, place in places.items())
+    def is_beyond() -> bool:
+        return total_error(ladders[layer][place] for layer, place in places.items()) > bound
 
-    while square() > bound**2:
+    while is_beyond():
         steps = [
             (_gain(ladder[places[layer]], better), layer, place)
             for layer, ladder in ladders.items()
@@ -76,7 +76,7 @@ def choose(layers: Mapping[str, Sequence[Option]], bound: float) -> dict[str, Op
     ):
         while places[layer] > 0:
             places[layer] -= 1
-            if square() > bound**2:
+            if is_beyond():
                 places[layer] += 1
                 break
     return {layer: ladders[layer][place] for layer, place in places.items()}
@@ -85,7 +85,7 @@ def choose(layers: Mapping[str, Sequence[Option]], bound: float) -> dict[str, Op
 def _gain(option: Option, better: Option) -> float:
     """Squared error removed for each second added."""
     slower = better.seconds - option.seconds
-    removed = option.error**2 - better.error**2
+    removed = (option.error - better.error) * (option.error + better.error)
     return inf if slower <= 0 or removed == inf else removed / slower
 
 

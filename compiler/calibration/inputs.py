@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -30,7 +33,7 @@ class Item:
 
     def call(self, model: Callable[..., Any]) -> Any:
         """The model's output; the same random numbers each time, and the item is left as it was."""
-        args, kwargs = _fresh((self.args, dict(self.kwargs)))
+        args, kwargs = _copied((self.args, dict(self.kwargs)))
         steps.set_step(*(self.position or (None, None)))
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -39,17 +42,30 @@ class Item:
 
 
 class Inputs:
-    """The user's inputs: what can be iterated once only is kept, the rest is iterated again."""
+    """The user's inputs: what can be iterated once only is kept, the rest is iterated again.
 
-    def __init__(self, given: Iterable[Any]) -> None:
-        """Raises InvalidOptionError: no iterable, or one of the model's own arguments."""
+    What draws its items from torch's, NumPy's or Python's random numbers (a shuffling DataLoader)
+    draws the same ones each time.
+    """
+
+    def __init__(self, given: Iterable[Any], keep: int | None = None) -> None:
+        """Take the inputs; none is drawn yet.
+
+        Args:
+            keep: how many items are kept of what can be iterated once only; None: all.
+
+        Raises:
+            InvalidOptionError: no iterable, or one of the model's own arguments.
+        """
         if isinstance(given, (torch.Tensor, Mapping, str)) or not isinstance(given, Iterable):
             raise InvalidOptionError(
                 f"inputs is {type(given).__name__}; it must be an iterable whose items are tuples "
                 "of positional arguments or dicts of keyword arguments: [(x,)] for one input x"
             )
         self._given = given
-        self._once = iter(given) is given
+        self._once = isinstance(given, Iterator)
+        self._keep = keep
+        self._random: _Random | None = None  # when the first item was drawn
         self._kept: list[Item] = []
         self._positions: list[tuple[int, int] | None] = []
         self.count: int | None = len(given) if isinstance(given, Sized) else None
@@ -58,33 +74,76 @@ class Inputs:
         """The items; the first time through, each with the step that was set when it was drawn."""
         if self._once:
             yield from self._kept
-        for number, given in enumerate(self._given, start=len(self._kept)):
+            yield from self._drawn(start=len(self._positions))
+        elif self._random is None:
+            self._random = _Random.now()
+            yield from self._drawn(start=0)
+        else:
+            with self._random.again():
+                yield from self._drawn(start=0)
+
+    def _drawn(self, start: int) -> Iterator[Item]:
+        for number, given in enumerate(self._given, start):
             if number == len(self._positions):
                 self._positions.append(steps.position())
             args, kwargs = _arguments(given)
             item = Item(number, args, kwargs, self._positions[number])
-            if self._once:
+            if self._once and (self._keep is None or number < self._keep):
                 self._kept.append(item)
             yield item
 
 
 def _arguments(given: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(given, Mapping):
-        return (), given
-    if isinstance(given, tuple):
-        match given:
-            case (tuple() as args, dict() as kwargs):
-                return args, kwargs
-        return given, {}
-    return (given,), {}
+    match given:
+        case Mapping():
+            return (), given
+        case (tuple() as args, dict() as kwargs) if isinstance(given, tuple):
+            return args, kwargs
+        case tuple() | list():  # a DataLoader makes lists of the tuples of its dataset
+            return tuple(given), {}
+        case _:
+            return (given,), {}
 
 
-_IMMUTABLE = (torch.Tensor, int, float, complex, str, bytes, bool, type(None), torch.dtype)
+@dataclass(frozen=True, slots=True)
+class _Random:
+    """The state of the random numbers that programs draw without a generator of their own."""
+
+    cpu: torch.Tensor
+    cuda: list[torch.Tensor]
+    numpy: dict[str, Any]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def now(cls) -> _Random:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        numpy_state = np.random.get_state(legacy=False)
+        assert isinstance(numpy_state, dict)
+        return cls(torch.get_rng_state(), cuda, numpy_state, random.getstate())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw the numbers that followed this state; afterwards go on as before."""
+        before = self.now()
+        self._set()
+        try:
+            yield
+        finally:
+            before._set()
+
+    def _set(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
 
 
-def _fresh(arguments: Any) -> Any:
-    """The arguments, where they hold objects that a model may change (a cache), as a copy."""
-    leaves = pytree.tree_leaves(arguments)
-    if all(isinstance(leaf, _IMMUTABLE) for leaf in leaves):
-        return arguments
-    return copy.deepcopy(arguments)
+def _copied(arguments: Any) -> Any:
+    """The arguments with all that a model may change (lists, a cache) copied; not their tensors."""
+    leaves = pytree.tree_leaves(arguments, is_leaf=lambda each: type(each) not in _CONTAINERS)
+    kept = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.nn.Module))}
+    return copy.deepcopy(arguments, kept)
+
+
+_CONTAINERS: Final = (tuple, list, dict)

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sage_compiler import steps
 from sage_compiler.calibration.probe import Call
 from sage_compiler.calibration.subset import Subset
-from sage_compiler.calibration.times import Times
+from sage_compiler.calibration.times import Taken, Times
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
 from sage_compiler.metrics import Errors, compare
 from sage_compiler.precision import EXACT
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """What is kept of a call until its input is done."""
+
+    layer: str
+    range: int
+    errors: Mapping[str, Errors]
+    taken: Taken
+
+
 class Measurement:
     """Errors of all candidates in all layers, as calls stream by; nothing else is kept of a call.
+
+    An input counts when ``finish`` is called after it: one that was interrupted would weigh in
+    some layers and not in others.
 
     Attributes:
         errors: (layer, range of timesteps) -> recipe -> errors.
         refusals: layer -> recipe -> why the target has no kernel for it there.
-        ranges: the ranges of timesteps that calls were in since this was cleared.
         parts: "exact" or a recipe -> seconds that computing it took in all; "comparing" too.
     """
 
@@ -34,7 +47,7 @@ class Measurement:
         self._times = times
         self._subset = subset
         self._timestep_ranges = timestep_ranges
-        self.ranges: set[int] = set()
+        self._calls: list[_Tried] = []
         self.errors: dict[tuple[str, int], dict[str, Errors]] = defaultdict(dict)
         self.refusals: dict[str, dict[str, str]] = defaultdict(dict)
         self.parts: dict[str, float] = defaultdict(float)
@@ -46,12 +59,11 @@ class Measurement:
             InvalidAttentionError: timesteps are to be told apart, and ``set_step`` was not called.
         """
         at = current_range(self._timestep_ranges)
-        self.ranges.add(at)
         output, taken = self._times.run(call, EXACT)
         seconds = {EXACT: taken}
         part = self._subset.of(call)
         expected = output if part is call else self._run(part, EXACT)[0]
-        errors = self.errors[call.layer, at]
+        errors: dict[str, Errors] = {}
         for recipe in self._candidates:
             refusal = self._times.refusal(recipe, call)
             if refusal is not None:
@@ -59,12 +71,22 @@ class Measurement:
                 continue
             actual, seconds[recipe] = self._run(part, recipe)
             start = time.perf_counter()
-            found = compare(actual, expected)
+            errors[recipe] = compare(actual, expected)
             self.parts["comparing"] += time.perf_counter() - start
-            errors[recipe] = errors[recipe].join(found) if recipe in errors else found
         self.parts[EXACT] += taken
-        self._times.count(call, seconds)
+        self._calls.append(_Tried(call.layer, at, errors, self._times.of_call(call, seconds)))
         return output
+
+    def finish(self) -> frozenset[int]:
+        """Count the calls of an input that is done; the ranges of timesteps that they were in."""
+        ranges = frozenset(call.range for call in self._calls)
+        for call in self._calls:
+            known = self.errors[call.layer, call.range]
+            for recipe, found in call.errors.items():
+                known[recipe] = known[recipe].join(found) if recipe in known else found
+            self._times.count(call.layer, call.taken)
+        self._calls.clear()
+        return ranges
 
     def _run(self, call: Call, recipe: str) -> tuple[Tensor, float]:
         output, taken = self._times.run(call, recipe)

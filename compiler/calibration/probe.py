@@ -21,6 +21,7 @@ from sage_compiler.kernels.kernel import Problem
 from sage_compiler.ops import expecting_emulation
 from sage_compiler.passes import pipeline
 from sage_compiler.passes.pipeline import Decision
+from sage_compiler.passes.rewrite import LAYER_KEY
 from sage_compiler.passes.site import AttentionSite
 from sage_compiler.precision import EXACT
 from sage_compiler.semantics import UNBOUNDED, Semantics, parse_semantics
@@ -111,13 +112,15 @@ def watched(model: Callable[..., Any]) -> Iterator[Watched]:
 
     def replace(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         outcome = pipeline.run(gm, lambda site: Decision(EXACT, "watched"))
-        sites = [
-            finding
+        sites = {
+            finding.layer: finding
             for finding, decision in outcome.findings
             if isinstance(finding, AttentionSite) and decision.recipe is not None
-        ]
+        }
+        # Calls of the operator that the model makes itself are nobody's site.
         nodes = [node for node in gm.graph.nodes if node.target is _OPERATOR]
-        for number, (node, site) in enumerate(zip(nodes, sites, strict=True)):
+        for number, node in enumerate(node for node in nodes if LAYER_KEY in node.meta):
+            site = sites[node.meta[LAYER_KEY]]
             known = watch.fingerprints.setdefault(site.layer, [])
             if site.fingerprint not in known:
                 known.append(site.fingerprint)
@@ -134,7 +137,10 @@ def watched(model: Callable[..., Any]) -> Iterator[Watched]:
         captured(model, replace) as run,
     ):
         watch = Watched(run)
-        yield watch
+        try:
+            yield watch
+        finally:
+            del watch.run, watch.attend  # Dynamo keeps the backend, and so what these hold
 
 
 class _Probe(nn.Module):

@@ -14,13 +14,13 @@ from math import inf
 from typing import Any, Final, Protocol, TypeVar
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sage_compiler.calibration.budget import OutputBound
 from sage_compiler.calibration.choose import Option, choose, is_exact, seconds, total_error
 from sage_compiler.calibration.inputs import Inputs, Item
 from sage_compiler.calibration.measure import current_range
 from sage_compiler.calibration.probe import Call, Watched
+from sage_compiler.metrics import leaves
 from sage_compiler.precision import EXACT
 
 T = TypeVar("T")
@@ -29,6 +29,8 @@ MOST_ROUNDS: Final = 8  # after these, a bound that does not hold yet is approac
 _LOOSEN: Final = 1.1  # what is this much below the bound may be worth another round
 _TIGHTEN: Final = 0.9  # of what a measured error asks for
 _KEEP_BYTES: Final = 1 << 28  # of exact outputs, to compare policies with
+_UNKNOWN_BYTES: Final = _KEEP_BYTES + 1  # of what may hold tensors out of sight, such as a cache
+_SMALL: Final = (bool, int, float, complex, str, type(None))
 
 
 class Progress(Protocol):
@@ -47,9 +49,9 @@ class Outputs:
     def keep(self, item: Item, output: Any) -> None:
         """Keep an output that the model gave without any quantization."""
         size = sum(
-            leaf.numel() * leaf.element_size()
-            for leaf in pytree.tree_leaves(output)
-            if isinstance(leaf, Tensor)
+            leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else _UNKNOWN_BYTES
+            for leaf in leaves(output)
+            if not isinstance(leaf, _SMALL)
         )
         if self._bytes + size <= _KEEP_BYTES:
             self._bytes += size
@@ -110,7 +112,7 @@ def search(
         found.shares = model.shares(options)
         for at, layers in options.items():
             weighted = {
-                layer: [_weigh(each, found.shares.get((at, layer), 1.0)) for each in candidates]
+                layer: _weighed(candidates, found.shares.get((at, layer), 1.0))
                 for layer, candidates in layers.items()
             }
             ranges[at] = _Range(weighted, allowed)
@@ -121,6 +123,12 @@ def search(
             worst = model.run(choice, open_ranges, found.rounds)
             for at in open_ranges:
                 ranges[at].learn(worst[at], found.rounds)
+        if any(len(each) > 1 for each in ranges_of.values()):
+            # Ranges of one input were judged beside choices that others have left meanwhile.
+            found.rounds += 1
+            choice = {at: each.choice for at, each in ranges.items()}
+            for at, error in model.run(choice, choice.keys(), found.rounds).items():
+                ranges[at].best = _Best(choice[at], error)
     except KeyboardInterrupt:
         found.interrupted = True
     kept = {at: ranges[at].best for at in options if at in ranges}
@@ -135,8 +143,13 @@ def search(
     return found
 
 
-def _weigh(option: Option, share: float) -> Option:
-    return Option(option.recipe, option.seconds, option.error * share if option.error else 0.0)
+def _weighed(options: Iterable[Option], share: float) -> list[Option]:
+    """The options with what they add to the output's error; none that breaks it."""
+    weighed = (
+        Option(each.recipe, each.seconds, each.error * share if each.error else 0.0)
+        for each in options
+    )
+    return [each for each in weighed if each.error < inf]
 
 
 def _exact(layers: Mapping[str, list[Option]]) -> dict[str, Option]:
@@ -159,6 +172,7 @@ class _Range:
         self._options = options
         self._allowed = allowed
         self._target = allowed  # of the predicted error
+        self._holds, self._fails = 0.0, inf  # targets that a run has decided
         self._tried: list[dict[str, Option]] = []
         self.best: _Best | None = None
         self.done = False
@@ -169,19 +183,24 @@ class _Range:
         if self.done:
             return
         self._tried.append(self.choice)
-        predicted = total_error(self.choice.values())
         if worst <= self._allowed or is_exact(self.choice.values()):
             self.best = _Best(self.choice, worst)
-            self._target = max(self._target, predicted) * (self._allowed / worst if worst else inf)
-            wide = worst * _LOOSEN < self._allowed
-            self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
-        elif self.best is not None:
-            self.done = True  # one step too far: the step before was right
+            self._holds = self._target
+            self._target *= self._allowed / worst if worst else inf
         else:
+            self._fails = min(self._fails, total_error(self.choice.values()))
             step = _TIGHTEN if rounds < MOST_ROUNDS else 0.25
-            self._target = min(self._target, predicted) * step * self._allowed / worst
-            while not self._move():
-                self._target *= 0.5
+            self._target = self._fails * step * self._allowed / worst
+        if self.best is None:
+            if not self._move():  # it was predicted to be without error
+                self.choice = _exact(self._options)
+            return
+        if not self._holds < self._target < self._fails:  # between what held and what did not
+            self._target = (self._holds + self._fails) / 2
+        wide = self.best.worst * _LOOSEN < self._allowed
+        self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
+        if self.done:
+            self.choice = self.best.choice
 
     def _move(self) -> bool:
         """Take the choice for the target next; False where it is one that was run before."""
@@ -253,7 +272,7 @@ class _Model:
         ]
         for item, at, layer, coarsest in self._progress(trials, "layer by layer", len(trials)):
             error = self._error(item, {at: {layer: coarsest}})
-            if 0 < error < inf and coarsest.error < inf:
+            if error > 0 and coarsest.error < inf:
                 found[at, layer] = error / coarsest.error
         return found
 

@@ -35,9 +35,9 @@ class Subset:
 
     def __post_init__(self) -> None:
         for name, value in (("heads", self.heads), ("queries", self.queries)):
-            if value is not None and (isinstance(value, bool) or not value >= 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise InvalidOptionError(
-                    f"{name}={value!r}; it must be at least 1, or None for all"
+                    f"{name}={value!r}; it must be a number from 1 up, or None for all"
                 )
 
     def __str__(self) -> str:

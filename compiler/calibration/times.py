@@ -13,6 +13,8 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +35,14 @@ log = logging.getLogger("sage_compiler")
 
 ENOUGH: Final = 3  # calls of one shape, beyond the first, which warms up
 _LOCK_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The time of one call with every recipe, in seconds; its shape where that was measured."""
+
+    shape: str
+    seconds: Mapping[str, float]
 
 
 class Times:
@@ -77,24 +87,28 @@ class Times:
         _wait_for(self.device)
         return output, time.perf_counter() - start
 
-    def count(self, call: Call, seconds: Mapping[str, float]) -> None:
-        """Add one call of a layer to its time.
+    def of_call(self, call: Call, measured: Mapping[str, float]) -> Taken:
+        """The times of one call on the target.
 
         Args:
-            seconds: recipe, "exact" too -> what ``run`` took for the whole call; what the target
+            measured: recipe, "exact" too -> what ``run`` took for the whole call; what the target
                 has no kernel for is left out.
         """
         if self.here:
-            shape = _shape(call)
-            self._calls[call.layer][shape] += 1
-            for recipe, taken in seconds.items():
-                self._samples[shape, recipe].append(taken)
-            return
+            return Taken(_shape(call), measured)
         work = _work(call)
-        for recipe in seconds:
-            predicted = rates.seconds(self.target, recipe, work)
-            if predicted is not None:
-                self._predicted[call.layer][recipe] += predicted
+        predicted = {recipe: rates.seconds(self.target, recipe, work) for recipe in measured}
+        return Taken("", {name: each for name, each in predicted.items() if each is not None})
+
+    def count(self, layer: str, taken: Taken) -> None:
+        """Add one call of a layer to its time."""
+        if self.here:
+            self._calls[layer][taken.shape] += 1
+        for recipe, seconds in taken.seconds.items():
+            if self.here:
+                self._samples[taken.shape, recipe].append(seconds)
+            else:
+                self._predicted[layer][recipe] += seconds
 
     def of_layer(self, layer: str, inputs: int) -> dict[str, float]:
         """Recipe, "exact" too -> seconds of the layer for one input, the mean over the inputs."""
@@ -171,14 +185,10 @@ def _shape(call: Call) -> str:
 def _work(call: Call) -> rates.Work:
     batch, heads, query_length, head_dim = call.query.shape
     kv_heads, key_length, value_head_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    pairs = batch * heads * query_length * key_length
     mask, band = call.attn_mask, call.semantics.band(query_length, key_length)
     visible = 1.0
     if band is not None and query_length * key_length:
         visible = band.pairs(query_length, key_length) / (query_length * key_length)
-    mask_bytes = 0
-    if mask is not None and pairs:
-        mask_bytes = round(mask.element_size() * mask.numel() / pairs)
     return rates.Work(
         batch=batch,
         heads=heads,
@@ -189,7 +199,7 @@ def _work(call: Call) -> rates.Work:
         value_head_dim=value_head_dim,
         itemsize=call.query.element_size(),
         visible=visible,
-        mask_bytes=mask_bytes,
+        mask_bytes=0 if mask is None else mask.element_size(),  # each head reads it
     )
 
 
@@ -202,11 +212,12 @@ def _read(path: Path) -> dict[str, dict[str, float]]:
     if not isinstance(found, dict):
         return {}
     return {
-        machine: {name: value for name, value in known.items() if _is_time(value)}
+        machine: {name: value for name, value in known.items() if _is_time(name, value)}
         for machine, known in found.items()
-        if isinstance(known, dict)
+        if isinstance(known, dict) and machine.isprintable()
     }
 
 
-def _is_time(value: object) -> bool:
-    return isinstance(value, float) and 0 < value < float("inf")
+def _is_time(name: str, value: object) -> bool:
+    # Lone surrogates, which JSON can hold and no file can, are not printable.
+    return name.isprintable() and isinstance(value, float) and 0 < value < inf
