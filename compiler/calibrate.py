@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sage_compiler import rates, steps
 from sage_compiler.calibration.budget import Budget, parse_budget
-from sage_compiler.calibration.choose import Option, worthwhile
+from sage_compiler.calibration.choose import WORTH, Option, worthwhile
 from sage_compiler.calibration.inputs import Inputs
 from sage_compiler.calibration.measure import Measurement, current_range
 from sage_compiler.calibration.probe import Call, Watched, watched
@@ -126,6 +126,7 @@ class _Run:
         self._ranges_of: dict[int, frozenset[int]] = {}  # by input: the timesteps it is in
         self._count = 0
         self._interrupted = False
+        self._offered: dict[str, set[str]] = {}  # layer -> recipes that gain enough in a range
         self._parts: dict[str, float] = {}
 
     def policy(self, watch: Watched, model: Callable[..., Any], margin: float) -> Policy:
@@ -134,6 +135,12 @@ class _Run:
         self._measure(watch, model)
         self._times.recall()
         options = self._options()
+        self._offered = {
+            layer: {
+                option.recipe for layers in options.values() for option in worthwhile(layers[layer])
+            }
+            for layer in self._measured.layers
+        }
         measured = time.perf_counter()
         found: Found | None = None
         if self._budget.output is None:
@@ -169,6 +176,7 @@ class _Run:
             for item in self._progress(self._inputs, "measuring", self._inputs.count):
                 if self._count == 0:
                     self._begin(model, (item.args, dict(item.kwargs)), item.position is not None)
+                    watch.compute = self._times.compute
                 watch.attend = self._measured.attend
                 output = item.call(watch.run)
                 self._count += 1
@@ -254,7 +262,8 @@ class _Run:
             return call.run(EXACT)
 
         def chosen(call: Call) -> Tensor:
-            return call.run(choice[current_range(self._ranges or 1)][call.layer].recipe)
+            option = choice[current_range(self._ranges or 1)][call.layer]
+            return watch.compute(call, option.recipe)
 
         taken: dict[str, list[float]] = {EXACT: [], "policy": []}
         try:
@@ -310,7 +319,11 @@ class _Run:
             ]
             if beyond:
                 reasons.setdefault(beyond[0], []).append(recipe)
-            elif found is not None and recipe not in recipes and recipe != EXACT:
+            elif recipe in recipes or recipe == EXACT:
+                continue
+            elif recipe not in self._offered[layer]:
+                reasons.setdefault(f"gains less than {1 - WORTH:.0%}", []).append(recipe)
+            elif found is not None:
                 reasons.setdefault("too much of the output's error", []).append(recipe)
         for recipe, refusal in self._measured.refusals.get(layer, {}).items():
             reasons.setdefault(refusal, []).append(recipe)

@@ -14,7 +14,7 @@ from sage_compiler.calibration.probe import Call
 from sage_compiler.calibration.subset import Subset
 from sage_compiler.calibration.times import Taken, Times
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
-from sage_compiler.metrics import Errors, compare
+from sage_compiler.metrics import EXACT_ERRORS, Errors, compare
 from sage_compiler.precision import EXACT
 
 
@@ -68,6 +68,9 @@ class Measurement:
             refusal = self._times.refusal(recipe, call)
             if refusal is not None:
                 self.refusals[call.layer][recipe] = refusal
+                continue
+            if self._times.served(call, recipe) == EXACT:
+                errors[recipe], seconds[recipe] = EXACT_ERRORS, taken
                 continue
             actual, seconds[recipe] = self._run(part, recipe)
             start = time.perf_counter()

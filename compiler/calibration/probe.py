@@ -96,12 +96,14 @@ class Watched:
 
     Attributes:
         attend: what computes every attention, from now on.
+        compute: a call with a recipe, as a compiled policy would.
         fingerprints: layer -> those that its sites had, in order of first capture.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:
         self.run = run
         self.attend: Attend = lambda call: call.run(EXACT)
+        self.compute: Callable[[Call, str], Tensor] = Call.run
         self.fingerprints: dict[str, list[str]] = {}
 
 

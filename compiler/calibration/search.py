@@ -242,7 +242,7 @@ class _Model:
 
         def attend(call: Call) -> Tensor:
             option = choice.get(current_range(self._ranges), {}).get(call.layer)
-            return call.run(EXACT if option is None else option.recipe)
+            return self._watch.compute(call, EXACT if option is None else option.recipe)
 
         self._watch.attend = attend
         return self._bound.measure(item.call(self._watch.run), expected)

@@ -30,6 +30,7 @@ from sage_compiler.kernels.cuda.cache import default_folder
 from sage_compiler.kernels.kernel import Kernel
 from sage_compiler.machine import device_name, target_of
 from sage_compiler.policy_json import load_json, write_json
+from sage_compiler.precision import EXACT
 
 log = logging.getLogger("sage_compiler")
 
@@ -78,6 +79,25 @@ class Times:
         if rates.seconds(self.target, recipe, _work(call)) is None:
             return f"no {recipe} kernel on {self.target}"
         return None
+
+    def served(self, call: Call, recipe: str) -> str:
+        """What a compiled policy computes a call with: its recipe, or "exact" below the gate.
+
+        A kernel that is here has least sizes where it begins to gain, and the backend keeps to them
+        with a policy too.
+        """
+        found = registry.find(recipe, call.problem) if self.here else None
+        if not isinstance(found, Kernel):
+            return recipe
+        gate, key_length = found.gate(call.problem), call.key.shape[2]
+        if isinstance(gate, str):
+            return recipe
+        products = call.query.numel() * key_length
+        return recipe if gate.admits(call.query.shape[2], key_length, products) else EXACT
+
+    def compute(self, call: Call, recipe: str) -> Tensor:
+        """Attention as a compiled policy with this recipe computes it."""
+        return call.run(self.served(call, recipe))
 
     def run(self, call: Call, recipe: str) -> tuple[Tensor, float]:
         """Attention in the precision of ``recipe``, and how long it took here, in seconds."""

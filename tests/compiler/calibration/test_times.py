@@ -11,10 +11,15 @@ import pytest
 import torch
 
 from sage_compiler import rates
+from sage_compiler.calibration.measure import Measurement
 from sage_compiler.calibration.probe import Call
+from sage_compiler.calibration.subset import Subset
 from sage_compiler.calibration.times import ENOUGH, Times
 from sage_compiler.errors import InvalidOptionError
+from sage_compiler.kernels import registry
+from sage_compiler.kernels.kernel import Gate, Kernel
 from sage_compiler.machine import device_name
+from sage_compiler.metrics import EXACT_ERRORS
 from sage_compiler.precision import EXACT
 from sage_compiler.semantics import MaskClass, Semantics
 
@@ -266,3 +271,24 @@ def test_where_nothing_can_be_written_the_times_of_the_run_serve(tmp_path: Path)
         measured(times, call(), 3.0)
         times.recall(folder)
         assert times.of_layer("layer", inputs=1) == {EXACT: 3.0}
+
+
+def test_what_the_backend_would_keep_is_measured_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy's recipe is not run below its kernel's gate, and costs what exact does."""
+    kernel = registry.find("int8_int8", call(64).problem)
+    if not isinstance(kernel, Kernel):
+        pytest.skip("no kernel here")
+    gated = replace(kernel, gate=lambda problem: Gate(query_length=32, key_length=48))
+    monkeypatch.setattr(registry, "KERNELS", [gated])
+    times, long, short = Times(None, CPU), call(64), call(64, query=torch.randn(1, 2, 31, 16))
+    assert times.served(long, "int8_int8") == "int8_int8"
+    assert times.served(short, "int8_int8") == times.served(call(47), "int8_int8") == EXACT
+    assert Times("sm_89", CPU).served(short, "int8_fp8") == "int8_fp8"
+    assert torch.equal(times.compute(short, "int8_int8"), short.run(EXACT))
+    assert not torch.equal(times.compute(long, "int8_int8"), long.run(EXACT))
+    measurement = Measurement(["int8_int8"], times, Subset(), 1)
+    measurement.attend(short)
+    measurement.finish()
+    assert measurement.errors["layer", 0]["int8_int8"] == EXACT_ERRORS
+    seconds = times.of_layer("layer", 1)
+    assert seconds["int8_int8"] == seconds[EXACT]
