@@ -98,7 +98,7 @@ def generate(model: Callable[..., Any], prompt: Tensor, tokens: int) -> str:
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--train", type=int, default=150, help="steps of training")
+    parser.add_argument("--train", type=int, default=120, help="steps of training")
     parser.add_argument("--tokens", type=int, default=48, help="bytes to generate")
     parser.add_argument("--html", type=Path, help="write the report with the policy here")
     arguments = parser.parse_args()
