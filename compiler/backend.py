@@ -16,9 +16,9 @@ from torch import fx
 from torch._logging._internal import trace_structured
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sage_compiler import guard, steps
 from sage_compiler import ops as ops  # registers sage::attention, which the rewrite inserts
 from sage_compiler import report as reporting
-from sage_compiler import steps
 from sage_compiler.config import Fallback, Options, parse_options
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels import registry
@@ -33,6 +33,8 @@ from sage_compiler.record import AFTER, BEFORE, GraphPair
 from sage_compiler.report import Report
 
 log = logging.getLogger("sage_compiler")
+
+_SDPA: Final = "sdpa"  # the form of a site that is one call of scaled_dot_product_attention
 
 _last = Report()
 
@@ -55,6 +57,7 @@ def sage(
     """
     parsed = parse_options(options, mode)
     patches = _inductor_patches(parsed)
+    _refuse_recording(parsed, patches)
     report = transform(gm, parsed)
     from torch._inductor.compile_fx import compile_fx
 
@@ -106,9 +109,10 @@ def _number_of_model() -> int:
 
 def _decide_and_guard(site: AttentionSite, options: Options, model: int) -> Decision:
     decision = decide(site, options)
-    if options.guard is None or decision.recipe in (None, EXACT):
+    if options.guard is None or decision.recipe is None or decision.recipe == EXACT:
         return decision
-    return replace(decision, guard=options.guard.of_layer(site.layer, model))
+    recipes = decision.step_recipes or (decision.recipe,)
+    return replace(decision, guard=options.guard.of_layer(site.layer, model, recipes))
 
 
 def decide(site: AttentionSite, options: Options) -> Decision:
@@ -187,7 +191,8 @@ def _decide_by_policy(site: AttentionSite, options: Options, policy: Policy) -> 
 def _decide_recipe(site: AttentionSite, options: Options, recipe: str, because: str) -> Decision:
     """One recipe that a policy has for a site."""
     if recipe == EXACT:
-        return Decision(None, because)
+        # Exact attention is what was measured: where the model writes it out, the operator is it.
+        return Decision(None if site.form == _SDPA else EXACT, because)
     problem = _problem(site)
     found = registry.find(recipe, problem)
     if isinstance(found, registry.Unavailable):
@@ -297,6 +302,29 @@ def _inductor_patches(options: Options) -> dict[str, Any]:
     return fence.patches(chosen)
 
 
+def _refuse_recording(options: Options, patches: Mapping[str, Any]) -> None:
+    """As ``config`` refuses it for one compilation: what Inductor does in the whole process.
+
+    Raises:
+        InvalidOptionError: CUDA graphs or freezing, which would make permanent what is decided in
+            each call.
+    """
+    from torch._inductor import config
+
+    by_step = options.policy is not None and options.policy.timestep_ranges > 1
+    if patches.get("freezing", config.freezing) and by_step:
+        raise InvalidOptionError(
+            "a policy with timestep ranges while torch._inductor.config.freezing is on, which "
+            "would make the first step permanent: switch it off"
+        )
+    graphs = patches.get("triton.cudagraphs", config.triton.cudagraphs)
+    if graphs and (by_step or options.guard is not None):
+        raise InvalidOptionError(
+            "a policy with timestep ranges, or guard, while torch._inductor.config.triton."
+            "cudagraphs is on: CUDA graphs would repeat the first call's choice: switch it off"
+        )
+
+
 def last_report() -> Report:
     """All graphs compiled by this backend since the last ``torch._dynamo.reset()``, merged.
 
@@ -334,6 +362,7 @@ def _reset() -> None:
     _last.sites.clear()
     _last.graphs.clear()
     _last.policies.clear()
+    guard.reset()
 
 
 # torch._dynamo.reset() calls this attribute of every backend it has used.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import time
@@ -10,8 +11,7 @@ from importlib import metadata
 from typing import Any, Final, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from sage_compiler import rates, steps
 from sage_compiler.calibration.budget import Budget, parse_budget
@@ -93,9 +93,10 @@ def calibrate(
         progress,
     )
     position = steps.position()
+    steps.set_step(None)  # of what ran before; the inputs set their own
     try:
         with watched(model) as watch, torch.no_grad():
-            return run.policy(watch, model, margin)
+            return run.policy(watch, margin)
     finally:
         steps.set_step(*(position or (None, None)))
 
@@ -121,7 +122,7 @@ class _Run:
         self._subset = subset
         self._show = progress
         self._times: Times
-        self._measured: Measurement
+        self._measurement: Measurement | None = None
         self._outputs = Outputs()
         self._ranges_of: dict[int, frozenset[int]] = {}  # by input: the timesteps it is in
         self._count = 0
@@ -129,10 +130,10 @@ class _Run:
         self._offered: dict[str, set[str]] = {}  # layer -> recipes that gain enough in a range
         self._parts: dict[str, float] = {}
 
-    def policy(self, watch: Watched, model: Callable[..., Any], margin: float) -> Policy:
+    def policy(self, watch: Watched, margin: float) -> Policy:
         """Measure, choose, verify."""
         start = time.perf_counter()
-        self._measure(watch, model)
+        self._measure(watch)
         self._times.recall()
         options = self._options()
         self._offered = {
@@ -166,7 +167,7 @@ class _Run:
 
     # --- measure ----------------------------------------------------------------------------
 
-    def _measure(self, watch: Watched, model: Callable[..., Any]) -> None:
+    def _measure(self, watch: Watched) -> None:
         """Run every input once.
 
         Raises:
@@ -174,10 +175,7 @@ class _Run:
         """
         try:
             for item in self._progress(self._inputs, "measuring", self._inputs.count):
-                if self._count == 0:
-                    self._begin(model, (item.args, dict(item.kwargs)), item.position is not None)
-                    watch.compute = self._times.compute
-                watch.attend = self._measured.attend
+                watch.attend = functools.partial(self._attend, watch, item.position is not None)
                 output = item.call(watch.run)
                 self._count += 1
                 self._ranges_of[item.number] = self._measured.finish()
@@ -193,9 +191,15 @@ class _Run:
             raise InvalidOptionError("inputs is empty; calibration needs at least one input")
         self._measured.check()
 
-    def _begin(self, model: Callable[..., Any], arguments: Any, has_step: bool) -> None:
-        """Settle what depends on where the model is: target, candidates, ranges."""
-        self._times = Times(self._target, _device(model, arguments))
+    def _attend(self, watch: Watched, has_step: bool, call: Call) -> Tensor:
+        if self._measurement is None:
+            self._measurement = self._begin(call, watch, has_step)
+        return self._measurement.attend(call)
+
+    def _begin(self, call: Call, watch: Watched, has_step: bool) -> Measurement:
+        """Settle, at the first attention, what depends on where the model is."""
+        self._times = Times(self._target, call.query.device)
+        watch.compute = self._times.compute
         if self._ranges is None:
             self._ranges = DEFAULT_RANGES if has_step else 1
         if self._candidates is None:
@@ -205,7 +209,21 @@ class _Run:
                 f"{self._subset} only, for kernels that are here: they are timed on whole calls; "
                 "leave heads and queries out"
             )
-        self._measured = Measurement(self._candidates, self._times, self._subset, self._ranges)
+        return Measurement(self._candidates, self._times, self._subset, self._ranges)
+
+    @property
+    def _measured(self) -> Measurement:
+        """What was measured.
+
+        Raises:
+            InvalidOptionError: the model has no attention that could be.
+        """
+        if self._measurement is None:
+            raise InvalidOptionError(
+                "no attention to calibrate was found; print(sage.explain(model, *args)) says why "
+                "each one is kept"
+            )
+        return self._measurement
 
     def _progress(self, items: Iterable[T], what: str, total: int | None) -> Iterator[T]:
         from tqdm import tqdm
@@ -372,12 +390,3 @@ def _parse_ranges(given: int | None) -> int | None:
             f"timestep_ranges={given!r}; it must be a number from 1 to {MOST_RANGES}, or None"
         )
     return given
-
-
-def _device(model: Callable[..., Any], arguments: Any) -> torch.device:
-    """Where the model is: its parameters', else its first input's device."""
-    held: list[Tensor] = []
-    if isinstance(model, nn.Module):
-        held = [*model.parameters(), *model.buffers()]
-    held += [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    return held[0].device if held else torch.device("cpu")

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from random import Random
 from typing import Final
 
 from torch import Tensor
@@ -45,11 +46,12 @@ class Guard:
     limits: Mapping[str, float]
     action: Action
 
-    def of_layer(self, layer: str, model: int) -> str:
+    def of_layer(self, layer: str, model: int, recipes: Sequence[str]) -> str:
         """The operator's argument: the same in every process that compiles the same models."""
         plain = {
             "layer": layer,
             "model": model,
+            "recipes": list(recipes),
             "fraction": self.fraction,
             "limits": dict(self.limits),
             "action": str(self.action),
@@ -62,7 +64,9 @@ class GuardedLayer:
     """What the guard of one layer has seen.
 
     Attributes:
-        layer: its name; ``model`` tells compiled functions with the same names apart, by number.
+        layer: its name.
+        recipes: its recipe, or those of the ranges of timesteps.
+        model: tells compiled functions with the same names apart, by number.
             Instances of one class that share compiled code count as one: ``sage.prepare`` gives
             each its own.
         calls: with the quantized recipe; ``compared``: how many of them.
@@ -72,6 +76,7 @@ class GuardedLayer:
     """
 
     layer: str
+    recipes: tuple[str, ...]
     model: int
     guard: Guard = field(repr=False)
     calls: int = 0
@@ -79,6 +84,22 @@ class GuardedLayer:
     errors: Errors | None = None
     exceeded: int = 0
     demoted: bool = False
+    _due: int = field(default=0, repr=False)  # the number of the next call to be compared
+    _random: Random = field(default_factory=lambda: Random(0), repr=False)
+
+    def is_due(self) -> bool:
+        """Count a call; whether it is to be compared.
+
+        One call out of each 1 / fraction is, at random: a schedule of as many steps would else
+        always be looked at in the same step.
+        """
+        call = self.calls
+        self.calls += 1
+        if call != self._due:
+            return False
+        self.compared += 1
+        self._due = int((self.compared + self._random.random()) / self.guard.fraction)
+        return True
 
 
 _layers: Final[dict[str, GuardedLayer]] = {}
@@ -91,7 +112,7 @@ def guarded_layers() -> list[GuardedLayer]:
 
 
 def reset() -> None:
-    """Forget what was seen; demoted layers are quantized again."""
+    """Forget what was seen; demoted layers are quantized again. torch._dynamo.reset() does it."""
     _layers.clear()
 
 
@@ -110,10 +131,7 @@ def run(text: str, quantized: Callable[[], Result], exact: Callable[[], Result])
         return exact()
     result = quantized()
     with _lock:
-        due = layer.compared <= layer.calls * layer.guard.fraction
-        layer.calls += 1
-        layer.compared += due
-        call = layer.calls
+        due, call = layer.is_due(), layer.calls
     if not due:
         return result
     reference = exact()
@@ -183,8 +201,9 @@ def _parse(text: str) -> GuardedLayer:
         plain = json.loads(text)
         given = {"fraction": plain["fraction"], "action": plain["action"], **plain["limits"]}
         layer, model = str(plain["layer"]), int(plain["model"])
+        recipes = tuple(map(str, plain["recipes"]))
     except (ValueError, KeyError, TypeError):
         raise InvalidOptionError(
             f"guard={text!r} is not of the form that the backend writes"
         ) from None
-    return GuardedLayer(layer, model, parse_guard(given, {}))
+    return GuardedLayer(layer, recipes, model, parse_guard(given, {}), _random=Random(layer))

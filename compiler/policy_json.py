@@ -90,6 +90,8 @@ class Reader:
         """Raises PolicyError: it is no object."""
         if not isinstance(data, dict):
             raise PolicyError(f"{where or 'the file'} is {_kind(data)}; it must be an object")
+        for key in data:
+            _check_printable(key, f"a key of {where or 'the file'}")
         self._data: dict[str, Any] = data
         self._where = where
         self._read: set[str] = set()
@@ -109,6 +111,8 @@ class Reader:
         value = self._get(key, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise PolicyError(f"{self._place(key)} is {_kind(value)}; it must be {what}")
+        if isinstance(value, str):
+            _check_printable(value, self._place(key))
         return value
 
     def text(self, key: str, default: object = _MISSING) -> str:
@@ -157,7 +161,7 @@ class Reader:
     def named_texts(self, key: str) -> dict[str, str]:
         """An object of strings; empty when it is missing."""
         given = self._typed(key, dict, "an object", {})
-        _texts(list(given.values()), self._place(key))
+        _texts([*given, *given.values()], self._place(key))
         return dict(given)
 
     def has(self, key: str) -> bool:
@@ -211,7 +215,14 @@ def _texts(values: list[Any], place: str) -> list[str]:
     for value in values:
         if not isinstance(value, str):
             raise PolicyError(f"{place} holds {_kind(value)}; it must hold strings")
+        _check_printable(value, place)
     return values
+
+
+def _check_printable(text: object, place: str) -> None:
+    """Raises PolicyError: text with line breaks or terminal codes, which reports would print."""
+    if not isinstance(text, str) or not text.isprintable():
+        raise PolicyError(f"{place} is {ascii(text)[:80]}; it must be printable text")
 
 
 def _kind(value: object) -> str:

@@ -32,12 +32,16 @@ class Item:
     position: tuple[int, int] | None
 
     def call(self, model: Callable[..., Any]) -> Any:
-        """The model's output; the same random numbers each time, and the item is left as it was."""
-        args, kwargs = _copied((self.args, dict(self.kwargs)))
+        """The model's output; the same random numbers each time, and the item is left as it was.
+
+        Raises:
+            InvalidOptionError: an argument that cannot be copied.
+        """
+        copies: dict[int, Any] = {}  # shared, so that what is one object stays one
+        args = [_copied(each, f"number {at}", copies) for at, each in enumerate(self.args)]
+        kwargs = {name: _copied(each, repr(name), copies) for name, each in self.kwargs.items()}
         steps.set_step(*(self.position or (None, None)))
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(self.number)
+        with _Random.seeded(self.number), torch.no_grad():
             return model(*args, **kwargs)
 
 
@@ -131,6 +135,22 @@ class _Random:
         finally:
             before._set()
 
+    @classmethod
+    @contextlib.contextmanager
+    def seeded(cls, seed: int) -> Iterator[None]:
+        """Draw the numbers of a seed; afterwards go on as before."""
+        before = cls.now()
+        # Not torch.manual_seed: it would also seed, later, devices that are not in use yet.
+        torch.default_generator.manual_seed(seed)
+        if before.cuda:
+            torch.cuda.manual_seed_all(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            before._set()
+
     def _set(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.cuda:
@@ -139,11 +159,20 @@ class _Random:
         random.setstate(self.python)
 
 
-def _copied(arguments: Any) -> Any:
-    """The arguments with all that a model may change (lists, a cache) copied; not their tensors."""
-    leaves = pytree.tree_leaves(arguments, is_leaf=lambda each: type(each) not in _CONTAINERS)
-    kept = {id(leaf): leaf for leaf in leaves if isinstance(leaf, (torch.Tensor, torch.nn.Module))}
-    return copy.deepcopy(arguments, kept)
+def _copied(argument: Any, name: str, copies: dict[int, Any]) -> Any:
+    """An argument with all that a model may change (lists, a cache) copied; not its tensors."""
+    leaves = pytree.tree_leaves(argument, is_leaf=lambda each: type(each) not in _CONTAINERS)
+    for leaf in leaves:
+        if isinstance(leaf, (torch.Tensor, torch.nn.Module)):
+            copies[id(leaf)] = leaf
+    try:
+        return copy.deepcopy(argument, copies)
+    except (TypeError, RuntimeError, copy.Error) as error:
+        raise InvalidOptionError(
+            f"argument {name} of an input holds what cannot be copied ({error}), and the model, "
+            "which runs several times, may change it; leave it out, or give the model a wrapper "
+            "that adds it"
+        ) from None
 
 
 _CONTAINERS: Final = (tuple, list, dict)

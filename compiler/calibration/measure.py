@@ -70,7 +70,7 @@ class Measurement:
                 self.refusals[call.layer][recipe] = refusal
                 continue
             if self._times.served(call, recipe) == EXACT:
-                errors[recipe], seconds[recipe] = EXACT_ERRORS, taken
+                errors[recipe] = EXACT_ERRORS
                 continue
             actual, seconds[recipe] = self._run(part, recipe)
             start = time.perf_counter()
@@ -102,12 +102,7 @@ class Measurement:
         return list(dict.fromkeys(layer for layer, _ in self.errors))
 
     def check(self) -> None:
-        """Raises InvalidOptionError: no attention was found, or the target serves none of it."""
-        if not self.errors:
-            raise InvalidOptionError(
-                "no attention to calibrate was found; print(sage.explain(model, *args)) says why "
-                "each one is kept"
-            )
+        """Raises InvalidOptionError: the target has no kernel for any of it."""
         if not any(self.errors.values()):
             layer, refusals = next(iter(self.refusals.items()))
             first = next(iter(refusals.values()))

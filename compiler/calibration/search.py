@@ -8,12 +8,14 @@ nothing is quantized. Ranges of timesteps are searched side by side: an input is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import Any, Final, Protocol, TypeVar
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sage_compiler.calibration.budget import OutputBound
 from sage_compiler.calibration.choose import Option, choose, is_exact, seconds, total_error
@@ -55,14 +57,19 @@ class Outputs:
         )
         if self._bytes + size <= _KEEP_BYTES:
             self._bytes += size
-            self._kept[item.number] = output
+            self._kept[item.number] = _own(output)
 
     def of(self, item: Item, watch: Watched) -> Any:
         """The exact output for an item."""
         if item.number not in self._kept:
             watch.attend = lambda call: call.run(EXACT)
-            return item.call(watch.run)
+            return _own(item.call(watch.run))
         return self._kept[item.number]
+
+
+def _own(output: Any) -> Any:
+    """An output with tensors of its own: a model may return a buffer that its next call changes."""
+    return pytree.tree_map_only(Tensor, Tensor.clone, output)
 
 
 @dataclass(slots=True)
@@ -74,7 +81,6 @@ class Found:
         worst: the greatest error of an output that was measured with it; None: it was not run.
         holds: whether that is within the bound and margin.
         rounds: how many policies were run on all inputs.
-        shares: (range, layer) -> error of the output for one unit of the layer's relative L1.
         interrupted: whether the user ended the search.
     """
 
@@ -82,7 +88,6 @@ class Found:
     worst: float | None = None
     holds: bool = False
     rounds: int = 0
-    shares: dict[tuple[int, str], float] = field(default_factory=dict)
     interrupted: bool = False
 
 
@@ -109,13 +114,15 @@ def search(
     found = Found({})
     ranges: dict[int, _Range] = {}
     try:
-        found.shares = model.shares(options)
-        for at, layers in options.items():
-            weighted = {
-                layer: _weighed(candidates, found.shares.get((at, layer), 1.0))
-                for layer, candidates in layers.items()
-            }
-            ranges[at] = _Range(weighted, allowed)
+        trials = [
+            (at, layer, candidates)
+            for at, layers in options.items()
+            for layer, candidates in layers.items()
+        ]
+        weighed: dict[int, dict[str, list[Option]]] = {at: {} for at in options}
+        for at, layer, candidates in progress(trials, "layer by layer", len(trials)):
+            weighed[at][layer] = model.weighed(at, layer, candidates)
+        ranges = {at: _Range(layers, allowed) for at, layers in weighed.items()}
         while not all(each.done for each in ranges.values()):
             found.rounds += 1
             choice = {at: each.choice for at, each in ranges.items()}
@@ -124,11 +131,7 @@ def search(
             for at in open_ranges:
                 ranges[at].learn(worst[at], found.rounds)
         if any(len(each) > 1 for each in ranges_of.values()):
-            # Ranges of one input were judged beside choices that others have left meanwhile.
-            found.rounds += 1
-            choice = {at: each.choice for at, each in ranges.items()}
-            for at, error in model.run(choice, choice.keys(), found.rounds).items():
-                ranges[at].best = _Best(choice[at], error)
+            _join(model, ranges, allowed, found)
     except KeyboardInterrupt:
         found.interrupted = True
     kept = {at: ranges[at].best for at in options if at in ranges}
@@ -143,13 +146,24 @@ def search(
     return found
 
 
-def _weighed(options: Iterable[Option], share: float) -> list[Option]:
-    """The options with what they add to the output's error; none that breaks it."""
-    weighed = (
-        Option(each.recipe, each.seconds, each.error * share if each.error else 0.0)
-        for each in options
-    )
-    return [each for each in weighed if each.error < inf]
+def _join(model: _Model, ranges: Mapping[int, _Range], allowed: float, found: Found) -> None:
+    """Verify ranges that share inputs together: each was judged beside choices others have left.
+
+    Where the bound does not hold, the targets of all shrink until it does, or all is exact.
+    """
+    choice = {at: each.choice for at, each in ranges.items()}
+    for each in ranges.values():
+        each.best = None  # nothing is known of all of them together
+    while True:
+        found.rounds += 1
+        worst = model.run(choice, choice.keys(), found.rounds)
+        if max(worst.values()) <= allowed or all(
+            is_exact(each.values()) for each in choice.values()
+        ):
+            break
+        choice = {at: ranges[at].tighter(choice[at]) for at in choice}
+    for at, error in worst.items():
+        ranges[at].best = _Best(choice[at], error)
 
 
 def _exact(layers: Mapping[str, list[Option]]) -> dict[str, Option]:
@@ -201,6 +215,11 @@ class _Range:
         self.done = not wide or rounds >= MOST_ROUNDS or not self._move()
         if self.done:
             self.choice = self.best.choice
+
+    def tighter(self, choice: dict[str, Option]) -> dict[str, Option]:
+        """A choice with at most half of the predicted error of another; exact where that is 0."""
+        predicted = total_error(choice.values())
+        return choose(self._options, predicted / 2) if predicted else _exact(self._options)
 
     def _move(self) -> bool:
         """Take the choice for the target next; False where it is one that was run before."""
@@ -259,23 +278,27 @@ class _Model:
                 worst |= {at: max(worst[at], error) for at in concerned}
         return worst
 
-    def shares(
-        self, options: Mapping[int, Mapping[str, list[Option]]]
-    ) -> dict[tuple[int, str], float]:
-        """Error of the output for one unit of a layer's: one layer at a time, on one input each."""
-        found: dict[tuple[int, str], float] = {}
-        trials = [
-            (item, at, layer, coarsest)
-            for at, item in self._first_items().items()
-            for layer, candidates in options[at].items()
-            if (coarsest := max(candidates, key=lambda each: each.error)).error > 0
-        ]
-        for item, at, layer, coarsest in self._progress(trials, "layer by layer", len(trials)):
-            error = self._error(item, {at: {layer: coarsest}})
-            if error > 0 and coarsest.error < inf:
-                found[at, layer] = error / coarsest.error
-        return found
+    def weighed(self, at: int, layer: str, options: Sequence[Option]) -> list[Option]:
+        """A layer's options with what they add to the error of the output.
 
+        What of the layer's error reaches the output shows when it is quantized alone, by its
+        coarsest option, on one input; an option that breaks the output is left out.
+        """
+        usable = sorted(options, key=lambda each: each.error)
+        share = 1.0
+        item = self._first_items.get(at)
+        while item is not None and (coarsest := usable[-1]).error > 0:
+            error = self._error(item, {at: {layer: coarsest}})
+            if error < inf and coarsest.error < inf:
+                share = error / coarsest.error or 1.0
+                break
+            usable.pop()
+        return [
+            Option(each.recipe, each.seconds, each.error * share if each.error else 0.0)
+            for each in usable
+        ]
+
+    @functools.cached_property
     def _first_items(self) -> dict[int, Item]:
         """The first input in each range of timesteps."""
         missing = {at for ranges in self._ranges_of.values() for at in ranges}

@@ -1,9 +1,9 @@
 """Times of recipes in every layer: measured where their kernels are, else from instruction rates.
 
-Measured are the calls of the calibration itself, so this costs no further run. Calls of the same
-shape take the same time wherever they are: a layer's time is a sum over its calls of the median of
-all calls of that shape, so that noise does not decide between layers. Medians are kept in the
-user's cache folder, for runs with too few calls of their own.
+Measured are the calls of the calibration itself, each shape after one call that warms up. Calls of
+one shape take the same time wherever they are: a layer's time is a sum over its calls of
+the median of all calls of that shape, so that noise does not decide between layers. Medians of
+enough calls are kept in the user's cache folder, for runs with too few of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,7 @@ from sage_compiler.precision import EXACT
 
 log = logging.getLogger("sage_compiler")
 
-ENOUGH: Final = 3  # calls of one shape, beyond the first, which warms up
+ENOUGH: Final = 4  # calls of one shape, for a median to be kept
 _LOCK_SECONDS: Final = 10.0
 
 
@@ -66,6 +67,8 @@ class Times:
                 "move the model to the CPU"
             )
         self.device = device
+        self._warm: set[tuple[str, str]] = set()  # shape, recipe: what has run
+        self._gated: set[tuple[str, str]] = set()  # shape, recipe: what is exact there
         self._samples: dict[tuple[str, str], list[float]] = defaultdict(list)
         self._calls: dict[str, Counter[str]] = defaultdict(Counter)  # layer -> shape -> calls
         # layer -> recipe -> seconds
@@ -92,8 +95,10 @@ class Times:
         gate, key_length = found.gate(call.problem), call.key.shape[2]
         if isinstance(gate, str):
             return recipe
-        products = call.query.numel() * key_length
-        return recipe if gate.admits(call.query.shape[2], key_length, products) else EXACT
+        if gate.admits(call.query.shape[2], key_length, call.query.numel() * key_length):
+            return recipe
+        self._gated.add((_shape(call), recipe))
+        return EXACT
 
     def compute(self, call: Call, recipe: str) -> Tensor:
         """Attention as a compiled policy with this recipe computes it."""
@@ -101,6 +106,9 @@ class Times:
 
     def run(self, call: Call, recipe: str) -> tuple[Tensor, float]:
         """Attention in the precision of ``recipe``, and how long it took here, in seconds."""
+        if self.here and (kind := (_shape(call), recipe)) not in self._warm:
+            call.run(recipe)  # threads, caches, what is loaded late: not the kernel's time
+            self._warm.add(kind)
         _wait_for(self.device)
         start = time.perf_counter()
         output = call.run(recipe)
@@ -136,7 +144,7 @@ class Times:
             return {recipe: total / inputs for recipe, total in self._predicted[layer].items()}
         totals: dict[str, float] = {}
         calls = self._calls[layer]
-        for recipe in dict.fromkeys(recipe for _, recipe in self._samples):
+        for recipe in dict.fromkeys(recipe for _, recipe in (*self._samples, *self._gated)):
             known = [self._median(shape, recipe) for shape in calls]
             if None not in known:
                 times = zip(calls.values(), known, strict=True)
@@ -144,10 +152,8 @@ class Times:
         return totals
 
     def _median(self, shape: str, recipe: str) -> float | None:
-        samples = self._samples.get((shape, recipe))
-        if not samples:
-            return None
-        return statistics.median(samples[1:] or samples)
+        samples = self._samples.get((shape, EXACT if (shape, recipe) in self._gated else recipe))
+        return statistics.median(samples) if samples else None
 
     def recall(self, folder: Path | None = None) -> None:
         """Complete shapes with few calls from earlier runs on this machine, and keep what is new.
@@ -163,7 +169,7 @@ class Times:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
                 kept = _read(path)
-                self._exchange(kept.setdefault(device_name(self.device), {}))
+                self._exchange(kept.setdefault(_measured_with(self.device), {}))
                 write_json(path, kept)
         except (OSError, Timeout) as error:
             log.info("times are not kept: %s", error)  # those of this run serve
@@ -171,15 +177,20 @@ class Times:
     def _exchange(self, kept: dict[str, float]) -> None:
         for (shape, recipe), samples in self._samples.items():
             name = f"{recipe} {shape}"
-            if len(samples) > ENOUGH or name not in kept:
-                kept[name] = statistics.median(samples[1:] or samples)
-            else:
+            if len(samples) >= ENOUGH:
+                kept[name] = statistics.median(samples)
+            elif name in kept:
                 samples[:] = [kept[name]]
 
     def __str__(self) -> str:
         if self.here:
             return f"measured on {device_name(self.device)}"
         return f"predicted: {rates.explanation(self.target)}"
+
+
+def _measured_with(device: torch.device) -> str:
+    """The machine, and the versions of what ran on it."""
+    return f"{device_name(device)}, torch {torch.__version__}, {metadata.version('sage-compiler')}"
 
 
 def _wait_for(device: torch.device) -> None:
