@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import torch
@@ -26,9 +27,10 @@ from sage_compiler.errors import SageError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sagec``; returns the exit code, which ``--help`` of each command explains.
 
+    What a user's model raises is printed with its traceback.
+
     Raises:
-        SystemExit: wrong usage (2), ``--help`` or ``--version`` (0). What a user's model raises
-            propagates.
+        SystemExit: wrong usage (2), ``--help`` or ``--version`` (0).
     """
     arguments = parser().parse_args(argv)
     run: Run = arguments.run
@@ -45,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough; nor has Python to say so when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error_code
+    except Exception:
+        # The user's code raised it, and may raise anything. Python would print the same traceback
+        # and exit with 1, by which a command that compares says that it found differences.
+        traceback.print_exc()
         return error_code
     return code
 

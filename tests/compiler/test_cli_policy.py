@@ -91,6 +91,8 @@ def test_check(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     }
     absent = ["policy", "check", policy, f"{models}:absent"]
     assert "no function 'absent'" in error_of(absent, capsys, code=2)
+    assert cli.main(["policy", "check", policy, f"{models}:broken"]) == 2  # 1 is an answer
+    assert capsys.readouterr().err.endswith("LookupError: in the user's code\n")
 
 
 # --- calibrate ------------------------------------------------------------------------------
