@@ -19,7 +19,7 @@ import sage_compiler as sage
 from sage_compiler.metrics import EXACT_ERRORS, Errors
 from sage_compiler.page.views import MOST_CONTEXT, MOST_NODES
 from sage_compiler.policy import Calibration, EndToEnd, LayerPolicy, Policy
-from sage_compiler.record import GraphPair
+from sage_compiler.record import GraphPair, Site
 from sage_compiler.report import Report
 from tests.compiler.pages import decoder, measured_policy, report_by
 from tests.compiler.sites import HOSTILE, hostile_report, kept, pair_of, site
@@ -112,11 +112,14 @@ def test_it_opens_with_the_verdict(tmp_path: Path) -> None:
     assert f"End to end: {verdict}" in said
 
 
-def test_without_times_of_sites_the_policy_tells_the_gain(tmp_path: Path) -> None:
-    policy = Policy({"layers.0#0": LAYER}, target="cpu")
-    said = Page(Report([site()], [], [policy]), tmp_path).said()
-    assert f"Predicted gain of attention 1.50{TIMES}" in said
+@pytest.mark.parametrize("sites", [[], [kept()], [site(recipe="int4_fp8")], [site(layer="other")]])
+def test_a_policy_that_is_not_applied_gains_nothing(sites: list[Site], tmp_path: Path) -> None:
+    made = Calibration(model_seconds={"exact": 0.5, "policy": 0.4})
+    report = Report(sites, [], [Policy({"layers.0#0": LAYER}, target="cpu", calibration=made)])
+    said = Page(report, tmp_path).said()
+    assert "Predicted gain of attention not predicted" in said
     assert "Measured gain of the model not measured" in said
+    assert "times as fast" not in str(report)
 
 
 @pytest.mark.parametrize(
