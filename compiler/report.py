@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import fx
 
+from sage_compiler import files
 from sage_compiler.passes.pipeline import Outcome
 from sage_compiler.passes.site import AttentionSite, Shape
 from sage_compiler.passes.snapshot import Snapshot
@@ -90,9 +91,8 @@ class Report:
         Raises:
             OSError: the file cannot be written.
         """
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2, allow_nan=False)
-            file.write("\n")
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        files.write(path, f"{text}\n".encode())
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one page for a browser, which loads nothing else: docs/inspection.md.
@@ -104,8 +104,7 @@ class Report:
 
         page = render(self.sites, self.graphs, self.policies)
         # Half of a surrogate pair, which a name may hold, is shown as its number.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(page)
+        files.write(path, page.encode(errors="backslashreplace"))
 
     def __str__(self) -> str:
         found = count(len(self.sites), "attention site")

@@ -70,7 +70,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     built = source.build()
     inputs = [(built.args, dict(built.kwargs))] if read is None else read()
     policy = _run(built, inputs, arguments)
-    _save(policy, out)
+    with options.writing(out):
+        policy.save(out)
     if arguments.json:
         options.print_json(policy.to_dict())
     elif not arguments.quiet:
@@ -87,13 +88,6 @@ def _run(built: Built, inputs: Iterable[Any], arguments: argparse.Namespace) -> 
         progress=not arguments.quiet,
         **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def _save(policy: Policy, path: Path) -> None:
-    try:
-        policy.save(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -126,6 +127,19 @@ def check_can_write(path: Path) -> None:
         raise UsageError(f"{str(path)!r} is a folder; it must be the name of a file")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence which file could not be written, and why.
+
+    Raises:
+        UsageError: for an OSError inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
 def print_json(data: object) -> None:

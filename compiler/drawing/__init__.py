@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from sage_compiler import files
 from sage_compiler.drawing.layout import LONGEST_EDGE, Box, arrange, levels
 
 _LONGEST_TEXT: Final = 34  # characters of a line in a box
@@ -86,7 +87,7 @@ def write_svg(svg: ElementTree.Element, path: str | os.PathLike[str]) -> None:
     style = ElementTree.Element("style")
     style.text = stylesheet()
     svg.insert(0, style)
-    ElementTree.ElementTree(svg).write(path, encoding="utf-8", xml_declaration=True)
+    files.write(path, ElementTree.tostring(svg, encoding="utf-8", xml_declaration=True))
 
 
 def operation_text(node: fx.Node) -> str:

@@ -272,7 +272,10 @@ def test_pages_and_graphs(
         (["--policy", "absent.json", "--precision", "exact"], "the policy chooses the precision"),
         (["--html", "absent/report.html"], "there is no folder 'absent' to write 'report.html' to"),
         (["--html", "."], "'.' is a folder"),
+        (["--html", "/proc/report.html"], "cannot write '/proc/report.html': No such file or dir"),
+        (["--html", "/dev/full"], "cannot write '/dev/full': No space left on device"),
         (["--graphs", __file__], "cannot make the folder"),
+        (["--graphs", "/proc/1/fdinfo"], "cannot write '/proc/1/fdinfo/graph0.before.svg': "),
     ],
     ids=str,
 )
