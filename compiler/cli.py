@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -22,6 +23,11 @@ from sage_compiler.commands import (
 )
 from sage_compiler.commands.options import INTERRUPTED, Run
 from sage_compiler.errors import SageError
+
+_DESCRIPTION: Final = """\
+Quantized attention for PyTorch: look before you compile.
+
+    sagec explain model.py:build"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(
         prog="sagec",
-        description="Quantized attention for PyTorch: look before you compile.",
+        description=_DESCRIPTION,
         epilog="sagec COMMAND --help shows examples and exit codes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = importlib.metadata.version("sage-compiler")
     whole.add_argument(

@@ -65,6 +65,17 @@ def add_command(
     return parser
 
 
+def add_group(commands: Commands, name: str, *, summary: str, example: str) -> Commands:
+    """A command that has commands of its own; returns where these are added."""
+    group = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n    {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return group.add_subparsers(required=True, metavar="COMMAND")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The argument that names a model."""
     parser.add_argument("model", metavar="MODEL:FUNCTION", help="the function that builds it")
@@ -93,14 +104,18 @@ def add_decision(parser: argparse.ArgumentParser) -> None:
         help="keep the layers that the policy does not fit; otherwise they are an error",
     )
     group.add_argument(
-        "--min-seq-len", type=int, metavar="N", help=f"with '{AUTO}': keep shorter attention"
+        "--min-seq-len",
+        type=int,
+        metavar="N",
+        help=f"with '{AUTO}': keep shorter attention; default: by a measured table; 0: none",
     )
     group.add_argument(
         "--fallback",
         default=str(Fallback.EMULATE),
         choices=[str(each) for each in Fallback],
         metavar="WHAT",
-        help=f"for a recipe without a kernel here: {', '.join(Fallback)}",
+        help=f"for a recipe without a kernel here: {', '.join(Fallback)}; "
+        f"default: {Fallback.EMULATE}",
     )
 
 

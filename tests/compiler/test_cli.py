@@ -76,6 +76,39 @@ def test_help_shows_an_example_and_exit_codes(
     assert "--json" in output or words == ("completion",)
 
 
+@pytest.mark.parametrize("words", [(), ("policy",), ("kernels",)], ids=" ".join)
+def test_help_of_many_commands_shows_an_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    (example,) = re.findall(r"^    (sagec .*)$", capsys.readouterr().out, re.MULTILINE)
+    cli.parser().parse_args(example.split()[1:])
+
+
+def test_help_names_the_default_of_what_can_be_left_out() -> None:
+    silent = {
+        f"{' '.join(words)} {action.option_strings[0]}"
+        for words, command in COMMANDS.items()
+        for action in command._actions
+        if action.option_strings
+        and action.nargs != 0  # no flag
+        and not action.required
+        and "default" not in str(action.help)
+    }
+    # Without these, something is left out, not chosen.
+    assert silent == {
+        "explain --html",
+        "explain --graphs",
+        "explain --policy",
+        "policy show --layer",
+        "export --dynamic",
+        "export --policy",
+        "bench --policy",
+        "kernels build --arch",
+    }
+
+
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_the_examples_of_the_help_are_commands(words: tuple[str, ...]) -> None:
     description = COMMANDS[words].description
