@@ -21,7 +21,7 @@ from sage_compiler.commands import (
     kernels,
     policy,
 )
-from sage_compiler.commands.options import INTERRUPTED, Run
+from sage_compiler.commands.options import INTERRUPTED, Run, said
 from sage_compiler.errors import SageError
 
 _DESCRIPTION: Final = """\
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(arguments)
         sys.stdout.flush()
     except SageError as error:
-        print(f"sagec: {error}", file=sys.stderr)
+        print(f"sagec: {said(error)}", file=sys.stderr)
         return error_code
     except KeyboardInterrupt:
         print("sagec: interrupted", file=sys.stderr)

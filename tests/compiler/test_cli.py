@@ -14,7 +14,7 @@ import pytest
 
 from sage_compiler import cli
 from sage_compiler.report import GraphPair, Report
-from tests.compiler.commands import LAYER, error_of, write_models, write_policy
+from tests.compiler.commands import FINGERPRINT, LAYER, error_of, write_models, write_policy
 
 SAGEC = Path(sys.executable).parent / "sagec"
 
@@ -269,9 +269,29 @@ def test_a_policy_reaches_the_decision(models: str, capsys: pytest.CaptureFixtur
     other = write_policy(folder / "other.json", fingerprint="q8 kv8 d64 dv64 none")
     explain = ["explain", f"{models}:build", "--policy", other]
     assert cli.main(explain) == 1
-    assert f"{LAYER} is q2 kv2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{LAYER} is q2 kv2" in said
+    assert "what fits with --no-strict-policy" in said
     assert cli.main([*explain, "--no-strict-policy"]) == 0
     assert "strict_policy=False" in capsys.readouterr().out
+
+
+def test_few_of_many_differences_are_listed(
+    models: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(models)
+    deep = "def deep(self, x):\n    for _ in range(8):\n        x = once(self, x)\n    return x\n"
+    file.write_text(f"{file.read_text()}\nonce = Model.forward\n{deep}\nModel.forward = deep\n")
+    policy = write_policy(file.parent / "policy.json")
+    assert cli.main(["explain", f"{models}:build", "--policy", policy]) == 1
+    heading, *differences, more, advice = capsys.readouterr().err.splitlines()
+    assert heading.endswith("7 differences:")
+    assert differences == [
+        f"  - (root)#{at} ({FINGERPRINT}) is not in the policy; close to it is '{LAYER}'"
+        for at in range(1, 6)
+    ]
+    assert more == "  ... and 2 more; sagec policy check lists all"
+    assert advice.startswith("calibrate this model")
 
 
 def test_pages_and_graphs(
@@ -300,9 +320,13 @@ def test_pages_and_graphs(
     "arguments, words",
     [
         (["--precision", "int4_fp8", "--fallback", "error"], "no int4_fp8 kernel"),
-        (["--min-seq-len", "-2"], "at least 0"),
+        (["--min-seq-len", "-2"], "--min-seq-len -2; it must be an integer of at least 0"),
+        (["--precision", "int8_int8", "--min-seq-len", "9"], "9 with --precision int8_int8; the"),
         (["--policy", "absent.json"], "absent.json: cannot be read: No such file"),
-        (["--policy", "absent.json", "--precision", "exact"], "the policy chooses the precision"),
+        (
+            ["--policy", "absent.json", "--precision", "exact"],
+            "a policy with --precision exact; the policy chooses the precision",
+        ),
         (["--html", "absent/report.html"], "there is no folder 'absent' to write 'report.html' to"),
         (["--html", "."], "'.' is a folder"),
         (["--html", "/proc/report.html"], "cannot write '/proc/report.html': No such file or dir"),
