@@ -199,6 +199,7 @@ def test_a_reader_that_goes_away_is_no_error_message(
         ("json:absent", "'json' has no function 'absent'"),
         ("{models}:absent", "no function 'absent'"),
         ("{models}:number", "no function 'number'"),
+        ("{models}:needy", "needy() needs arguments (x, size); it must take none"),
         ("{models}:wrong", "must return (model, args)"),
     ],
 )

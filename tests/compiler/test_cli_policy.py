@@ -173,6 +173,7 @@ def test_inputs_of_calibration(models: str, calibrator: Calibrator) -> None:
         ("build", ["--budget", "cosine=0.9"], "--budget has 'cosine' twice"),
         ("build", ["--budget", "speed=2"], "unknown metric 'speed'"),
         ("build", ["--inputs", "absent"], "no function 'absent'"),
+        ("build", ["--inputs", "needy"], "needy() needs arguments (x, size)"),
         ("build", ["--out", "absent/p.json"], "there is no folder 'absent' to write 'p.json' to"),
     ],
     ids=str,
