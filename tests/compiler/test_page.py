@@ -157,6 +157,7 @@ def test_one_map_of_errors_for_each_range_of_timesteps(tmp_path: Path) -> None:
     layer = LayerPolicy(LAYER.fingerprints, ("exact", "int8_fp8"), measured=measured)
     policy = Policy({"layers.0#0": layer}, target="sm_89", timestep_ranges=2)
     page = Page(Report([site()], [], [policy]), tmp_path)
+    assert "outlined cell is the recipe that was chosen; none where exact was" in page.said()
     assert "timestep range 1 of 2" in page.said() and "timestep range 2 of 2" in page.said()
     cells = [found["class"] for tag, found in page.elements if tag == "td" and "class" in found]
     # int4_fp8 and int8_fp8 of the first range, where exact was chosen; int8_fp8 of the second.
@@ -181,7 +182,7 @@ def test_a_real_model_with_both_graphs_of_every_site(tmp_path: Path) -> None:
     assert [each.decision for each in report.sites] == ["rewrite", "rewrite", "keep"]
     assert len(page.drawings) == 5  # before and after of two, before of the one that is kept
     said = page.said()
-    for words in ("scores.softmax(-1) @ v", "Kept: the same after.", "masked_fill"):
+    for words in ("scores.softmax(-1) @ v", "before and after: kept", "masked_fill"):
         assert words in said
     labels = [text.text for text in page.drawn("text")]
     for words in ("sage.attention", ".softmax", "float32 (1, 4, 32, 16)"):

@@ -155,6 +155,13 @@ def test_json_with_a_policy_has_no_number_that_json_lacks(judged: Report, tmp_pa
     assert nan_only["cosine"] is nan_only["seconds"] is None
 
 
+def test_long_names_lose_their_middle_in_the_table() -> None:
+    name = f"model.{'blocks.' * 20}attention#0"
+    text = str(Report([site(layer=name)]))
+    assert name not in text and "  model.blocks." in text and ".attention#0  (1, 2, 6, 8)" in text
+    assert max(map(len, text.splitlines())) < 140
+
+
 def test_public_name() -> None:
     assert sage.Report is Report
 
