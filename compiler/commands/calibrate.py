@@ -52,7 +52,7 @@ def add_command(commands: options.Commands) -> None:
         "(output_rel_l1); can be repeated",
     )
     add("--out", type=Path, required=True, metavar="FILE", help="where the policy goes")
-    add("--inputs", metavar="FUNCTION", help="yields the inputs to measure; default: see above")
+    add("--inputs", metavar="FUNCTION", help="yields the inputs; default: the one of the model")
     add(
         "--candidates",
         type=_names,
