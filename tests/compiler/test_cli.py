@@ -333,7 +333,7 @@ def test_pages_and_graphs(
         (["--html", "/proc/report.html"], "cannot write '/proc/report.html': No such file or dir"),
         (["--html", "/dev/full"], "cannot write '/dev/full': No space left on device"),
         (["--graphs", __file__], "cannot make the folder"),
-        (["--graphs", "/proc/1/fdinfo"], "cannot write '/proc/1/fdinfo/graph0.before.svg': "),
+        (["--graphs", "/proc/self/fdinfo"], "cannot write '/proc/self/fdinfo/graph0.before.svg': "),
     ],
     ids=str,
 )
