@@ -6,7 +6,9 @@ import argparse
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -19,16 +21,22 @@ from sage_compiler.commands import (
     kernels,
     policy,
 )
-from sage_compiler.commands.options import INTERRUPTED, Run
+from sage_compiler.commands.options import INTERRUPTED, Run, said
 from sage_compiler.errors import SageError
+
+_DESCRIPTION: Final = """\
+Quantized attention for PyTorch: look before you compile.
+
+    sagec explain model.py:build"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sagec``; returns the exit code, which ``--help`` of each command explains.
 
+    What a user's model raises is printed with its traceback.
+
     Raises:
-        SystemExit: wrong usage (2), ``--help`` or ``--version`` (0). What a user's model raises
-            propagates.
+        SystemExit: wrong usage (2), ``--help`` or ``--version`` (0).
     """
     arguments = parser().parse_args(argv)
     run: Run = arguments.run
@@ -37,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(arguments)
         sys.stdout.flush()
     except SageError as error:
-        print(f"sagec: {error}", file=sys.stderr)
+        print(f"sagec: {said(error)}", file=sys.stderr)
         return error_code
     except KeyboardInterrupt:
         print("sagec: interrupted", file=sys.stderr)
@@ -46,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough; nor has Python to say so when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return error_code
+    except Exception:
+        # The user's code raised it, and may raise anything. Python would print the same traceback
+        # and exit with 1, by which a command that compares says that it found differences.
+        traceback.print_exc()
+        return error_code
     return code
 
 
@@ -53,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     whole = argparse.ArgumentParser(
         prog="sagec",
-        description="Quantized attention for PyTorch: look before you compile.",
+        description=_DESCRIPTION,
         epilog="sagec COMMAND --help shows examples and exit codes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = importlib.metadata.version("sage-compiler")
     whole.add_argument(

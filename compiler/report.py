@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from torch import fx
 
+from sage_compiler import files
+from sage_compiler.drawing import clip
 from sage_compiler.passes.pipeline import Outcome
 from sage_compiler.passes.site import AttentionSite, Shape
 from sage_compiler.passes.snapshot import Snapshot
@@ -25,6 +27,7 @@ from sage_compiler.verdict import error_text, judge
 __all__ = ["KEEP", "REWRITE", "VERSION", "GraphPair", "Report", "ReportDiff", "Site", "describe"]
 
 VERSION: Final = 2  # of the JSON form
+_LONGEST_LAYER: Final = 72  # characters of a name in the table of the text
 
 
 class Report:
@@ -63,7 +66,13 @@ class Report:
         self.policies.extend(each for each in other.policies if each not in self.policies)
 
     def diff(self, other: Report) -> ReportDiff:
-        """What ``other`` has otherwise; sites are matched by layer, in the order they occur in."""
+        """What ``other`` has otherwise; sites are matched by layer, in the order they occur in.
+
+        Raises:
+            TypeError: ``other`` is no report.
+        """
+        if not isinstance(other, Report):
+            raise TypeError(f"diff() takes a sage.Report; this is {type(other).__name__}")
         return compare_sites(self.sites, other.sites)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,9 +99,8 @@ class Report:
         Raises:
             OSError: the file cannot be written.
         """
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2, allow_nan=False)
-            file.write("\n")
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        files.write(path, f"{text}\n".encode())
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one page for a browser, which loads nothing else: docs/inspection.md.
@@ -104,8 +112,7 @@ class Report:
 
         page = render(self.sites, self.graphs, self.policies)
         # Half of a surrogate pair, which a name may hold, is shown as its number.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(page)
+        files.write(path, page.encode(errors="backslashreplace"))
 
     def __str__(self) -> str:
         found = count(len(self.sites), "attention site")
@@ -176,7 +183,7 @@ def _time(seconds: float | None) -> str:
 
 # Heading -> the text of a cell.
 _COLUMNS: Final[dict[str, Callable[[Site], str]]] = {
-    "layer": lambda site: site.layer,
+    "layer": lambda site: clip(site.layer, _LONGEST_LAYER),
     "query": lambda site: shape_text(site.q_shape),
     "key/value": lambda site: shape_text(site.kv_shape),
     "mask": lambda site: site.mask,

@@ -34,8 +34,9 @@ class Verdict:
 
     Attributes:
         sites, rewritten, kept: how many.
-        predicted: of all attention whose times a policy predicts; None where none does.
-        measured: of the whole model, once for each policy that was timed.
+        predicted: of the attention here whose times a policy predicts; None where none does.
+        measured: of the whole model, once for each policy that was timed and is applied here in
+            full.
         worst: the site with the greatest error; None where no policy says.
         end_to_end: for each policy with a bound on the model's output, what became of it.
     """
@@ -56,6 +57,10 @@ class Verdict:
             lines.append(
                 f"predicted: attention {self.predicted.gain:.2f} times as fast ({self.predicted})"
             )
+        lines += [
+            f"measured: the model {times.gain:.2f} times as fast ({times})"
+            for times in self.measured
+        ]
         if self.worst is not None:
             lines.append(f"worst error: {errors_text(self.worst)} in {self.worst.layer}")
         return lines + list(self.end_to_end)
@@ -68,12 +73,8 @@ def judge(sites: Sequence[Site], policies: Sequence[Policy]) -> Verdict:
         sites=len(sites),
         rewritten=sum(site.decision == REWRITE for site in sites),
         kept=sum(site.decision != REWRITE for site in sites),
-        predicted=_of_sites(sites) or _of_policies(policies),
-        measured=tuple(
-            Times(each.model_seconds[EXACT], each.model_seconds["policy"])
-            for each in made
-            if {EXACT, "policy"} <= each.model_seconds.keys()
-        ),
+        predicted=_predicted(sites),
+        measured=_measured(sites, policies),
         worst=max((site for site in sites if site.rel_l1 is not None), key=_error, default=None),
         end_to_end=tuple(str(each.end_to_end) for each in made if each.end_to_end is not None),
     )
@@ -95,7 +96,7 @@ def _error(site: Site) -> float:
     return inf if isnan(site.rel_l1) else site.rel_l1
 
 
-def _of_sites(sites: Sequence[Site]) -> Times | None:
+def _predicted(sites: Sequence[Site]) -> Times | None:
     exact = chosen = 0.0
     for site in sites:
         if site.seconds is not None and site.exact_seconds is not None:
@@ -104,8 +105,15 @@ def _of_sites(sites: Sequence[Site]) -> Times | None:
     return Times(exact, chosen) if exact and chosen else None
 
 
-def _of_policies(policies: Sequence[Policy]) -> Times | None:
+def _measured(sites: Sequence[Site], policies: Sequence[Policy]) -> tuple[Times, ...]:
+    """What calibration measured; where a layer is kept after all, this model gains less."""
+    applied = {(site.layer, site.recipe) for site in sites if site.decision == REWRITE}
+    found = []
     for policy in policies:
-        if policy.attention_seconds is not None:
-            return Times(*policy.attention_seconds)
-    return None
+        seconds = policy.calibration.model_seconds
+        quantized = {
+            (name, layer.recipe) for name, layer in policy.layers.items() if layer.recipe != EXACT
+        }
+        if {EXACT, "policy"} <= seconds.keys() and quantized and quantized <= applied:
+            found.append(Times(seconds[EXACT], seconds["policy"]))
+    return tuple(found)

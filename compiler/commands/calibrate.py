@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from sage_compiler.calibrate import calibrate
+from sage_compiler.calibrate import DEFAULT_RANGES, MARGIN, calibrate
 from sage_compiler.commands import options
 from sage_compiler.commands.model import Built, Source
 from sage_compiler.errors import UsageError
+from sage_compiler.metrics import LAYER_METRICS
 from sage_compiler.policy import Policy
 
 _DESCRIPTION: Final = f"""\
@@ -47,18 +48,38 @@ def add_command(commands: options.Commands) -> None:
         action="append",
         required=True,
         metavar="METRIC=LIMIT",
-        help="what every layer must keep (cosine, rel_l1, ...), or the model (output_rel_l1); "
-        "can be repeated",
+        help=f"a limit of every layer ({', '.join(LAYER_METRICS)}), or of the model's output "
+        "(output_rel_l1); can be repeated",
     )
     add("--out", type=Path, required=True, metavar="FILE", help="where the policy goes")
-    add("--inputs", metavar="FUNCTION", help="yields the inputs to measure")
-    add("--candidates", type=_names, metavar="A,B", help="the recipes to try")
-    add("--target", metavar="NAME", help="the device it is for: cpu, or such as sm_89")
-    add("--timestep-ranges", type=int, metavar="N", help="recipes for N parts of a schedule")
-    add("--margin", type=float, metavar="X", help="the part of output_rel_l1's limit to stay in")
-    add("--heads", type=int, metavar="N", help="measure on N heads")
-    add("--queries", type=int, metavar="N", help="measure on N queries")
-    add("--quiet", action="store_true", help="show no progress, and print nothing")
+    add("--inputs", metavar="FUNCTION", help="yields the inputs; default: the one of the model")
+    add(
+        "--candidates",
+        type=_names,
+        metavar="A,B",
+        help="the recipes to try; default: those that make sense on the target",
+    )
+    add(
+        "--target",
+        metavar="NAME",
+        help="the device it is for: cpu, or such as sm_89; default: the one that the model is on",
+    )
+    add(
+        "--timestep-ranges",
+        type=int,
+        metavar="N",
+        help="recipes for N parts of a schedule; "
+        f"default: {DEFAULT_RANGES} where a step is set, else 1",
+    )
+    add(
+        "--margin",
+        type=float,
+        metavar="X",
+        help=f"the part of output_rel_l1's limit to stay in; default: {MARGIN}",
+    )
+    add("--heads", type=int, metavar="N", help="measure on N heads; default: all")
+    add("--queries", type=int, metavar="N", help="measure on N queries; default: all")
+    add("--quiet", action="store_true", help="show no progress, and no table")
     options.add_json(parser)
 
 
@@ -70,7 +91,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     built = source.build()
     inputs = [(built.args, dict(built.kwargs))] if read is None else read()
     policy = _run(built, inputs, arguments)
-    _save(policy, out)
+    with options.writing(out):
+        policy.save(out)
     if arguments.json:
         options.print_json(policy.to_dict())
     elif not arguments.quiet:
@@ -87,13 +109,6 @@ def _run(built: Built, inputs: Iterable[Any], arguments: argparse.Namespace) -> 
         progress=not arguments.quiet,
         **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def _save(policy: Policy, path: Path) -> None:
-    try:
-        policy.save(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
 
 
 def _limit(text: str) -> tuple[str, float]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Final
 
+from sage_compiler import files
 from sage_compiler.commands import options
 from sage_compiler.commands.model import build
 from sage_compiler.errors import UsageError
@@ -55,15 +56,16 @@ def _explain(arguments: argparse.Namespace) -> int:
         _make_folder(graphs)
     built = build(arguments.model)
     report = explain(built.model, *built.args, options=decision, **built.kwargs)
+    if html is not None:
+        with options.writing(html):
+            report.to_html(html)
+    if graphs is not None:
+        for number, pair in enumerate(report.graphs):
+            _draw(pair, graphs, f"graph{number}")
     if arguments.json:
         options.print_json(report.to_dict())
     else:
         print(report)
-    if html is not None:
-        report.to_html(html)
-    if graphs is not None:
-        for number, pair in enumerate(report.graphs):
-            _draw(pair, graphs, f"graph{number}")
     return options.OK
 
 
@@ -71,12 +73,18 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
+        raise UsageError(
+            f"cannot make the folder {str(folder)!r}: {error.strerror or error}"
+        ) from None
 
 
 def _draw(pair: GraphPair, folder: Path, name: str) -> None:
     """Write NAME.before.svg, NAME.after.svg and NAME.after.py."""
     for which in ("before", "after"):
-        pair.to_svg(folder / f"{name}.{which}.svg", which=which)
+        drawing = folder / f"{name}.{which}.svg"
+        with options.writing(drawing):
+            pair.to_svg(drawing, which=which)
     code: str = pair.after.print_readable(print_output=False)
-    (folder / f"{name}.after.py").write_text(f"{code}\n", encoding="utf-8")
+    file = folder / f"{name}.after.py"
+    with options.writing(file):
+        files.write(file, f"{code}\n".encode())

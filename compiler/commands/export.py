@@ -160,18 +160,19 @@ def _save_checked(program: torch.export.ExportedProgram, built: Built, path: Pat
         SageError: it does not; there is no such file then.
         UsageError: the file cannot be written.
     """
-    try:
+    with options.writing(path):
         # Beside it, for a rename within one file system.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            file = Path(folder) / path.name
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    with beside as folder:
+        file = Path(folder) / path.name
+        with options.writing(path):
             torch.export.save(program, file)
-            expected = _output(program.module(), built.args, built.kwargs)
-            actual = _output(torch.export.load(file).module(), built.args, built.kwargs)
-            _require_same(actual, expected)
-            size = file.stat().st_size
+        expected = _output(program.module(), built.args, built.kwargs)
+        actual = _output(torch.export.load(file).module(), built.args, built.kwargs)
+        _require_same(actual, expected)
+        size = file.stat().st_size
+        with options.writing(path):
             os.replace(file, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}") from None
     return size
 
 

@@ -47,10 +47,12 @@ _UNITS: Final = (("d", 24 * 60 * 60), ("h", 60 * 60), ("min", 60), ("s", 1))  # 
 
 def add_command(commands: options.Commands) -> None:
     """Give ``sagec`` the command."""
-    summary = "the CUDA kernels: check, build, list"
-    kernels = commands.add_parser("kernels", help=summary, description=f"{summary.capitalize()}.")
-    actions = kernels.add_subparsers(required=True, metavar="COMMAND")
-
+    actions = options.add_group(
+        commands,
+        "kernels",
+        summary="CUDA kernels: check their code, build packs, list what is here",
+        example="sagec kernels build --arch sm_89 --out pack",
+    )
     checking = options.add_command(
         actions,
         "check",
@@ -87,9 +89,13 @@ def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
     parser.add_argument(
         "--arch", action="append", default=[], metavar="NAME", help=f"{archs}: {known}"
     )
-    parser.add_argument("--compiler", choices=NAMES, help="nvcc if it is here, by default")
+    parser.add_argument("--compiler", choices=NAMES, help="default: nvcc where it is, else nvrtc")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes that compile"
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes that compile; default: one for each CPU",
     )
 
 

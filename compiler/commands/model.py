@@ -73,14 +73,15 @@ class Source:
         return source
 
     def function(self, attribute: str) -> Callable[[], Any]:
-        """A function of the module.
+        """A function of the module that takes no argument.
 
         Raises:
-            UsageError: there is none of this name.
+            UsageError: there is none of this name, or it needs arguments.
         """
         function = getattr(self.module, attribute, None)
         if not callable(function):
             raise UsageError(f"{self.place!r} has no function {attribute!r}")
+        _require_no_arguments(function, attribute)
         found: Callable[[], Any] = function
         return found
 
@@ -103,6 +104,21 @@ class Source:
                 "or (model, args, kwargs), args a tuple and kwargs a dict"
             )
         return Built(made[0], made[1], made[2] if len(made) == 3 else {})
+
+
+def _require_no_arguments(function: Callable[..., Any], name: str) -> None:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        return  # of a builtin that does not say what it takes
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [
+        each.name
+        for each in parameters
+        if each.default is inspect.Parameter.empty and each.kind not in variadic
+    ]
+    if needed:
+        raise UsageError(f"{name}() needs arguments ({', '.join(needed)}); it must take none")
 
 
 def build(name: str) -> Built:

@@ -35,10 +35,12 @@ head dims and mask, and no other. The model runs once, eagerly.
 
 def add_command(commands: options.Commands) -> None:
     """Give ``sagec`` the command."""
-    summary = "show a policy, compare two, check one against a model"
-    policy = commands.add_parser("policy", help=summary, description=f"{summary.capitalize()}.")
-    actions = policy.add_subparsers(required=True, metavar="COMMAND")
-
+    actions = options.add_group(
+        commands,
+        "policy",
+        summary="show a policy, compare two, check one against a model",
+        example="sagec policy show policy.json",
+    )
     show = options.add_command(
         actions, "show", _show, summary="the recipe of every layer", description=_SHOW
     )

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from sage_compiler import files
 from sage_compiler.drawing.layout import LONGEST_EDGE, Box, arrange, levels
 
 _LONGEST_TEXT: Final = 34  # characters of a line in a box
@@ -86,7 +87,7 @@ def write_svg(svg: ElementTree.Element, path: str | os.PathLike[str]) -> None:
     style = ElementTree.Element("style")
     style.text = stylesheet()
     svg.insert(0, style)
-    ElementTree.ElementTree(svg).write(path, encoding="utf-8", xml_declaration=True)
+    files.write(path, ElementTree.tostring(svg, encoding="utf-8", xml_declaration=True))
 
 
 def operation_text(node: fx.Node) -> str:
@@ -119,14 +120,14 @@ def _label(node: fx.Node, far: Sequence[str]) -> list[str]:
     lines = [node.name, operation_text(node), value_text(node)]
     if far:
         lines.append(f"\N{LEFTWARDS ARROW} {', '.join(far)}")
-    return [_clip(drawable(" ".join(line.split()))) for line in lines if line]
+    return [clip(drawable(" ".join(line.split())), _LONGEST_TEXT) for line in lines if line]
 
 
-def _clip(text: str) -> str:
+def clip(text: str, longest: int) -> str:
     """The text without its middle if it is long: generated names differ at their ends."""
-    if len(text) <= _LONGEST_TEXT:
+    if len(text) <= longest:
         return text
-    return f"{text[: _LONGEST_TEXT // 3]}\N{HORIZONTAL ELLIPSIS}{text[-_LONGEST_TEXT // 2 :]}"
+    return f"{text[: longest // 3]}\N{HORIZONTAL ELLIPSIS}{text[-longest // 2 :]}"
 
 
 def _description(node: fx.Node) -> str:

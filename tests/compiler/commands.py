@@ -41,6 +41,9 @@ def wrong():
 def interrupted():
     signal.raise_signal(signal.SIGINT)
 
+def needy(x, *more, size, scale=1):
+    return Model(), (x,)
+
 def broken():
     raise LookupError("in the user's code")
 

@@ -14,7 +14,7 @@ import pytest
 
 from sage_compiler import cli
 from sage_compiler.report import GraphPair, Report
-from tests.compiler.commands import LAYER, error_of, write_models, write_policy
+from tests.compiler.commands import FINGERPRINT, LAYER, error_of, write_models, write_policy
 
 SAGEC = Path(sys.executable).parent / "sagec"
 
@@ -74,6 +74,39 @@ def test_help_shows_an_example_and_exit_codes(
     assert f"    sagec {' '.join(words)}" in output
     assert "exit codes: 0 " in output
     assert "--json" in output or words == ("completion",)
+
+
+@pytest.mark.parametrize("words", [(), ("policy",), ("kernels",)], ids=" ".join)
+def test_help_of_many_commands_shows_an_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--help"])
+    (example,) = re.findall(r"^    (sagec .*)$", capsys.readouterr().out, re.MULTILINE)
+    cli.parser().parse_args(example.split()[1:])
+
+
+def test_help_names_the_default_of_what_can_be_left_out() -> None:
+    silent = {
+        f"{' '.join(words)} {action.option_strings[0]}"
+        for words, command in COMMANDS.items()
+        for action in command._actions
+        if action.option_strings
+        and action.nargs != 0  # no flag
+        and not action.required
+        and "default" not in str(action.help)
+    }
+    # Without these, something is left out, not chosen.
+    assert silent == {
+        "explain --html",
+        "explain --graphs",
+        "explain --policy",
+        "policy show --layer",
+        "export --dynamic",
+        "export --policy",
+        "bench --policy",
+        "kernels build --arch",
+    }
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -166,6 +199,7 @@ def test_a_reader_that_goes_away_is_no_error_message(
         ("json:absent", "'json' has no function 'absent'"),
         ("{models}:absent", "no function 'absent'"),
         ("{models}:number", "no function 'number'"),
+        ("{models}:needy", "needy() needs arguments (x, size); it must take none"),
         ("{models}:wrong", "must return (model, args)"),
     ],
 )
@@ -177,12 +211,16 @@ def test_a_model_that_is_not_there(
     assert words in error_of(["explain", model.format(models=models, folder=folder)], capsys)
 
 
-def test_what_the_users_code_raises_propagates(models: str) -> None:
-    with pytest.raises(LookupError, match="in the user's code"):
-        cli.main(["explain", f"{models}:broken"])
+def test_what_the_users_code_raises_keeps_its_traceback(
+    models: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explain", f"{models}:broken"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and "in broken\n" in said
+    assert said.endswith("LookupError: in the user's code\n")
     Path(models).write_text("import a_module_that_is_missing\n")
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["explain", f"{models}:build"])
+    assert cli.main(["explain", f"{models}:build"]) == 1
+    assert "ModuleNotFoundError: No module named 'a_mod" in capsys.readouterr().err
 
 
 def test_a_module_of_the_current_directory(
@@ -196,8 +234,8 @@ def test_a_module_of_the_current_directory(
     monkeypatch.delitem(sys.modules, "models", raising=False)
     assert cli.main(["explain", "a_package.code:build"]) == 0
     assert "1 attention site" in capsys.readouterr().out
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
-        cli.main(["explain", "a_package.user:build"])
+    assert cli.main(["explain", "a_package.user:build"]) == 1
+    assert "ModuleNotFoundError: No module named 'a_mod" in capsys.readouterr().err
 
 
 # --- explain --------------------------------------------------------------------------------
@@ -232,9 +270,29 @@ def test_a_policy_reaches_the_decision(models: str, capsys: pytest.CaptureFixtur
     other = write_policy(folder / "other.json", fingerprint="q8 kv8 d64 dv64 none")
     explain = ["explain", f"{models}:build", "--policy", other]
     assert cli.main(explain) == 1
-    assert f"{LAYER} is q2 kv2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{LAYER} is q2 kv2" in said
+    assert "what fits with --no-strict-policy" in said
     assert cli.main([*explain, "--no-strict-policy"]) == 0
     assert "strict_policy=False" in capsys.readouterr().out
+
+
+def test_few_of_many_differences_are_listed(
+    models: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(models)
+    deep = "def deep(self, x):\n    for _ in range(8):\n        x = once(self, x)\n    return x\n"
+    file.write_text(f"{file.read_text()}\nonce = Model.forward\n{deep}\nModel.forward = deep\n")
+    policy = write_policy(file.parent / "policy.json")
+    assert cli.main(["explain", f"{models}:build", "--policy", policy]) == 1
+    heading, *differences, more, advice = capsys.readouterr().err.splitlines()
+    assert heading.endswith("7 differences:")
+    assert differences == [
+        f"  - (root)#{at} ({FINGERPRINT}) is not in the policy; close to it is '{LAYER}'"
+        for at in range(1, 6)
+    ]
+    assert more == "  ... and 2 more; sagec policy check lists all"
+    assert advice.startswith("calibrate this model")
 
 
 def test_pages_and_graphs(
@@ -263,12 +321,19 @@ def test_pages_and_graphs(
     "arguments, words",
     [
         (["--precision", "int4_fp8", "--fallback", "error"], "no int4_fp8 kernel"),
-        (["--min-seq-len", "-2"], "at least 0"),
+        (["--min-seq-len", "-2"], "--min-seq-len -2; it must be an integer of at least 0"),
+        (["--precision", "int8_int8", "--min-seq-len", "9"], "9 with --precision int8_int8; the"),
         (["--policy", "absent.json"], "absent.json: cannot be read: No such file"),
-        (["--policy", "absent.json", "--precision", "exact"], "the policy chooses the precision"),
+        (
+            ["--policy", "absent.json", "--precision", "exact"],
+            "a policy with --precision exact; the policy chooses the precision",
+        ),
         (["--html", "absent/report.html"], "there is no folder 'absent' to write 'report.html' to"),
         (["--html", "."], "'.' is a folder"),
+        (["--html", "/proc/report.html"], "cannot write '/proc/report.html': No such file or dir"),
+        (["--html", "/dev/full"], "cannot write '/dev/full': No space left on device"),
         (["--graphs", __file__], "cannot make the folder"),
+        (["--graphs", "/proc/self/fdinfo"], "cannot write '/proc/self/fdinfo/graph0.before.svg': "),
     ],
     ids=str,
 )

@@ -80,6 +80,19 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert not list(out.parent.glob("*pt2*"))
 
 
+def test_an_error_of_the_model_is_not_one_of_the_file(
+    models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def output(*_: Any) -> list[Any]:
+        raise OSError("in the model")
+
+    monkeypatch.setattr(export, "_output", output)
+    out = Path(models).parent / "model.pt2"
+    assert cli.main(["export", f"{models}:build", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.endswith("OSError: in the model\n")
+    assert not list(out.parent.glob("*pt2*"))
+
+
 @pytest.mark.parametrize(
     "function, more, words",
     [

@@ -91,6 +91,8 @@ def test_check(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     }
     absent = ["policy", "check", policy, f"{models}:absent"]
     assert "no function 'absent'" in error_of(absent, capsys, code=2)
+    assert cli.main(["policy", "check", policy, f"{models}:broken"]) == 2  # 1 is an answer
+    assert capsys.readouterr().err.endswith("LookupError: in the user's code\n")
 
 
 # --- calibrate ------------------------------------------------------------------------------
@@ -171,6 +173,7 @@ def test_inputs_of_calibration(models: str, calibrator: Calibrator) -> None:
         ("build", ["--budget", "cosine=0.9"], "--budget has 'cosine' twice"),
         ("build", ["--budget", "speed=2"], "unknown metric 'speed'"),
         ("build", ["--inputs", "absent"], "no function 'absent'"),
+        ("build", ["--inputs", "needy"], "needy() needs arguments (x, size)"),
         ("build", ["--out", "absent/p.json"], "there is no folder 'absent' to write 'p.json' to"),
     ],
     ids=str,

@@ -19,7 +19,7 @@ import sage_compiler as sage
 from sage_compiler.metrics import EXACT_ERRORS, Errors
 from sage_compiler.page.views import MOST_CONTEXT, MOST_NODES
 from sage_compiler.policy import Calibration, EndToEnd, LayerPolicy, Policy
-from sage_compiler.record import GraphPair
+from sage_compiler.record import GraphPair, Site
 from sage_compiler.report import Report
 from tests.compiler.pages import decoder, measured_policy, report_by
 from tests.compiler.sites import HOSTILE, hostile_report, kept, pair_of, site
@@ -112,11 +112,14 @@ def test_it_opens_with_the_verdict(tmp_path: Path) -> None:
     assert f"End to end: {verdict}" in said
 
 
-def test_without_times_of_sites_the_policy_tells_the_gain(tmp_path: Path) -> None:
-    policy = Policy({"layers.0#0": LAYER}, target="cpu")
-    said = Page(Report([site()], [], [policy]), tmp_path).said()
-    assert f"Predicted gain of attention 1.50{TIMES}" in said
+@pytest.mark.parametrize("sites", [[], [kept()], [site(recipe="int4_fp8")], [site(layer="other")]])
+def test_a_policy_that_is_not_applied_gains_nothing(sites: list[Site], tmp_path: Path) -> None:
+    made = Calibration(model_seconds={"exact": 0.5, "policy": 0.4})
+    report = Report(sites, [], [Policy({"layers.0#0": LAYER}, target="cpu", calibration=made)])
+    said = Page(report, tmp_path).said()
+    assert "Predicted gain of attention not predicted" in said
     assert "Measured gain of the model not measured" in said
+    assert "times as fast" not in str(report)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +157,7 @@ def test_one_map_of_errors_for_each_range_of_timesteps(tmp_path: Path) -> None:
     layer = LayerPolicy(LAYER.fingerprints, ("exact", "int8_fp8"), measured=measured)
     policy = Policy({"layers.0#0": layer}, target="sm_89", timestep_ranges=2)
     page = Page(Report([site()], [], [policy]), tmp_path)
+    assert "outlined cell is the recipe that was chosen; none where exact was" in page.said()
     assert "timestep range 1 of 2" in page.said() and "timestep range 2 of 2" in page.said()
     cells = [found["class"] for tag, found in page.elements if tag == "td" and "class" in found]
     # int4_fp8 and int8_fp8 of the first range, where exact was chosen; int8_fp8 of the second.
@@ -178,7 +182,7 @@ def test_a_real_model_with_both_graphs_of_every_site(tmp_path: Path) -> None:
     assert [each.decision for each in report.sites] == ["rewrite", "rewrite", "keep"]
     assert len(page.drawings) == 5  # before and after of two, before of the one that is kept
     said = page.said()
-    for words in ("scores.softmax(-1) @ v", "Kept: the same after.", "masked_fill"):
+    for words in ("scores.softmax(-1) @ v", "before and after: kept", "masked_fill"):
         assert words in said
     labels = [text.text for text in page.drawn("text")]
     for words in ("sage.attention", ".softmax", "float32 (1, 4, 32, 16)"):

@@ -110,7 +110,10 @@ def judged() -> Report:
         )
         for at, (each, seconds) in enumerate([(errors, 1e-3), (broken, 2e-3)])
     }
-    made = Calibration(end_to_end=EndToEnd("output_rel_l1", 0.1, 1.0, inf, False, 3))
+    made = Calibration(
+        end_to_end=EndToEnd("output_rel_l1", 0.1, 1.0, inf, False, 3),
+        model_seconds={"exact": 5e-3, "policy": 4e-3},
+    )
     policy = Policy(layers, target="cpu", calibration=made)
     return rewritten(Model(), torch.randn(1, 2, 6, 8), policy=policy)[1]
 
@@ -120,11 +123,12 @@ def test_text_with_a_policy(judged: Report) -> None:
     assert text.startswith(
         "sage: 3 attention sites in 1 graph: 2 rewritten, 1 kept\n"
         "predicted: attention 2.00 times as fast (6 ms exact, 3 ms by the policy)\n"
+        "measured: the model 1.25 times as fast (5 ms exact, 4 ms by the policy)\n"
         "worst error: rel_l1 inf, cosine -1.000000 in layers.1#0\n"
         "output_rel_l1: does NOT hold: inf of at most 0.1 (0.1 with margin 1)\n"
         "rewritten:\n"
     )
-    heading, first, second = (line.split() for line in text.splitlines()[5:8])
+    heading, first, second = (line.split() for line in text.splitlines()[6:9])
     assert heading[-5:] == ["recipe", "cosine", "rel_l1", "time", "exact"]
     assert first[-7:] == ["int8_fp8", "0.999500", "0.0312", "1", "ms", "3", "ms"]
     assert second[-7:] == ["int8_fp8", "-1.000000", "inf", "2", "ms", "3", "ms"]
@@ -149,6 +153,13 @@ def test_json_with_a_policy_has_no_number_that_json_lacks(judged: Report, tmp_pa
     assert [each["seconds"] for each in data["sites"]] == [1e-3, 2e-3, None]
     nan_only = Report([site(cosine=nan, seconds=-inf)]).to_dict()["sites"][0]
     assert nan_only["cosine"] is nan_only["seconds"] is None
+
+
+def test_long_names_lose_their_middle_in_the_table() -> None:
+    name = f"model.{'blocks.' * 20}attention#0"
+    text = str(Report([site(layer=name)]))
+    assert name not in text and "  model.blocks." in text and ".attention#0  (1, 2, 6, 8)" in text
+    assert max(map(len, text.splitlines())) < 140
 
 
 def test_public_name() -> None:

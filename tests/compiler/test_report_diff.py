@@ -3,6 +3,8 @@
 import json
 from math import inf, nan
 
+import pytest
+
 import sage_compiler as sage
 from sage_compiler.report import Report
 from sage_compiler.report_diff import COMPARED, Change
@@ -15,6 +17,11 @@ def test_equal_reports_differ_in_nothing() -> None:
     assert not found and (found.added, found.removed, found.changed) == ((), (), ())
     assert str(found) == "no difference"
     assert not sage.Report().diff(sage.Report())
+
+
+def test_only_a_report_can_be_compared() -> None:
+    with pytest.raises(TypeError, match="this is int"):
+        Report().diff(3)  # type: ignore[arg-type]
 
 
 def test_every_compared_field_is_told() -> None:

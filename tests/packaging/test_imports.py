@@ -35,7 +35,7 @@ MEETING: Final = (
     "commands",
     "cli",
 )
-ANYTHING: Final = (*RUNTIME, *DECISION, *MEETING, "")
+ANYTHING: Final = ("files", *RUNTIME, *DECISION, *MEETING, "")
 
 # layer -> the layers it may import, besides itself. A layer is a module of the package, or a
 # subpackage with all its modules; "" is the package itself, sage_compiler/__init__.py.
@@ -44,6 +44,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "precision": ("errors",),
     "semantics": ("errors",),
     "text": (),
+    "files": (),
     "metrics": VOCABULARY,
     "steps": VOCABULARY,
     "guard": MEASURES,
@@ -62,12 +63,12 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "policy_json": VOCABULARY,
     "policy": (*MEASURES, "policy_json"),
     # what is told of it
-    "drawing": (),
+    "drawing": ("files",),
     "record": (*VOCABULARY, "passes", "drawing"),
     "report_diff": ("text", "record"),
     "verdict": (*MEASURES, "policy", "record"),
     "page": (*MEASURES, "passes", "policy", "drawing", "record", "verdict"),
-    "report": (*MEASURES, "passes", "policy", *REPORTING),
+    "report": (*MEASURES, "files", "passes", "policy", *REPORTING),
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
