@@ -345,6 +345,11 @@ class _Run:
                 reasons.setdefault("too much of the output's error", []).append(recipe)
         for recipe, refusal in self._measured.refusals.get(layer, {}).items():
             reasons.setdefault(refusal, []).append(recipe)
+        unseen = [str(at + 1) for at, errors in enumerate(measured) if not errors]
+        if 0 < len(unseen) < len(measured):
+            reasons.setdefault("exact, since no input was in it", []).append(
+                f"timestep range {', '.join(unseen)} of {len(measured)}"
+            )
         if not reasons:
             exact = set(recipes) == {EXACT}
             return "exact is the quickest" if exact else "the quickest candidate"

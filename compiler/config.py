@@ -121,14 +121,14 @@ def _policy(value: object, precision: str) -> Policy | None:
     if isinstance(value, Policy):
         return value
     if isinstance(value, (str, os.PathLike)):
-        return _loaded(os.path.abspath(value))
+        return _loaded(value)
     raise InvalidOptionError(f"policy={value!r}; it must be a sage.Policy or the path of one")
 
 
 _policies: Final[dict[str, tuple[tuple[int, int] | None, Policy]]] = {}  # by path
 
 
-def _loaded(path: str) -> Policy:
+def _loaded(path: str | os.PathLike[str]) -> Policy:
     """The policy of a file, read again when the file has changed, and kept when it has gone.
 
     A model may compile once more at any time while it serves, whatever became of the file.
@@ -141,9 +141,10 @@ def _loaded(path: str) -> Policy:
         state = (status.st_mtime_ns, status.st_size)
     except (OSError, ValueError):
         state = None
-    kept = _policies.get(path)
+    name = os.path.abspath(path)
+    kept = _policies.get(name)
     if kept is None or state not in (None, kept[0]):
-        kept = _policies[path] = (state, Policy.load(path))
+        kept = _policies[name] = (state, Policy.load(path))
     return kept[1]
 
 

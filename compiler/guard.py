@@ -98,7 +98,8 @@ class GuardedLayer:
         if call != self._due:
             return False
         self.compared += 1
-        self._due = int((self.compared + self._random.random()) / self.guard.fraction)
+        following = int((self.compared + self._random.random()) / self.guard.fraction)
+        self._due = max(self.calls, following)
         return True
 
 

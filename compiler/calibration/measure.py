@@ -60,6 +60,11 @@ class Measurement:
         """
         at = current_range(self._timestep_ranges)
         output, taken = self._times.run(call, EXACT)
+        if output.numel() and not bool(output.isfinite().any()):
+            raise InvalidAttentionError(
+                f"{call.layer}: exact attention gave no finite number, so nothing can be compared "
+                "with it; calibrate with inputs that the model can compute"
+            )
         seconds = {EXACT: taken}
         part = self._subset.of(call)
         expected = output if part is call else self._run(part, EXACT)[0]

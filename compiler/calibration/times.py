@@ -169,7 +169,7 @@ class Times:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock"), timeout=_LOCK_SECONDS):
                 kept = _read(path)
-                self._exchange(kept.setdefault(_measured_with(self.device), {}))
+                self._exchange(kept.setdefault(measured_with(self.device), {}))
                 write_json(path, kept)
         except (OSError, Timeout) as error:
             log.info("times are not kept: %s", error)  # those of this run serve
@@ -188,7 +188,7 @@ class Times:
         return f"predicted: {rates.explanation(self.target)}"
 
 
-def _measured_with(device: torch.device) -> str:
+def measured_with(device: torch.device) -> str:
     """The machine, and the versions of what ran on it."""
     return f"{device_name(device)}, torch {torch.__version__}, {metadata.version('sage-compiler')}"
 

@@ -507,17 +507,13 @@ def test_a_verified_policy_survives_the_interrupt_of_the_next_round(
 ) -> None:
     model, x = Stack(2).eval(), tokens(0)
     budget = {"output_rel_l1": 0.05}
-    monkeypatch.setattr(search._Model, "shares", lambda *_: dict.fromkeys(_keys(), 1.0))
+    monkeypatch.setattr(search._Model, "weighed", lambda self, at, layer, options: list(options))
     interrupting(monkeypatch, search._Model, "run", call=2)
     policy = sage.calibrate(model, [x], budget=budget, **TARGET)
     found = policy.calibration.end_to_end
     assert policy.calibration.interrupted
     assert found is not None and found.holds and found.worst is not None
     assert found.worst == pytest.approx(worst_error(model, policy, [x]), rel=1e-3)
-
-
-def _keys() -> list[tuple[int, str]]:
-    return [(0, "layers.0#0"), (0, "layers.1#0")]
 
 
 # --- arguments
@@ -736,3 +732,77 @@ def test_measured_on_this_machine() -> None:
             layer.seconds[layer.recipe] <= min(layer.seconds.values()) / 0.99
         )
     assert len(runs) <= 2 * (len(made.candidates) + 2)
+
+
+# --- what may not decide
+
+
+def test_a_step_left_over_from_sampling_makes_no_timesteps() -> None:
+    sage.set_step(49, 50)
+    policy = sage.calibrate(Stack(1).eval(), [tokens(0)], budget={"cosine": 0.5}, **TARGET)
+    assert policy.timestep_ranges == 1
+    assert steps.position() == (49, 50)
+    sage.set_step(None)
+
+
+def test_ranges_without_an_input_are_exact_and_say_so() -> None:
+    def inputs() -> Iterator[Tensor]:
+        sage.set_step(0, 4)
+        yield tokens(0)
+
+    policy = sage.calibrate(Stack(1).eval(), inputs(), budget={"cosine": 0.5}, **TARGET)
+    (layer,) = policy.layers.values()
+    assert layer.recipes[1:] == ("exact",) * 3 and layer.recipes[0] != "exact"
+    assert "timestep range 2, 3, 4 of 4: exact, since no input was in it" in layer.reason
+
+
+def test_outputs_without_a_number_are_an_error() -> None:
+    with pytest.raises(InvalidAttentionError, match="no finite number"):
+        sage.calibrate(
+            Stack(1).eval(), [tokens(0) * float("nan")], budget={"cosine": 0.5}, **TARGET
+        )
+
+
+class OwnBuffer(nn.Module):
+    """Returns the same memory in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack(2)
+        self.kept = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stack(x)
+        if self.kept.shape != y.shape:
+            self.kept = torch.empty_like(y)
+        return self.kept.copy_(y)
+
+
+def test_an_output_in_a_buffer_of_the_model_is_not_compared_with_itself() -> None:
+    model, x = OwnBuffer().eval(), tokens(0)
+    policy = sage.calibrate(model, [x], budget={"output_rel_l1": 0.5}, margin=1.0, **TARGET)
+    found = policy.calibration.end_to_end
+    assert found is not None and found.worst is not None and found.worst > 1e-4
+
+
+def test_an_option_that_breaks_the_output_leaves_the_finer_ones() -> None:
+    model, x = Stack(1).eval(), tokens(0)
+
+    def finite_below(actual: Tensor, expected: Tensor) -> float:
+        error = float((actual - expected).abs().sum() / expected.abs().sum())
+        return error if error < threshold else float("inf")
+
+    errors = {
+        recipe: sage.calibrate(
+            model, [x], budget={"output_rel_l1": 9.0}, candidates=[recipe], target="sm_89",
+            progress=False, margin=1.0,
+        ).calibration.end_to_end
+        for recipe in ("int4_fp8", "int8_fp8")
+    }  # fmt: skip
+    coarse, fine = (each.worst for each in errors.values() if each is not None)
+    assert coarse is not None and fine is not None and fine < coarse / 2
+    threshold = (coarse + fine) / 2
+    policy = sage.calibrate(
+        model, [x], budget={"output": (finite_below, 0.9 * coarse)}, margin=1.0, **TARGET
+    )
+    assert [layer.recipe for layer in policy.layers.values()] == ["int8_fp8"]

@@ -281,7 +281,8 @@ def t(*values: float) -> Tensor:
     [
         ([t(1.0, 2.0)], [t(1.0, 2.0)], 0.0),
         ([t(1.0, 3.0)], [t(1.0, 1.0)], 1.0),
-        ([t(1.0), t(2.0)], [t(1.0), t(1.0)], 0.5),  # one ratio over all, not a mean of ratios
+        ([t(1.0), t(2.0)], [t(1.0), t(1.0)], 1.0),  # the worst, which a large one may not hide
+        ([t(2.0), t(1e6)], [t(1.0), t(1e6)], 1.0),
         ([t(0.0)], [t(0.0)], 0.0),
         ([t(1.0)], [t(0.0)], inf),
         ([t(nan, 1.0)], [t(nan, 1.0)], 0.0),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.convert_frame import input_codes
+from torch._dynamo.eval_frame import OptimizedModule
 
 import sage_compiler as sage
 from sage_compiler.calibration.probe import Call, Watched, watched
@@ -340,3 +341,77 @@ def test_an_error_in_the_model_comes_out_and_leaves_nothing() -> None:
         watch.run(x)
     assert entries() == 0
     check(model, x)
+
+
+# --- parts that are compiled, functions that are
+
+
+class Interrupted(nn.Module):
+    """Blocks with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(SdpaBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        return x
+
+
+class SdpaBlock(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.scaled_dot_product_attention(x, x, x)
+
+
+def seen_layers(model: Callable[..., Any], x: Tensor) -> list[str]:
+    layers = []
+    with watched(model) as watch, torch.no_grad():
+        watch.attend = lambda call: (layers.append(call.layer), call.run(EXACT))[1]
+        watch.run(x)
+    return layers
+
+
+@pytest.mark.parametrize("wrap", ["compile", "torch.compile"])
+def test_blocks_compiled_by_themselves_are_seen_behind_graph_breaks(wrap: str) -> None:
+    torch._dynamo.reset()
+    model, x = sage.prepare(Interrupted().eval()), torch.randn(1, 2, 16, 8)
+    options = {"precision": "int4_fp8"}
+    for name, block in list(model.blocks.named_children()):
+        if wrap == "compile":
+            block.compile(backend="sage", options=options)
+        else:
+            model.blocks[int(name)] = torch.compile(block, backend="sage", options=options)
+    before = dict(model.blocks._modules)
+    assert seen_layers(model, x) == ["blocks.0#0", "blocks.1#0"]
+    assert dict(model.blocks._modules) == before  # as they were, compiled
+    assert all(
+        block._compiled_call_impl is not None or isinstance(block, OptimizedModule)
+        for block in model.blocks
+    )
+
+
+_GLOBAL = nn.Sequential(SdpaBlock(), SdpaBlock()).eval()
+
+
+def _global_function(x: Tensor) -> Tensor:
+    return _GLOBAL(x)
+
+
+@pytest.mark.parametrize("kind", ["closure", "global", "method"])
+def test_functions_have_the_names_that_compiling_gives(kind: str) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(SdpaBlock(), SdpaBlock()).eval(), torch.randn(1, 2, 16, 8)
+    functions: dict[str, Callable[..., Any]] = {
+        "closure": lambda x: model(x),
+        "global": _global_function,
+        "method": model.forward,
+    }
+    function = functions[kind]
+    seen = seen_layers(function, x)
+    assert len(set(seen)) == 2
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend="sage", options={"precision": "exact"})(x)
+    assert [site.layer for site in sage.last_report().sites] == seen

@@ -14,7 +14,7 @@ from sage_compiler import rates
 from sage_compiler.calibration.measure import Measurement
 from sage_compiler.calibration.probe import Call
 from sage_compiler.calibration.subset import Subset
-from sage_compiler.calibration.times import ENOUGH, Times
+from sage_compiler.calibration.times import ENOUGH, Times, measured_with
 from sage_compiler.errors import InvalidOptionError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.kernel import Gate, Kernel
@@ -25,6 +25,7 @@ from sage_compiler.semantics import MaskClass, Semantics
 
 CPU = torch.device("cpu")
 HERE = device_name(CPU)
+KEY = measured_with(CPU)  # of the file
 
 
 def call(length: int = 8, dtype: torch.dtype = torch.float32, **other: Any) -> Call:
@@ -45,11 +46,22 @@ def kept(folder: Path) -> Any:
 # --- here
 
 
-def test_a_layer_takes_the_median_without_the_first_sample() -> None:
+def test_a_layer_takes_the_median() -> None:
     times = Times(None, CPU)
-    measured(times, call(), 100.0, 1.0, 50.0, 2.0)
+    measured(times, call(), 100.0, 1.0, 50.0, 2.0, 2.0)
     assert times.here and times.target == "cpu"
-    assert times.of_layer("layer", inputs=4) == {EXACT: 2.0}
+    assert times.of_layer("layer", inputs=5) == {EXACT: 2.0}
+
+
+def test_each_shape_is_warmed_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, runs = Call.run, []
+    monkeypatch.setattr(
+        Call, "run", lambda self, recipe: (runs.append(recipe), run(self, recipe))[1]
+    )
+    times = Times(None, CPU)
+    for given in (call(8), call(8, layer="other"), call(9)):
+        times.run(given, EXACT)
+    assert len(runs) == 5
 
 
 def test_a_single_sample_is_all_there_is() -> None:
@@ -62,7 +74,7 @@ def test_calls_of_one_shape_share_their_times() -> None:
     """So that noise does not decide between layers."""
     times = Times(None, CPU)
     measured(times, call(layer="a"), 9.0, 1.0)
-    measured(times, call(layer="b"), 3.0, 3.0, 1.0, 2.0)
+    measured(times, call(layer="b"), 3.0, 2.0, 1.0, 2.0)
     assert times.of_layer("a", inputs=1) == {EXACT: 4.0}  # two calls of 2.0
     assert times.of_layer("b", inputs=2) == {EXACT: 4.0}
 
@@ -173,7 +185,7 @@ def test_times_are_kept_and_serve_runs_with_few_calls(tmp_path: Path) -> None:
     measured(first, call(), 100.0, *(4.0,) * ENOUGH)
     first.recall(tmp_path / "new" / "folder")
     (machine,) = kept(tmp_path / "new" / "folder").items()
-    assert machine[0] == HERE and list(machine[1].values()) == [4.0]
+    assert machine[0] == KEY and list(machine[1].values()) == [4.0]
 
     second = Times(None, CPU)
     measured(second, call(), 50.0, 5.0)
@@ -188,21 +200,21 @@ def test_enough_calls_of_its_own_replace_what_was_kept(tmp_path: Path) -> None:
         measured(times, call(), 100.0, *(taken,) * ENOUGH)
         times.recall(tmp_path)
         assert times.of_layer("layer", inputs=ENOUGH + 1) == {EXACT: taken}
-    assert list(kept(tmp_path)[HERE].values()) == [6.0]
+    assert list(kept(tmp_path)[KEY].values()) == [6.0]
 
 
 def test_times_of_another_machine_are_kept_and_not_used(tmp_path: Path) -> None:
     times = Times(None, CPU)
-    measured(times, call(), 3.0)
+    measured(times, call(), *(3.0,) * ENOUGH)
     times.recall(tmp_path)
     found = kept(tmp_path)
-    found["another"] = {name: 0.001 for name in found.pop(HERE)}
+    found["another"] = {name: 0.001 for name in found.pop(KEY)}
     (tmp_path / "times.json").write_text(json.dumps(found), encoding="utf-8")
     times = Times(None, CPU)
-    measured(times, call(), 3.0)
+    measured(times, call(), *(3.0,) * ENOUGH)
     times.recall(tmp_path)
-    assert times.of_layer("layer", inputs=1) == {EXACT: 3.0}
-    assert kept(tmp_path).keys() == {"another", HERE}
+    assert times.of_layer("layer", inputs=ENOUGH) == {EXACT: 3.0}
+    assert kept(tmp_path).keys() == {"another", KEY}
     assert kept(tmp_path)["another"] == found["another"]
 
 
@@ -211,14 +223,14 @@ def test_the_folder_is_that_of_the_users_cache(
 ) -> None:
     monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path))
     times = Times(None, CPU)
-    measured(times, call(), 3.0)
+    measured(times, call(), *(3.0,) * ENOUGH)
     times.recall()
-    assert kept(tmp_path).keys() == {HERE}
+    assert kept(tmp_path).keys() == {KEY}
 
 
 def test_predictions_are_not_kept(tmp_path: Path) -> None:
     times = Times("sm_89", CPU)
-    measured(times, call(), 3.0)
+    measured(times, call(), *(3.0,) * ENOUGH)
     times.recall(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -236,27 +248,34 @@ NAME = "exact float32 (1,2,8,16) (1,2,8,16) (1,2,8,16) none (-1,-1) nomask"
         b"[" * 100_000,
         b'{"a": 1, "a": 2}',
         b'{"a": NaN}',
-        json.dumps({HERE: 3}).encode(),
-        json.dumps({HERE: [1.0]}).encode(),
-        *(json.dumps({HERE: {NAME: value}}).encode() for value in ("1", None, -1.0, 0.0, 5, True)),
-        f'{{"{HERE}": {{"{NAME}": 1e999}}}}'.encode(),
+        json.dumps({KEY: 3}).encode(),
+        json.dumps({KEY: [1.0]}).encode(),
+        *(json.dumps({KEY: {NAME: value}}).encode() for value in ("1", None, -1.0, 0.0, 5, True)),
+        f'{{"{KEY}": {{"{NAME}": 1e999}}}}'.encode(),
         b'{"\\ud800": {"x": 1.0}}',
-        f'{{"{HERE}": {{"\\ud800": 1.0}}}}'.encode(),
-        f'{{"{HERE}": {{"{NAME}\\u0000": 1.0}}}}'.encode(),
+        f'{{"{KEY}": {{"\\ud800": 1.0}}}}'.encode(),
+        f'{{"{KEY}": {{"{NAME}\\u0000": 1.0}}}}'.encode(),
     ],
     ids=range(19),
 )
 def test_a_file_of_anything_is_replaced(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "times.json").write_bytes(content)
     times = Times(None, CPU)
-    measured(times, call(), 3.0)
+    measured(times, call(), *(3.0,) * ENOUGH)
     times.recall(tmp_path)
-    assert times.of_layer("layer", inputs=1) == {EXACT: 3.0}
-    assert kept(tmp_path)[HERE] == {NAME: 3.0}
+    assert times.of_layer("layer", inputs=ENOUGH) == {EXACT: 3.0}
+    assert kept(tmp_path)[KEY] == {NAME: 3.0}
+
+
+def test_too_few_calls_are_not_kept(tmp_path: Path) -> None:
+    times = Times(None, CPU)
+    measured(times, call(), *(3.0,) * (ENOUGH - 1))
+    times.recall(tmp_path)
+    assert kept(tmp_path) == {KEY: {}}
 
 
 def test_the_name_in_these_files_is_the_one_that_is_looked_up(tmp_path: Path) -> None:
-    (tmp_path / "times.json").write_text(json.dumps({HERE: {NAME: 1.5}}), encoding="utf-8")
+    (tmp_path / "times.json").write_text(json.dumps({KEY: {NAME: 1.5}}), encoding="utf-8")
     times = Times(None, CPU)
     measured(times, call(), 3.0)
     times.recall(tmp_path)
@@ -268,9 +287,9 @@ def test_where_nothing_can_be_written_the_times_of_the_run_serve(tmp_path: Path)
     (tmp_path / "times.json").mkdir()
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path):
         times = Times(None, CPU)
-        measured(times, call(), 3.0)
+        measured(times, call(), *(3.0,) * ENOUGH)
         times.recall(folder)
-        assert times.of_layer("layer", inputs=1) == {EXACT: 3.0}
+        assert times.of_layer("layer", inputs=ENOUGH) == {EXACT: 3.0}
 
 
 def test_what_the_backend_would_keep_is_measured_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
