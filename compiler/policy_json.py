@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
+from sage_compiler import files
 from sage_compiler.errors import PolicyError
 
 MOST_BYTES: Final = 64 << 20
@@ -72,15 +71,7 @@ def write_json(path: Path, data: object) -> None:
         OSError: it cannot be written.
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # Opened as any new file, so with the permissions that the user's files have.
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(unfinished, "x", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    files.write(path, text.encode())
 
 
 class Reader:

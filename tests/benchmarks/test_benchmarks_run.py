@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kernels
+from benchmarks import budgets, calibration, kernels
 from benchmarks.architectures import transformer
 from benchmarks.cells import MASKS, Cell, accuracy, make_inputs, sage_call, sdpa_call
 from benchmarks.measure import Spread, added, interleave_for, ratio
@@ -76,3 +76,19 @@ def test_a_transformer_depends_on_its_condition():
         other = model(arguments["x"], -arguments["condition"])
     assert output.shape == (1, 9, 32)
     assert F.cosine_similarity(output.flatten(), other.flatten(), dim=0) < 0.99
+
+
+def test_a_budget_is_kept_on_other_inputs():
+    row = budgets.case(budgets.subject(2), 0.008)
+    assert row["promised"] and row["holds"]
+    assert 0 < row["held_out_worst"] <= 0.008
+    assert "int4_fp8" in row["recipes"]
+
+
+def test_the_cost_of_a_calibration_is_counted_in_runs():
+    model, inputs = calibration.model_and_inputs(64, 1, 64)
+    row = calibration.measure(
+        model, inputs, "output", target="sm_89", candidates=("int8_fp8",), heads=1, queries=1
+    )
+    assert row["runs"] > 1 and row["subset"] == "1 heads, 1 queries"
+    assert row["parts_s"].keys() >= {"exact", "int8_fp8", "comparing", "measuring", "searching"}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sage_compiler import policy_json
+from sage_compiler import files, policy_json
 from sage_compiler.errors import PolicyError
 from sage_compiler.metrics import LAYER_METRICS, Errors
 from sage_compiler.policy import (
@@ -208,15 +208,26 @@ def test_a_failing_write_leaves_the_old_file(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    def opened(*args: Any, **kwargs: Any) -> Any:
-        file = real_open(*args, **kwargs)
-        file.write = full
-        return file
+    class Full:
+        """A file that takes nothing; its own write cannot be replaced."""
+
+        def __init__(self, *args: Any) -> None:
+            self.file = real_open(*args)
+
+        def __enter__(self) -> Any:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def write(self, data: bytes) -> None:
+            full(data)
 
     if function == "write":
-        monkeypatch.setattr(policy_json, "open", opened, raising=False)
+        monkeypatch.setattr(files, "open", Full, raising=False)
     else:
-        monkeypatch.setattr(policy_json.os, function, full)
+        monkeypatch.setattr(files.os, function, full)
     with pytest.raises(OSError, match="No space left"):
         Policy({}, target="cpu").save(path)
     monkeypatch.undo()
@@ -231,7 +242,7 @@ def test_an_interrupt_leaves_the_old_file(
     def interrupt(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(policy_json.os, "replace", interrupt)
+    monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(error):
         example().save(path)
     assert only(path.parent) == []

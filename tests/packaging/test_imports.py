@@ -60,7 +60,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "packed_kv": (*VOCABULARY, "validate", "kernels", "functional"),
     # the graph: what is found and decided
     "passes": VOCABULARY,
-    "policy_json": VOCABULARY,
+    "policy_json": (*VOCABULARY, "files"),
     "policy": (*MEASURES, "policy_json"),
     # what is told of it
     "drawing": ("files",),
