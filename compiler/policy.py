@@ -160,8 +160,6 @@ class Policy:
                 known = ", ".join(LAYER_METRICS)
                 raise PolicyError(f"the budget has {name!r}; known: {known}")
         for name, layer in self.layers.items():
-            if not name.isprintable():
-                raise PolicyError(f"the layer name {name!a} is not printable; no module has it")
             if not layer.fingerprints:
                 raise PolicyError(
                     f"layer {name!r} has no fingerprint; sage.explain(...).sites have them"

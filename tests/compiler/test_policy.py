@@ -668,3 +668,20 @@ def test_text_without_measurements() -> None:
 )
 def test_text_of_a_bound_on_the_output(worst: float | None, holds: bool, words: str) -> None:
     assert str(EndToEnd("f", 0.01, 0.8, worst, holds, 2)) == words
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "two\nlines", "\u202emirrored"])
+@pytest.mark.parametrize("place", ["layer", "reason", "target", "version"])
+def test_text_that_would_steer_a_terminal_is_refused(text: str, place: str) -> None:
+    data = example().to_dict()
+    if place == "layer":
+        data["layers"][text] = data["layers"].popitem()[1]
+    elif place == "reason":
+        next(iter(data["layers"].values()))["reason"] = text
+    elif place == "target":
+        data["target"] = text
+    else:
+        data["calibration"]["versions"] = {"torch": text}
+    with pytest.raises(PolicyError, match="must be printable text") as error:
+        Policy.from_dict(data)
+    assert str(error.value).isprintable()
