@@ -318,3 +318,33 @@ def test_recompiling_for_lengths_that_vary_applies_the_policy_again(x: Tensor) -
     assert len(report.graphs) == 2  # fixed, then any length
     assert [site.recipe for site in report.sites] == ["int8_int8", "", "int8_int16"] * 2
     assert [site.layer for site in report.sites] == [*NAMES, *NAMES]
+
+
+@pytest.mark.parametrize("name", ["freezing", "triton.cudagraphs"])
+def test_what_would_make_a_step_permanent_is_refused_for_the_whole_process(
+    name: str, x: Tensor
+) -> None:
+    recipes = ("exact", "int8_fp8")
+    layers = {
+        layer: LayerPolicy((CAUSAL if layer == NAMES[2] else NONE,), recipes) for layer in NAMES
+    }
+    by_step = Policy(layers, target="cpu", timestep_ranges=2)
+    compiled = torch.compile(Model(), backend="sage", options={"policy": by_step})
+    with torch._inductor.config.patch({name: True}), pytest.raises(BackendCompilerFailed) as error:
+        compiled(x)
+    assert name in str(error.value) and "switch it off" in str(error.value)
+
+
+def test_a_policy_whose_file_has_gone_still_serves_and_a_changed_one_is_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "policy.json"
+    layer = LayerPolicy((NONE,), ("exact",))
+    Policy({"a#0": layer}, target="cpu").save(path)
+    first = parse_options({"policy": path}).policy
+    Policy({"a#0": layer, "longer_name#0": layer}, target="cpu").save(path)
+    second = parse_options({"policy": path}).policy
+    path.unlink()
+    assert first is not None and second is not None
+    assert [len(each.layers) for each in (first, second)] == [1, 2]
+    assert parse_options({"policy": path}).policy == second
