@@ -30,6 +30,7 @@ ENVIRONMENT := $(VENV)/.stamp-environment
 DEMO := $(VENV)/.stamp-demo
 PLOTS := $(VENV)/.stamp-bench
 CUDA := $(VENV)/.stamp-cuda
+ONNX := $(VENV)/.stamp-onnx
 # The native library: what it is built from, and where in a build folder setup.py puts it.
 NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/*)
 NATIVE_FOLDER := sage_compiler/kernels/cpu
@@ -62,7 +63,7 @@ endef
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
-set-up: $(PACKAGE) $(DEMO) $(CUDA) ## set up .venv, for working in it by hand
+set-up: $(PACKAGE) $(DEMO) $(CUDA) $(ONNX) ## set up .venv, for working in it by hand
 	@:
 
 browser: ## install Chromium for the tests of pages: where it is missing, on Debian, as root
@@ -72,7 +73,7 @@ browser: ## install Chromium for the tests of pages: where it is missing, on Deb
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium fonts-dejavu-core fonts-liberation; }
 
-test: $(PACKAGE) $(DEMO) $(CUDA) ## run the tests
+test: $(PACKAGE) $(DEMO) $(CUDA) $(ONNX) ## run the tests
 	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 demo: $(PACKAGE) $(DEMO) ## compile a real model with the backend and compare
@@ -86,7 +87,7 @@ format: $(ENVIRONMENT) ## apply the automatic fixes and format the tracked files
 	$(BIN)/ruff format .
 	git ls-files -z -- '*.c' '*.h' '*.cc' '*.cpp' '*.hpp' '*.cu' '*.cuh' | xargs -0 -r $(BIN)/clang-format -i
 
-bench: $(PACKAGE) $(DEMO) $(CUDA) $(PLOTS) ## run the benchmarks
+bench: $(PACKAGE) $(DEMO) $(CUDA) $(ONNX) $(PLOTS) ## run the benchmarks
 	@for script in $(BENCH); do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS) || exit 1; done
 
 # Downloads nothing: PyTorch is the machine's. A kernel pack, if there is one, is named by
@@ -152,6 +153,11 @@ $(DEMO): $(ENVIRONMENT) | $(PACKAGE)
 $(CUDA): $(ENVIRONMENT) | $(PACKAGE)
 	@$(BIN)/python -c '$(REQUIREMENTS)' cuda | grep nvidia > $(VENV)/requirements-cuda.txt
 	$(PINNED_INSTALL) --no-deps --requirement $(VENV)/requirements-cuda.txt
+	@touch $@
+
+$(ONNX): $(ENVIRONMENT) | $(PACKAGE)
+	@$(BIN)/python -c '$(REQUIREMENTS)' onnx > $(VENV)/requirements-onnx.txt
+	$(PINNED_INSTALL) --requirement $(VENV)/requirements-onnx.txt
 	@touch $@
 
 $(PLOTS): $(ENVIRONMENT) | $(PACKAGE)
