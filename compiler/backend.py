@@ -68,16 +68,27 @@ def sage(
     return compiled
 
 
-def transform(gm: fx.GraphModule, options: Options) -> Report:
+def transform(
+    gm: fx.GraphModule,
+    options: Options,
+    decide: Callable[[AttentionSite, Options], Decision] | None = None,
+) -> Report:
     """Rewrite the graph of ``gm`` in place, all or nothing, and report on it.
+
+    Args:
+        decide: what becomes of a site; None: what ``decide`` of this module says, for calls on
+            this machine.
 
     Raises:
         PolicyError: a policy that does not fit, with all differences; the graph is what it was.
         KernelUnavailableError: no kernel serves an explicit recipe and fallback="error".
     """
+    if decide is None:
+        decide = functools.partial(_decide_and_guard, model=_number_of_model())
+    chosen = decide
     outcome = pipeline.run(
         gm,
-        functools.partial(_decide_and_guard, options=options, model=_number_of_model()),
+        lambda site: chosen(site, options),
         functools.partial(_accept, options=options),
     )
     gm.recompile()

@@ -19,6 +19,7 @@ from sage_compiler.commands import (
     explain,
     export,
     kernels,
+    onnx,
     policy,
 )
 from sage_compiler.commands.options import INTERRUPTED, Run, said
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     calibrate.add_command(commands)
     policy.add_command(commands)
     export.add_command(commands)
+    onnx.add_command(commands)
     bench.add_command(commands)
     kernels.add_command(commands)
     completion.add_command(commands, parser)

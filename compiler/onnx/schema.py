@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 import onnx
+import onnx.reference
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceError
 
@@ -26,6 +27,11 @@ VERSION: Final = 1
 # Positions.
 INPUTS: Final = ("query", "key", "value", "attn_mask", "sinks")
 OUTPUTS: Final = ("output", "lse")
+MASK, SINKS, LSE = INPUTS.index("attn_mask"), INPUTS.index("sinks"), OUTPUTS.index("lse")
+
+# Metadata of a file: the policy and the report of its export, as JSON.
+POLICY_KEY: Final = "ai.sage.policy"
+REPORT_KEY: Final = "ai.sage.report"
 
 NO_SOFTCAP: Final = 0.0
 
@@ -165,6 +171,8 @@ def schema() -> OpSchema:
         attributes=list(_attributes().values()),
     )
     made.set_type_and_shape_inference_function(_infer)
+    # Importing onnx.reference fails where two domains have an operator of one name, as this one and
+    # onnx's own Attention: it is imported above, before.
     onnx.defs.register_schema(made)
     return made
 

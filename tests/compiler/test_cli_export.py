@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sage_compiler import cli
-from sage_compiler.commands import export
+from sage_compiler.commands import export_program
 from tests.compiler.commands import error_of, write_models, write_policy
 from tests.tolerances import cosine
 
@@ -73,7 +73,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
     def output(*_: Any) -> list[Any]:
         return next(outputs)
 
-    monkeypatch.setattr(export, "_output", output)
+    monkeypatch.setattr(export_program, "output", output)
     out = Path(models).parent / "model.pt2"
     said = error_of(["export", f"{models}:build", "--out", str(out)], capsys)
     assert "the file does not give the output of the model" in said
@@ -86,7 +86,7 @@ def test_an_error_of_the_model_is_not_one_of_the_file(
     def output(*_: Any) -> list[Any]:
         raise OSError("in the model")
 
-    monkeypatch.setattr(export, "_output", output)
+    monkeypatch.setattr(export_program, "output", output)
     out = Path(models).parent / "model.pt2"
     assert cli.main(["export", f"{models}:build", "--out", str(out)]) == 1
     assert capsys.readouterr().err.endswith("OSError: in the model\n")
@@ -96,7 +96,7 @@ def test_an_error_of_the_model_is_not_one_of_the_file(
 @pytest.mark.parametrize(
     "function, more, words",
     [
-        ("build", ["--out", "model.xyz"], "the known formats: .pt2"),
+        ("build", ["--out", "model.xyz"], "the known formats: .pt2 (torch.export), .onnx"),
         ("build", ["--out", "absent/model.pt2"], "there is no folder 'absent'"),
         ("function", [], "the model is a function; torch.export takes a torch.nn.Module"),
         ("build", ["--dynamic", "1:0"], "--dynamic 1:0; the inputs are x"),
