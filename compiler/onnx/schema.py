@@ -65,6 +65,7 @@ class Variant:
         mask: the kind of attn_mask, or None without one.
         sinks, softcap, lse: whether the node has them; ``lse`` is the second output.
         dead_rows: what a row without a visible key yields.
+        grouped: whether query heads may share keys and values. A body for it serves others too.
     """
 
     recipe: str = AUTO
@@ -74,6 +75,7 @@ class Variant:
     softcap: bool = False
     dead_rows: DeadRows = DeadRows.ZERO
     lse: bool = False
+    grouped: bool = False
 
     @property
     def overload(self) -> str:
@@ -86,6 +88,7 @@ class Variant:
             "softcap": self.softcap,
             "nan": self.dead_rows is DeadRows.NAN,
             "lse": self.lse,
+            "grouped": self.grouped,
         }
         return ".".join(part for part, present in parts.items() if present)
 
@@ -106,10 +109,10 @@ class Variant:
     @property
     def attributes(self) -> tuple[str, ...]:
         """The names of all attributes of the node."""
-        return tuple(_attributes())
+        return tuple(attributes())
 
 
-def _attributes() -> dict[str, OpSchema.Attribute]:
+def attributes() -> dict[str, OpSchema.Attribute]:
     def default(name: str, value: Any, doc: str) -> OpSchema.Attribute:
         return OpSchema.Attribute(name, onnx.helper.make_attribute(name, value), doc)
 
@@ -168,7 +171,7 @@ def schema() -> OpSchema:
             ("M", ["tensor(bool)", *_FLOATS], "bool: true is visible; float: added to the scores"),
             ("S", _FLOATS, "Sinks"),
         ],
-        attributes=list(_attributes().values()),
+        attributes=list(attributes().values()),
     )
     made.set_type_and_shape_inference_function(_infer)
     # Importing onnx.reference fails where two domains have an operator of one name, as this one and

@@ -1,0 +1,261 @@
+"""Nodes of a function body, written as expressions over values.
+
+The methods of ``Value`` are operators of ONNX; only what the bodies use is here. All of them have
+kernels in the CPU and CUDA providers of ONNX Runtime for the types they are used with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+Operand: TypeAlias = "Value | float | int"
+
+_ATTRIBUTE: Final = {AttributeProto.FLOAT: "value_float", AttributeProto.INT: "value_int"}
+
+
+class Graph:
+    """A growing list of nodes in topological order.
+
+    Attributes:
+        nodes: what was built so far.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._names: dict[str, int] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+        self._dims: dict[tuple[str, int], Value] = {}
+
+    def input(self, name: str) -> Value:
+        """A value that the caller of the function gives, by its name in the signature."""
+        return Value(self, name)
+
+    def add(self, operator: str, *inputs: Operand, name: str = "", **attributes: Any) -> Value:
+        """Append a node with one output.
+
+        Args:
+            operator: of the standard domain.
+            inputs: values; a Python float is a FLOAT constant, an int an INT64 one.
+            name: of the output; by default made of the operator.
+            attributes: of the node.
+        """
+        names = [self.value(x).name for x in inputs]
+        output = self._unique(name or operator.lower())
+        self.nodes.append(helper.make_node(operator, names, [output], **attributes))
+        return Value(self, output)
+
+    def value(self, x: Operand) -> Value:
+        """``x``, as a constant if it is a Python number."""
+        if isinstance(x, Value):
+            return x
+        return self.constant(np.asarray(x, np.float32 if isinstance(x, float) else np.int64))
+
+    def constant(self, array: np.ndarray[Any, Any]) -> Value:
+        """A constant; equal ones are one node."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.add("Constant", value=numpy_helper.from_array(array))
+        return self._constants[key]
+
+    def shape(self, *dims: int | Value) -> Value:
+        """INT64 (n,), from numbers and INT64 (1,); to Reshape, 0 is the size the axis had."""
+        parts: list[Value] = []
+        for _, run in groupby(dims, lambda dim: isinstance(dim, int)):
+            sizes = list(run)
+            known = [size for size in sizes if isinstance(size, int)]
+            parts += [size for size in sizes if isinstance(size, Value)]
+            if known:
+                parts.append(self.constant(np.asarray(known, np.int64)))
+        return parts[0] if len(parts) == 1 else self.add("Concat", *parts, axis=0)
+
+    def dim(self, value: Value, axis: int) -> Value:
+        """The size of one axis of a value, INT64 (1,); asked for twice, it is one node."""
+        if (value.name, axis) not in self._dims:
+            size = self.add("Shape", value, start=axis, end=axis + 1)
+            self._dims[value.name, axis] = size
+        return self._dims[value.name, axis]
+
+    def attribute(self, name: str, kind: AttributeProto.AttributeType) -> Value:
+        """The scalar that the node has in its attribute ``name``: FLOAT or INT64."""
+        made = self.add("Constant", name=name)
+        reference = self.nodes[-1].attribute.add()
+        reference.name = _ATTRIBUTE[kind]
+        reference.ref_attr_name = name
+        reference.type = kind
+        return made
+
+    def output(self, value: Value, name: str) -> None:
+        """Make a value an output of the function, by its name in the signature."""
+        self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+
+    def _unique(self, name: str) -> str:
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor of the body. Operators between values broadcast as ONNX (and NumPy) does."""
+
+    graph: Graph
+    name: str
+
+    def __add__(self, other: Operand) -> Value:
+        return self.graph.add("Add", self, other)
+
+    def __sub__(self, other: Operand) -> Value:
+        return self.graph.add("Sub", self, other)
+
+    def __mul__(self, other: Operand) -> Value:
+        return self.graph.add("Mul", self, other)
+
+    def __truediv__(self, other: Operand) -> Value:
+        """Division; that of INT64 rounds down, as no operand is negative here."""
+        return self.graph.add("Div", self, other)
+
+    def __mod__(self, other: Operand) -> Value:
+        return self.graph.add("Mod", self, other)
+
+    def __matmul__(self, other: Value) -> Value:
+        return self.graph.add("MatMul", self, other)
+
+    def __le__(self, other: Operand) -> Value:
+        return self.graph.add("LessOrEqual", self, other)
+
+    def __lt__(self, other: Operand) -> Value:
+        return self.graph.add("Less", self, other)
+
+    def __ge__(self, other: Operand) -> Value:
+        return self.graph.add("GreaterOrEqual", self, other)
+
+    def __gt__(self, other: Operand) -> Value:
+        return self.graph.add("Greater", self, other)
+
+    def __and__(self, other: Value) -> Value:
+        return self.graph.add("And", self, other)
+
+    def __or__(self, other: Value) -> Value:
+        return self.graph.add("Or", self, other)
+
+    def __invert__(self) -> Value:
+        return self.graph.add("Not", self)
+
+    def equals(self, other: Operand) -> Value:
+        return self.graph.add("Equal", self, other)
+
+    def where(self, condition: Value, otherwise: Operand) -> Value:
+        """This value where ``condition`` is true, else the other one."""
+        return self.graph.add("Where", condition, self, otherwise)
+
+    def is_inf(self) -> Value:
+        return self.graph.add("IsInf", self)
+
+    def is_nan(self) -> Value:
+        return self.graph.add("IsNaN", self)
+
+    def maximum(self, other: Operand) -> Value:
+        return self.graph.add("Max", self, other)
+
+    def minimum(self, other: Operand) -> Value:
+        return self.graph.add("Min", self, other)
+
+    def clip(self, limit: float) -> Value:
+        """To [-limit, limit]."""
+        return self.graph.add("Clip", self, -limit, limit)
+
+    def abs(self) -> Value:
+        return self.graph.add("Abs", self)
+
+    def exp(self) -> Value:
+        return self.graph.add("Exp", self)
+
+    def log(self) -> Value:
+        return self.graph.add("Log", self)
+
+    def tanh(self) -> Value:
+        return self.graph.add("Tanh", self)
+
+    def floor(self) -> Value:
+        return self.graph.add("Floor", self)
+
+    def round(self, name: str = "") -> Value:
+        """To the nearest integer, half to even."""
+        return self.graph.add("Round", self, name=name)
+
+    def softmax(self) -> Value:
+        return self.graph.add("Softmax", self, axis=-1)
+
+    def sum(self, *axes: int) -> Value:
+        """The sum over ``axes``, which stay with size 1; over nothing it is zero."""
+        return self.graph.add("ReduceSum", self, self.graph.shape(*axes), keepdims=1)
+
+    def max(self, *axes: int) -> Value:
+        """The maximum over ``axes``, which stay with size 1. It need not propagate NaN."""
+        return self.graph.add("ReduceMax", self, self.graph.shape(*axes), keepdims=1)
+
+    def min(self, *axes: int) -> Value:
+        """The minimum over ``axes``, which stay with size 1. It need not propagate NaN."""
+        return self.graph.add("ReduceMin", self, self.graph.shape(*axes), keepdims=1)
+
+    def any(self, *axes: int) -> Value:
+        """Whether any of these booleans is true; none is where there is none."""
+        # A sum: ReduceMax has no kernel for booleans, and no value for empty axes.
+        return self.to_float().sum(*axes) > 0.0
+
+    def to_float(self) -> Value:
+        """As FLOAT; without cost where it is."""
+        return self.cast(TensorProto.FLOAT)
+
+    def cast(self, to: TensorProto.DataType, name: str = "") -> Value:
+        return self.graph.add("Cast", self, name=name, to=to)
+
+    def cast_like(self, other: Value) -> Value:
+        return self.graph.add("CastLike", self, other)
+
+    def transpose(self, *permutation: int) -> Value:
+        return self.graph.add("Transpose", self, perm=permutation)
+
+    def reshape(self, shape: Value) -> Value:
+        return self.graph.add("Reshape", self, shape)
+
+    def unsqueeze(self, *axes: int) -> Value:
+        return self.graph.add("Unsqueeze", self, self.graph.shape(*axes))
+
+    def squeeze(self, *axes: int) -> Value:
+        return self.graph.add("Squeeze", self, self.graph.shape(*axes))
+
+    def expand(self, shape: Value) -> Value:
+        """Broadcast with ``shape``."""
+        return self.graph.add("Expand", self, shape)
+
+    def dims(self) -> Value:
+        """The shape, INT64 (rank,)."""
+        return self.graph.add("Shape", self)
+
+    def dim(self, axis: int) -> Value:
+        """The size of one axis, INT64 (1,)."""
+        return self.graph.dim(self, axis)
+
+    def indices(self) -> Value:
+        """0, 1, ... below this INT64 (1,)."""
+        return self.graph.add("Range", 0, self.squeeze(0), 1)
+
+    def pad_end(self, amounts: Sequence[int | Value]) -> Value:
+        """Append ``amounts`` of zeros (False) to each axis."""
+        starts = [0] * len(amounts)
+        return self.graph.add("Pad", self, self.graph.shape(*starts, *amounts))
+
+    def slice(self, axis: int, start: int | Value, stop: int | Value) -> Value:
+        shape = self.graph.shape
+        return self.graph.add("Slice", self, shape(start), shape(stop), shape(axis))
+
+    def gather(self, indices: Value, axis: int) -> Value:
+        return self.graph.add("Gather", self, indices, axis=axis)

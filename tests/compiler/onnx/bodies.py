@@ -1,0 +1,138 @@
+"""Models of one attention, for the tests of the bodies: made, run and read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from sage_compiler.onnx import schema
+from sage_compiler.onnx.body import function
+from sage_compiler.onnx.schema import Mask, Variant
+from tests.compiler.kernels.dense import Call
+
+OPSET = 21
+IR_VERSION = 10
+
+TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+def variant_of(call: Call, recipe: str, *, lse: bool = True) -> Variant:
+    """What a node for this call has."""
+    mask = None
+    if call.attn_mask is not None:
+        mask = Mask.BOOL if call.attn_mask.dtype == torch.bool else Mask.FLOAT
+    return Variant(
+        recipe=recipe,
+        mask_class=call.semantics.mask_class,
+        mask=mask,
+        sinks=call.sinks is not None,
+        softcap=call.semantics.softcap is not None,
+        dead_rows=call.semantics.dead_rows,
+        lse=lse,
+        grouped=call.query.shape[1] != call.key.shape[1],
+    )
+
+
+def node_of(call: Call, variant: Variant) -> onnx.NodeProto:
+    """The node, with every attribute; its values have the names of the schema."""
+    semantics = call.semantics
+    return helper.make_node(
+        schema.NAME,
+        variant.inputs,
+        variant.outputs,
+        domain=schema.DOMAIN,
+        overload=variant.overload,
+        recipe=variant.recipe,
+        mask_class=str(variant.mask_class),
+        scale=semantics.scale_for(call.query.shape[-1]),
+        softcap=semantics.softcap or 0.0,
+        window_left=semantics.window_left,
+        window_right=semantics.window_right,
+        dead_rows=str(variant.dead_rows),
+    )
+
+
+def inputs_of(call: Call) -> dict[str, Tensor]:
+    """The tensors of a call by the names of the schema."""
+    found = {
+        "query": call.query,
+        "key": call.key,
+        "value": call.value,
+        "attn_mask": call.attn_mask,
+        "sinks": call.sinks,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def model_of(
+    call: Call, variant: Variant, *, opset: int = OPSET, dynamic: bool = True
+) -> onnx.ModelProto:
+    """A model of one node and its body, with symbolic dims or with those of the call."""
+    inputs = [
+        helper.make_tensor_value_info(
+            name,
+            TYPES[tensor.dtype],
+            [f"{name}_{i}" for i in range(tensor.dim())] if dynamic else tuple(tensor.shape),
+        )
+        for name, tensor in inputs_of(call).items()
+    ]
+    types = {"output": (TYPES[call.query.dtype], 4), "lse": (TensorProto.FLOAT, 3)}
+    outputs = [
+        helper.make_tensor_value_info(name, types[name][0], [None] * types[name][1])
+        for name in variant.outputs
+    ]
+    graph = helper.make_graph([node_of(call, variant)], "attention", inputs, outputs)
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid(schema.DOMAIN, schema.VERSION)]
+    return helper.make_model(
+        graph,
+        opset_imports=imports,
+        functions=[function(variant, opset)],
+        ir_version=IR_VERSION,
+    )
+
+
+def session(model: onnx.ModelProto, *, optimize: bool = True) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(made: onnxruntime.InferenceSession, call: Call) -> dict[str, Tensor]:
+    """The outputs of a session by name. bfloat16, which NumPy lacks, goes as it is by DLPack."""
+    value = onnxruntime.OrtValue
+    binding = made.io_binding()
+    kept = {}
+    for name, tensor in inputs_of(call).items():
+        tensor = tensor.contiguous()
+        if tensor.dtype == torch.bfloat16:
+            raw = tensor.view(torch.int16).numpy()
+            kept[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
+        else:
+            kept[name] = value.ortvalue_from_numpy(tensor.numpy())
+        binding.bind_ortvalue_input(name, kept[name])
+    for output in made.get_outputs():
+        binding.bind_output(output.name)
+    made.run_with_iobinding(binding)
+    found = zip(made.get_outputs(), binding.get_outputs(), strict=True)
+    return {output.name: _tensor(got) for output, got in found}
+
+
+def _tensor(got: Any) -> Tensor:
+    if got.data_type() == "tensor(bfloat16)":
+        return torch.from_dlpack(got)
+    return torch.from_numpy(got.numpy())
