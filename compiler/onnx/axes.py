@@ -13,9 +13,7 @@ from torch.utils import _pytree as pytree
 
 def without_names(dynamic_shapes: Any) -> Any:
     """The same for torch.export, which takes no names."""
-    return pytree.tree_map(
-        lambda dim: Dim.DYNAMIC if isinstance(dim, str) else dim, dynamic_shapes
-    )
+    return pytree.tree_map(lambda dim: Dim.DYNAMIC if isinstance(dim, str) else dim, dynamic_shapes)
 
 
 def named_axes(

@@ -251,8 +251,9 @@ def _to_onnx(
     renamed: dict[str | ir.SymbolicDim, str] = {}
     for tensor, dim, name in names:
         shape = tensors[id(tensor)].shape if id(tensor) in tensors else None
-        if shape is not None and isinstance(shape[dim], ir.SymbolicDim):
-            renamed.setdefault(str(shape[dim].value), name)
+        size = None if shape is None else shape[dim]
+        if isinstance(size, ir.SymbolicDim):
+            renamed.setdefault(str(size.value), name)
     exported.rename_axes(renamed)
     return model
 
@@ -324,7 +325,14 @@ def _variant(node: ir.Node) -> schema.Variant:
         softcap=words["softcap"].as_float() != schema.NO_SOFTCAP,
         dead_rows=DeadRows(words["dead_rows"].as_string()),
         lse=len(node.outputs) > 1,
+        grouped=_heads(node, 0) != _heads(node, 1),
     )
+
+
+def _heads(node: ir.Node, position: int) -> object:
+    value = node.inputs[position]
+    assert value is not None and value.shape is not None  # the exporter knows all shapes
+    return value.shape[1]
 
 
 def _describe(model: ir.Model, report: Report, policy: Policy | None, source_paths: bool) -> None:
