@@ -15,7 +15,8 @@ from sage_compiler.errors import InvalidOptionError
 from sage_compiler.onnx import schema
 from sage_compiler.onnx.bodies.exact import exact
 from sage_compiler.onnx.bodies.graph import Graph
-from sage_compiler.precision import AUTO, EXACT
+from sage_compiler.onnx.bodies.quantized import quantized
+from sage_compiler.precision import AUTO, EXACT, RECIPES
 
 OLDEST_OPSET: Final = 19  # the first with E4M3
 
@@ -36,9 +37,10 @@ def function(variant: schema.Variant, opset: int) -> onnx.FunctionProto:
     if opset < OLDEST_OPSET:
         raise InvalidOptionError(f"opset {opset}; the bodies need {OLDEST_OPSET} or newer")
     graph = Graph()
-    if variant.recipe not in (AUTO, EXACT):
-        raise InvalidOptionError(f"recipe {variant.recipe!r} has no body; known: {AUTO}, {EXACT}")
-    output, lse = exact(graph, variant)
+    if variant.recipe in (AUTO, EXACT):
+        output, lse = exact(graph, variant)
+    else:
+        output, lse = quantized(graph, variant, RECIPES[variant.recipe])
     graph.output(output, "output")
     if lse is not None:
         graph.output(lse, "lse")

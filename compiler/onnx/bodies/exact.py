@@ -22,11 +22,12 @@ def exact(graph: Graph, variant: Variant) -> tuple[Value, Value | None]:
     """The output, in Q's type, and the LSE where the variant has it."""
     query, key, value = (graph.input(name) for name in ("query", "key", "value"))
     q, k, v = query.to_float(), key.to_float(), value.to_float()
+    heads = query.dim(0), query.dim(1)
     scale = graph.attribute("scale", AttributeProto.FLOAT)
 
     scores = _by_keys(q * scale, query, key, variant) @ k.transpose(0, 1, 3, 2)
     if variant.grouped:
-        scores = scores.reshape(graph.shape(0, query.dim(1), query.dim(2), key.dim(2)))
+        scores = scores.reshape(graph.shape(*heads, query.dim(2), key.dim(2)))
     if variant.softcap:
         softcap = graph.attribute("softcap", AttributeProto.FLOAT)
         scores = (scores / softcap).tanh() * softcap
@@ -42,7 +43,7 @@ def exact(graph: Graph, variant: Variant) -> tuple[Value, Value | None]:
     weights = scores.softmax()
     output = _by_keys(weights, query, key, variant) @ v
     if variant.grouped:
-        output = output.reshape(graph.shape(0, query.dim(1), query.dim(2), value.dim(3)))
+        output = output.reshape(graph.shape(*heads, query.dim(2), value.dim(3)))
 
     dead = None
     if live is not None:
@@ -63,7 +64,7 @@ def _by_keys(rows: Value, query: Value, key: Value, variant: Variant) -> Value:
         return rows
     kv_heads = key.dim(1)
     group = query.dim(1) / kv_heads.maximum(1)
-    return rows.reshape(rows.graph.shape(0, kv_heads, group * query.dim(2), rows.dim(3)))
+    return rows.reshape(rows.graph.shape(query.dim(0), kv_heads, group * query.dim(2), rows.dim(3)))
 
 
 def _masked(

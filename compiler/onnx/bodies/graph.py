@@ -65,7 +65,7 @@ class Graph:
         return self._constants[key]
 
     def shape(self, *dims: int | Value) -> Value:
-        """INT64 (n,), from numbers and INT64 (1,); to Reshape, 0 is the size the axis had."""
+        """INT64 (n,), from numbers and INT64 (1,)."""
         parts: list[Value] = []
         for _, run in groupby(dims, lambda dim: isinstance(dim, int)):
             sizes = list(run)
@@ -90,6 +90,14 @@ class Graph:
         reference.ref_attr_name = name
         reference.type = kind
         return made
+
+    def scan(self, body: onnx.GraphProto, state: Value, x: Value) -> Value:
+        """What ``body`` (state, slice) -> (state, slice) makes of x, along its first axis."""
+        last = self._unique("last_state")
+        output = self._unique("scan")
+        names = [state.name, x.name], [last, output]
+        self.nodes.append(helper.make_node("Scan", *names, body=body, num_scan_inputs=1))
+        return Value(self, output)
 
     def output(self, value: Value, name: str) -> None:
         """Make a value an output of the function, by its name in the signature."""
@@ -151,9 +159,9 @@ class Value:
     def equals(self, other: Operand) -> Value:
         return self.graph.add("Equal", self, other)
 
-    def where(self, condition: Value, otherwise: Operand) -> Value:
+    def where(self, condition: Value, otherwise: Operand, name: str = "") -> Value:
         """This value where ``condition`` is true, else the other one."""
-        return self.graph.add("Where", condition, self, otherwise)
+        return self.graph.add("Where", condition, self, otherwise, name=name)
 
     def is_inf(self) -> Value:
         return self.graph.add("IsInf", self)
@@ -169,7 +177,7 @@ class Value:
 
     def clip(self, limit: float) -> Value:
         """To [-limit, limit]."""
-        return self.graph.add("Clip", self, -limit, limit)
+        return self.graph.add("Clip", self, -float(limit), float(limit))
 
     def abs(self) -> Value:
         return self.graph.add("Abs", self)
@@ -224,7 +232,8 @@ class Value:
         return self.graph.add("Transpose", self, perm=permutation)
 
     def reshape(self, shape: Value) -> Value:
-        return self.graph.add("Reshape", self, shape)
+        """The same elements in another shape; 0 in it is an empty axis."""
+        return self.graph.add("Reshape", self, shape, allowzero=1)
 
     def unsqueeze(self, *axes: int) -> Value:
         return self.graph.add("Unsqueeze", self, self.graph.shape(*axes))
