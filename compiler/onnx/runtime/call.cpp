@@ -198,10 +198,12 @@ OrtStatus* infer_shapes(const OrtApi& api, OrtShapeInferContext* context) {
     // the shape of an output that is not there.
     int64_t dims[kRank];
     const char* names[kRank];
+    ElementType dtype = kUndefined;
     const Input shaped[] = {kQuery, kValue};
     for (Input index : shaped) {
         OrtTensorTypeAndShapeInfo* info = nullptr;
         SAGE_ORT_TRY(api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+        if (index == kQuery) SAGE_ORT_TRY(api.GetTensorElementType(info, &dtype));
         size_t rank = 0;
         SAGE_ORT_TRY(api.GetDimensionsCount(info, &rank));
         if (rank != kRank) return nullptr;  // an unknown shape looks like a scalar's
@@ -218,7 +220,8 @@ OrtStatus* infer_shapes(const OrtApi& api, OrtShapeInferContext* context) {
         if (dims[i] < 0 && names[i][0] == '\0') return nullptr;
     OrtTensorTypeAndShapeInfo* info = nullptr;
     SAGE_ORT_TRY(api.CreateTensorTypeAndShapeInfo(&info));
-    OrtStatus* status = api.SetDimensions(info, dims, kRank);
+    OrtStatus* status = api.SetTensorElementType(info, dtype);
+    if (status == nullptr) status = api.SetDimensions(info, dims, kRank);
     if (status == nullptr) status = api.SetSymbolicDimensions(info, names, kRank);
     if (status == nullptr)
         status = api.ShapeInferContext_SetOutputTypeShape(context, kOutput, info);
