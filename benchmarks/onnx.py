@@ -206,7 +206,8 @@ def measure(
                 **ratio(samples, stock, FUNCTION).fields("function_ratio"),
                 "cosine": {name: cosine(found, expected) for name, found in outputs.items()},
                 "least_cosine": min(
-                    cosine(one, other) for one, other in zip(outputs[LIBRARY], expected, strict=True)
+                    cosine(one, other)
+                    for one, other in zip(outputs[LIBRARY], expected, strict=True)
                 ),
                 "rel_l1": {name: rel_l1(found, expected) for name, found in outputs.items()},
             }
