@@ -169,7 +169,8 @@ class Value:
         return self.graph.add("Where", condition, self, otherwise, name=name)
 
     def is_inf(self) -> Value:
-        return self.graph.add("IsInf", self)
+        """Whether it is +inf: so -inf, the maximum of nothing, is not an infinite amax."""
+        return self.graph.add("IsInf", self, detect_negative=0)
 
     def is_nan(self) -> Value:
         return self.graph.add("IsNaN", self)
