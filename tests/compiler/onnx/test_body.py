@@ -178,10 +178,11 @@ def test_a_grouped_body_serves_every_head_with_keys_of_its_own(recipe: str) -> N
 @every_recipe
 def test_empty_calls(recipe: str) -> None:
     """No batch, no query, no key; with every mask, and with sinks."""
-    sizes = ((0, 3, 5), (2, 0, 5), (2, 3, 0), (2, 0, 0))
-    semantics = (Semantics(), Semantics(MaskClass.WINDOW, dead_rows=DeadRows.NAN))
-    for (batch, queries, keys), sinks, kind, words in product(
-        sizes, (False, True), (None, *Mask), semantics
+    sizes = ((0, 3, 5), (2, 0, 5), (2, 3, 0))
+    window = Semantics(MaskClass.WINDOW, dead_rows=DeadRows.NAN)
+    words_and_sinks = ((Semantics(), False), (window, False), (window, True))
+    for (batch, queries, keys), (words, sinks), kind in product(
+        sizes, words_and_sinks, (None, *Mask)
     ):
         zeros = torch.zeros(batch, 1, queries, keys)
         call = Call(
