@@ -51,7 +51,7 @@ def function(variant: schema.Variant, opset: int) -> onnx.FunctionProto:
         schema.NAME,
         schema.INPUTS[: len(variant.inputs)],
         variant.outputs,
-        graph.nodes,
+        graph.nodes_for(variant.outputs),
         [helper.make_opsetid("", opset)],
         required,
         defaults,

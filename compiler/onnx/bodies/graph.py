@@ -6,7 +6,7 @@ kernels in the CPU and CUDA providers of ONNX Runtime for the types they are use
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final, TypeAlias
@@ -21,14 +21,10 @@ _ATTRIBUTE: Final = {AttributeProto.FLOAT: "value_float", AttributeProto.INT: "v
 
 
 class Graph:
-    """A growing list of nodes in topological order.
-
-    Attributes:
-        nodes: what was built so far.
-    """
+    """A growing list of nodes in topological order."""
 
     def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
+        self._nodes: list[onnx.NodeProto] = []
         self._names: dict[str, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
         self._dims: dict[tuple[str, int], Value] = {}
@@ -48,7 +44,7 @@ class Graph:
         """
         names = [self.value(x).name for x in inputs]
         output = self._unique(name or operator.lower())
-        self.nodes.append(helper.make_node(operator, names, [output], **attributes))
+        self._nodes.append(helper.make_node(operator, names, [output], **attributes))
         return Value(self, output)
 
     def value(self, x: Operand) -> Value:
@@ -85,7 +81,7 @@ class Graph:
     def attribute(self, name: str, kind: AttributeProto.AttributeType) -> Value:
         """The scalar that the node has in its attribute ``name``: FLOAT or INT64."""
         made = self.add("Constant", name=name)
-        reference = self.nodes[-1].attribute.add()
+        reference = self._nodes[-1].attribute.add()
         reference.name = _ATTRIBUTE[kind]
         reference.ref_attr_name = name
         reference.type = kind
@@ -96,12 +92,21 @@ class Graph:
         last = self._unique("last_state")
         output = self._unique("scan")
         names = [state.name, x.name], [last, output]
-        self.nodes.append(helper.make_node("Scan", *names, body=body, num_scan_inputs=1))
+        self._nodes.append(helper.make_node("Scan", *names, body=body, num_scan_inputs=1))
         return Value(self, output)
 
     def output(self, value: Value, name: str) -> None:
         """Make a value an output of the function, by its name in the signature."""
-        self.nodes.append(helper.make_node("Identity", [value.name], [name]))
+        self._nodes.append(helper.make_node("Identity", [value.name], [name]))
+
+    def nodes_for(self, outputs: Iterable[str]) -> list[onnx.NodeProto]:
+        """The nodes that these outputs need, in order."""
+        needed, used = set(outputs), []
+        for node in reversed(self._nodes):
+            if not needed.isdisjoint(node.output):
+                needed.update(node.input)
+                used.append(node)
+        return used[::-1]
 
     def _unique(self, name: str) -> str:
         count = self._names.get(name, 0)
@@ -164,7 +169,8 @@ class Value:
         return self.graph.add("Where", condition, self, otherwise, name=name)
 
     def is_inf(self) -> Value:
-        return self.graph.add("IsInf", self)
+        """Whether it is +inf: so -inf, the maximum of nothing, is not an infinite amax."""
+        return self.graph.add("IsInf", self, detect_negative=0)
 
     def is_nan(self) -> Value:
         return self.graph.add("IsNaN", self)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from sage_compiler.onnx import schema
+from sage_compiler.onnx.bodies.quantized import (
+    KEY_CODES,
+    QUERY_CODES,
+    VALUE_CODES,
+    WEIGHT_CODES,
+)
 from sage_compiler.onnx.body import function
 from sage_compiler.onnx.schema import Mask, Variant
 from tests.compiler.kernels.dense import Call
 
 OPSET = 21
 IR_VERSION = 10
+CODES = (QUERY_CODES, KEY_CODES, VALUE_CODES, WEIGHT_CODES)
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -136,3 +148,50 @@ def _tensor(got: Any) -> Tensor:
     if got.data_type() == "tensor(bfloat16)":
         return torch.from_dlpack(got)
     return torch.from_numpy(got.numpy())
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with the body in the node's place, by the inliner of the onnx package."""
+    return onnx.inliner.inline_local_functions(model)
+
+
+def with_codes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An inlined model whose codes of Q, K, V and P are outputs too, by their names."""
+    model = inlined(model)
+    for node in model.graph.node:
+        for name in CODES:
+            if node.output[0].startswith(f"{name}__"):  # the inliner adds a suffix
+                model.graph.node.append(helper.make_node("Identity", node.output[:1], [name]))
+                shape = [None] * 6
+                output = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+                model.graph.output.append(output)
+    return model
+
+
+def evaluate(model: onnx.ModelProto, call: Call) -> dict[str, Tensor]:
+    """The outputs by name, as the onnx package's reference implementation computes them."""
+    feeds = {}
+    for name, tensor in inputs_of(call).items():
+        if tensor.dtype == torch.bfloat16:
+            feeds[name] = tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            feeds[name] = tensor.numpy()
+    names = [output.name for output in model.graph.output]
+    with np.errstate(all="ignore"):
+        found = ReferenceEvaluator(model).run(names, feeds)
+    return {
+        name: torch.from_numpy(np.asarray(array, np.float32))
+        for name, array in zip(names, found, strict=True)
+    }
+
+
+def optimized_operators(model: onnx.ModelProto, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime runs in place of the model's, in its order."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    nodes = onnx.load(options.optimized_model_filepath).graph.node
+    return [node.op_type for node in nodes]
