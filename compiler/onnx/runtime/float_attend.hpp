@@ -282,7 +282,7 @@ class RowAttention {
         : task_(task),
           call_(*task.call),
           transposes_(is_transposed(call_)),
-          block_(task.rows == 1 ? 1 : kFloatBlockRows),
+          block_(task.rows == 1 && !transposes_ ? 1 : kFloatBlockRows),
           rows_(round_up(task.rows, block_)) {
         Carver carver{task.scratch};
         carve(carver);
@@ -497,7 +497,8 @@ class RowAttention {
     // was. Marks what they show.
     void hide(const RowState& state, int64_t tile, int64_t count, float scale, float* scores) {
         int64_t first = state.first - tile, last = min(count, state.last - tile);
-        bool masked = call_.mask.data != nullptr;
+        // A row that only fills its block has no mask.
+        bool masked = call_.mask.data != nullptr && !state.is_blind(tile, count);
         if (masked) load_bias(state, tile, count);
         Floats factor = Isa::set(scale), hidden = Isa::set(-INFINITY);
         for (int64_t i = 0; i < count; i += kLanes) {
