@@ -31,6 +31,7 @@ from sage_compiler.passes.normalize import (
     tensor_of,
 )
 from sage_compiler.passes.site import AttentionSite, Finding, Mask, Proof, Rejected, Shape
+from sage_compiler.passes.spelling import is_whole_slice
 from sage_compiler.passes.values import RESULT, Apply, Value
 from sage_compiler.passes.walk import Walk, constant_number, constant_size
 from sage_compiler.semantics import DTYPES, MaskClass, Semantics
@@ -348,10 +349,10 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
     expand = argument(node, 0, "input")
     if not isinstance(expand, fx.Node) or operation(expand) != "expand":
         return None
-    new_axis = expand.args[0]
+    new_axis = _unsliced(expand.args[0])
     if not isinstance(new_axis, fx.Node):
         return None
-    source = argument(new_axis, 0, "input")
+    source = _unsliced(argument(new_axis, 0, "input"))
     if operation(new_axis) == "getitem":
         full = slice(None)
         index = new_axis.args[1]
@@ -368,6 +369,13 @@ def _before_repeat(node: fx.Node) -> fx.Node | None:
     if not all(statically_known_true(before.shape[at] == wide.shape[at]) for at in (0, 1, 3, 4)):
         return None
     return _whole(source, node)
+
+
+def _unsliced(value: object) -> object:
+    """What a value was before slices that take everything."""
+    while isinstance(value, fx.Node) and is_whole_slice(value):
+        value = argument(value, 0, "input")
+    return value
 
 
 def _whole(source: object, repeated: fx.Node) -> fx.Node | None:

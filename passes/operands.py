@@ -24,7 +24,12 @@ from sage_compiler.passes.axes import (
 from sage_compiler.passes.contraction import Operand
 from sage_compiler.passes.normalize import argument, is_plain, tensor_of
 from sage_compiler.passes.scores import CASTS, PERMUTES, SAME, VIEWS
-from sage_compiler.passes.spelling import base_operation, is_inserting, permutation_of
+from sage_compiler.passes.spelling import (
+    base_operation,
+    is_inserting,
+    is_whole_slice,
+    permutation_of,
+)
 from sage_compiler.passes.values import Apply, Value
 from sage_compiler.passes.walk import Walk
 
@@ -92,7 +97,7 @@ def _before(after: Source) -> tuple[fx.Node, Layout] | None:
             made.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
         )
         return (source, layout) if exact and tensor.device == made.device else None
-    if name in SAME:
+    if name in SAME or is_whole_slice(node):
         return source, layout
     if name in PERMUTES:
         permutation = permutation_of(node, tensor.dim())

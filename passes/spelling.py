@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Final
 
 import torch
@@ -84,6 +85,18 @@ def is_inserting(node: fx.Node) -> bool:
     index = argument(node, 1, "index")
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
+
+
+def is_whole_slice(node: fx.Node) -> bool:
+    """Whether a slice takes everything: what torch.export leaves of a ``:`` where sizes vary."""
+    if operation(node) != "slice":
+        return False
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    return (
+        start in (None, 0)
+        and (end is None or (isinstance(end, int) and end >= sys.maxsize))
+        and argument(node, 4, "step") in (None, 1)
+    )
 
 
 def cast_of(node: fx.Node) -> torch.dtype | None:

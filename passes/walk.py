@@ -6,7 +6,7 @@ import functools
 from typing import Any, Final
 
 import torch
-from torch import SymFloat, SymInt, fx
+from torch import SymFloat, SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import guard_float, guard_int
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
@@ -14,6 +14,7 @@ from sage_compiler.passes.axes import Size, Sizes
 from sage_compiler.passes.effects import Effects
 from sage_compiler.passes.masks import MaskContext
 from sage_compiler.passes.normalize import argument, operation, tensor_of
+from sage_compiler.passes.values import Apply
 
 # What changes how the operations after it compute: they must all stand in one such region.
 _BORDERS: Final = frozenset(
@@ -51,13 +52,22 @@ class Walk:
 
     @functools.cached_property
     def sizes(self) -> Sizes:
-        """Which node computes which symbolic size."""
+        """What computes which symbolic size: a node, or else a look at an input of the graph.
+
+        Dynamo hands every symbol to its graph; torch.export computes those that the model asks for.
+        """
         symbols: dict[Any, Any] = {}
+        looks: dict[Any, Any] = {}
         for node in self.graph.nodes:
             value = node.meta.get("example_value", node.meta.get("val"))
             if isinstance(value, SymInt):
                 symbols.setdefault(value.node.expr, node)
-        return Sizes(symbols)
+            elif node.op == "placeholder" and isinstance(value, Tensor):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, SymInt):
+                        look = Apply(torch.ops.aten.sym_size.int, (node, dim))
+                        looks.setdefault(size.node.expr, look)
+        return Sizes(looks | symbols)
 
     @functools.cached_property
     def _borders(self) -> list[int]:

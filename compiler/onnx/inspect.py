@@ -71,15 +71,13 @@ class FileInfo:
         return asdict(self)
 
     def __str__(self) -> str:
-        nodes = count(len(self.nodes), f"node of {schema.DOMAIN}::{schema.NAME}")
-        if len(self.nodes) != 1:
-            nodes = f"{len(self.nodes)} nodes of {schema.DOMAIN}::{schema.NAME}"
-        functions = count(len(self.functions), "function body").replace("bodys", "bodies")
+        nodes = f"{count(len(self.nodes), 'node')} of {schema.DOMAIN}::{schema.NAME}"
+        functions = f"{count(len(self.functions), 'function')} for them"
         lines = [f"{nodes}, {functions}; opset {self.opset}"]
         if self.report is not None:
             written_out = "" if self.nodes else ", in standard operators alone"
             lines.append(
-                f"exported by sage-compiler: {self.report['rewritten']} attentions "
+                f"exported by sage-compiler: {count(self.report['rewritten'], 'attention')} "
                 f"rewritten{written_out}, {self.report['kept']} kept"
             )
         if self.nodes:
@@ -110,7 +108,8 @@ def inspect(path: str | os.PathLike[str]) -> FileInfo:
     """Read what a file has of ours; weights beside it are not looked at.
 
     Raises:
-        UsageError: it is no ONNX file, or it has nodes of a newer version of the operator.
+        UsageError: it is no ONNX file, or a damaged one, or has nodes of a newer version of the
+            operator.
     """
     model = _load(Path(path))
     version = model.opset_imports.get(schema.DOMAIN, schema.VERSION)
@@ -129,10 +128,7 @@ def inspect(path: str | os.PathLike[str]) -> FileInfo:
         for node in model.graph.all_nodes()
         if (node.domain, node.op_type) == (schema.DOMAIN, schema.NAME)
     )
-    told, policy = (
-        None if text is None else json.loads(text)
-        for text in map(model.metadata_props.get, (schema.REPORT_KEY, schema.POLICY_KEY))
-    )
+    told, policy = (_told(model, key, Path(path)) for key in (schema.REPORT_KEY, schema.POLICY_KEY))
     return FileInfo(model.opset_imports.get("", 0) or 0, nodes, functions, told, policy)
 
 
@@ -145,11 +141,24 @@ def _load(path: Path) -> ir.Model:
         proto = None
     if proto is None or not proto.ir_version or not proto.graph.node:
         raise UsageError(f"{str(path)!r} is not an ONNX file, or only a part of one")
-    return ir.serde.deserialize_model(proto)
+    try:
+        return ir.serde.deserialize_model(proto)
+    except ir.serde.SerdeError as error:
+        first = str(error.__cause__ or error).splitlines()[0]
+        raise UsageError(f"{str(path)!r} is damaged: {first}") from None
+
+
+def _told(model: ir.Model, key: str, path: Path) -> Any:
+    """An entry of the metadata that is JSON; None where there is none."""
+    text = model.metadata_props.get(key)
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{str(path)!r} is damaged: its {key} is no JSON: {error}") from None
 
 
 def _node(node: ir.Node, functions: tuple[str, ...]) -> NodeInfo:
-    words = {name: attribute.value for name, attribute in node.attributes.items()}
+    words = {name: str(attribute.value) for name, attribute in node.attributes.items()}
     recipe = words.get("recipe", AUTO)
     given = [*node.inputs, *[None] * len(schema.INPUTS)]
     mask = [words.get("mask_class", "none")]

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import sage_compiler as sage
 from sage_compiler import cli
-from sage_compiler.commands import export_program
+from sage_compiler.commands import export_onnx, export_program
 from tests.compiler.commands import error_of, write_models, write_policy
 from tests.tolerances import cosine
 
@@ -125,3 +126,97 @@ def test_a_size_that_the_model_fixes(models: str, capsys: pytest.CaptureFixture[
     out = str(file.parent / "model.pt2")
     arguments = ["export", f"{models}:build", "--out", out, "--dynamic", "x:2"]
     assert "the model fixes a size that should vary" in error_of(arguments, capsys)
+
+
+def test_an_onnx_file(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(models).parent / "model.onnx"
+    arguments = ["export", f"{models}:with_keywords", "--out", str(out), "--precision", "int8_int8"]
+    assert cli.main([*arguments, "--dynamic", "x:0=batch", "--dynamic", "0:2"]) == 0
+    output = capsys.readouterr().out
+    assert "1 rewritten, 0 kept" in output
+    assert f"written and checked: {out}, {out.stat().st_size} bytes" in output
+    assert "its output in ONNX Runtime is that of the model but for 0.0" in output
+    session = sage.onnx_session(out)
+    assert session.get_inputs()[0].shape == ["batch", 2, "x_2", 16]
+    x = torch.randn(3, 2, 33, 16)
+    (found,) = session.run(None, {"x": x.numpy()})
+    exact = torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    assert cosine(torch.from_numpy(found), exact) > 0.999
+
+    assert cli.main(["onnx", "inspect", str(out)]) == 0
+    output = capsys.readouterr().out
+    assert "(root)#0  int8_int8  (batch, 2, x_2, 16)  (batch, 2, x_2, 16)  causal" in output
+    assert "without the library:\n  int8_int8: int8_int8 in standard operators (1 node)" in output
+
+
+def test_an_onnx_file_for_programs(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(models).parent / "model.onnx"
+    policy = write_policy(out.parent / "policy.json")
+    arguments = ["export", f"{models}:build", "--out", str(out), "--json", "--policy", policy]
+    assert cli.main([*arguments, "--opset", "22", "--standalone", "custom"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["file"] == str(out) and data["bytes"] == out.stat().st_size
+    assert 0 < data["rel_l1"] < 0.02
+    assert cli.main(["onnx", "inspect", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["opset"] == 22 and found["functions"] == []
+    (node,) = found["nodes"]
+    assert (node["name"], node["recipe"]) == ("(root)#0", "int8_int8")
+    assert node["serves"] == {
+        "without the library": "nothing: the file has no function for it",
+        "CPU": "int8_int8",
+        "CUDA": "int8_fp16",
+    }
+    assert found["policy"]["layers"] and found["report"]["rewritten"] == 1
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--min-seq-len", "0"], "--min-seq-len is about kernels on this machine"),
+        (["--fallback", "error"], "--fallback is about kernels on this machine"),
+        (["--opset", "7"], "opset 7; it must be an integer from 20"),
+        (["--dynamic", "x:9=length"], "--dynamic x:9=length; the input 'x' has shape"),
+        (["--policy", "{steps}"], "has recipes by timestep (int8_int8/exact)"),
+    ],
+    ids=str,
+)
+def test_errors_of_onnx_are_one_sentence(
+    models: str, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(models).parent
+    steps = write_policy(folder / "steps.json", ("int8_int8", "exact"))
+    out = str(folder / "model.onnx")
+    given = [each.format(steps=steps) for each in more]
+    assert words in error_of(["export", f"{models}:build", "--out", out, *given], capsys)
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
+    "more", [["--opset", "21"], ["--standalone", "custom"], ["--source-paths"]]
+)
+def test_options_of_onnx_for_another_format(
+    models: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(Path(models).parent / "model.pt2")
+    said = error_of(["export", f"{models}:build", "--out", out, *more], capsys)
+    assert f"{more[0]} is for .onnx, not .pt2" in said
+
+
+def test_names_of_sizes_for_another_format(models: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(Path(models).parent / "model.pt2")
+    arguments = ["export", f"{models}:build", "--out", out, "--dynamic", "x:2=length"]
+    assert "only .onnx has names of sizes: leave =length out" in error_of(arguments, capsys)
+
+
+def test_an_onnx_file_that_computes_something_else_is_not_kept(
+    models: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*_: Any) -> list[Any]:
+        return [torch.ones(1, 2, 70, 16)]
+
+    monkeypatch.setattr(export_onnx, "output", other)
+    out = Path(models).parent / "model.onnx"
+    said = error_of(["export", f"{models}:build", "--out", str(out)], capsys)
+    assert "the file does not give the output of the model: they differ by" in said
+    assert not list(out.parent.glob("*onnx*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,13 @@ def test_another_head_dim_of_the_value() -> None:
 
 # --- repeated heads -------------------------------------------------------------------------
 
+
+def whole(x: Tensor, dim: int) -> Tensor:
+    """What torch.export makes of ``:`` where sizes vary."""
+    sliced: Tensor = torch.ops.aten.slice.Tensor(x, dim, 0, sys.maxsize)
+    return sliced
+
+
 REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
     "getitem": lambda k: k[:, :, None, :, :].expand(B, 2, 2, L, D).reshape(B, H, L, D),
     "short getitem": lambda k: k[:, :, None].expand(B, 2, 2, L, D).reshape(B, H, L, D),
@@ -126,6 +134,12 @@ REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "aten": lambda k: torch.ops.aten.reshape.default(
         torch.ops.aten.expand.default(torch.ops.aten.unsqueeze.default(k, 2), [B, 2, 2, L, D]),
+        [B, H, L, D],
+    ),
+    "slices of torch.export": lambda k: torch.ops.aten.reshape.default(
+        torch.ops.aten.expand.default(
+            whole(torch.ops.aten.unsqueeze.default(whole(k, 0), 2), 3), [B, 2, 2, L, D]
+        ),
         [B, H, L, D],
     ),
     "repeat_interleave": lambda k: k.repeat_interleave(2, dim=1),
@@ -141,6 +155,20 @@ def test_repeats_are_undone(name: str) -> None:
     repeat = REPEATS[name]
     site = found(lambda q, k, v: sdpa(q, repeat(k), repeat(v)), Q, K2, V2)
     assert site.heads == "4 over 2"
+
+
+@pytest.mark.parametrize("start, end, step", [(1, sys.maxsize, 1), (0, 3, 1), (0, sys.maxsize, 2)])
+def test_repeats_of_a_part_are_of_the_part(start: int, end: int, step: int) -> None:
+    def repeat(x: Tensor) -> Tensor:
+        part = torch.ops.aten.slice.Tensor(x, 2, start, end, step)
+        return part[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa(q, repeat(k), repeat(v))
+
+    site = found(attend, Q, K2, V2)
+    part = len(range(L)[start:end:step])
+    assert part < L and site.kv_shape == (B, 2, part, D)
 
 
 def test_one_head_repeated_for_all() -> None:

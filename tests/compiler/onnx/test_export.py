@@ -45,9 +45,9 @@ class Model(nn.Module):
         self.second = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
+        y = self.first(x).unsqueeze(1)
         scores = self.second(y) @ y.mT / 8
-        return torch.softmax(scores, -1) @ y
+        return (torch.softmax(scores, -1) @ y).squeeze(1)
 
 
 class Direct(nn.Module):
@@ -141,8 +141,7 @@ def test_source_paths_are_there_when_asked_for(model: nn.Module, tmp_path: Path)
 def policy(**recipes: str) -> Policy:
     fingerprints = {
         "first#0": f"q{HEADS} kv{HEADS} d16 dv16 none",
-        # Without heads, the batch of the example takes their place.
-        "(root)#0": f"q2 kv2 d{WIDTH} dv{WIDTH} none",
+        "(root)#0": f"q1 kv1 d{WIDTH} dv{WIDTH} none",
     }
     layers = {
         layer: LayerPolicy(
