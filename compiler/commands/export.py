@@ -15,6 +15,7 @@ from sage_compiler.commands import export_onnx, export_program, options
 from sage_compiler.commands.model import Built, build
 from sage_compiler.config import Options, parse_options
 from sage_compiler.errors import UsageError
+from sage_compiler.onnx.axes import LEAST_EXAMPLE
 
 _PROGRAM: Final = ".pt2"
 _ONNX: Final = ".onnx"
@@ -201,6 +202,12 @@ def dynamic_shapes(built: Built, wanted: Iterable[Dynamic], *, named: bool) -> D
             )
         if dim >= value.dim():
             raise UsageError(f"{each}; the input {name!r} has shape {tuple(value.shape)}")
+        if value.shape[dim] < LEAST_EXAMPLE:
+            raise UsageError(
+                f"{each}; that size of the input {name!r} is {value.shape[dim]}, which "
+                "torch.export takes for a constant: build the model's input with "
+                f"{LEAST_EXAMPLE} or more"
+            )
         label = each.name or f"{name}_{dim}"
         dims[name][dim] = label if named else torch.export.Dim.DYNAMIC
     return {name: found or None for name, found in dims.items()}

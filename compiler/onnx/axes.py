@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+
+from sage_compiler.errors import InvalidOptionError
+
+LEAST_EXAMPLE: Final = 2  # torch.export takes 0 and 1 for constants
 
 
 def without_names(dynamic_shapes: Any) -> Any:
@@ -30,6 +34,22 @@ def named_axes(
         yield from _walk(given, dynamic_shapes)
     else:
         yield from _walk([*args, *kwargs.values()], dynamic_shapes)
+
+
+def check(named: Iterable[tuple[Tensor, int, str]]) -> None:
+    """Raises InvalidOptionError for a dim that is not there, or whose example cannot vary."""
+    for tensor, dim, name in named:
+        shape = tuple(tensor.shape)
+        if not -tensor.dim() <= dim < tensor.dim():
+            raise InvalidOptionError(
+                f"dynamic_shapes: {name!r} is dim {dim} of an input of shape {shape}"
+            )
+        if shape[dim] < LEAST_EXAMPLE:
+            raise InvalidOptionError(
+                f"dynamic_shapes: {name!r}, dim {dim} of an input of shape {shape}, is "
+                f"{shape[dim]} in the example, which torch.export takes for a constant; give an "
+                f"example with {LEAST_EXAMPLE} or more"
+            )
 
 
 def _walk(value: Any, shapes: Any) -> Iterator[tuple[Tensor, int, str]]:

@@ -157,6 +157,8 @@ def build(
     _require_evaluation(model)
     refuse_timesteps(options.policy)
     form, opset = _standalone(standalone), _opset(opset)
+    names = list(axes.named_axes(model, args, kwargs, dynamic_shapes))
+    axes.check(names)
     program, report = export_rewritten(
         model,
         args,
@@ -165,7 +167,6 @@ def build(
         functools.partial(_rewrite, options=options),
     )
     translate.check(program)
-    names = list(axes.named_axes(model, args, kwargs, dynamic_shapes))
     made = _to_onnx(program, names, opset)
     _finish(made, program, form, opset)
     _describe(made, report, options.policy, source_paths)

@@ -214,8 +214,8 @@ def _with_library(provider: str, recipe: str) -> str:
         if least is None:
             return "exact attention (this machine does not gain by quantizing)"
         return (
-            f"{what} from {least.query_length} queries and {least.key_length} keys on (here, "
-            f"{isa}); below, exact attention"
+            f"{what} where that is faster (here, {isa}: never below {least.query_length} queries "
+            f"or {least.key_length} keys), else exact attention"
         )
     return what
 

@@ -290,6 +290,17 @@ def test_what_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_sizes_whose_example_cannot_vary(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(
+        InvalidOptionError, match=r"'batch'.* is 1 in the example.* give an example"
+    ):
+        sage.export_onnx(model, (example(1),), path, dynamic_shapes=LENGTHS)
+    with pytest.raises(InvalidOptionError, match="'depth' is dim 5 of an input of shape"):
+        sage.export_onnx(model, (example(),), path, dynamic_shapes=({5: "depth"},))
+    assert not any(tmp_path.iterdir())
+
+
 def test_recipes_by_timestep_are_refused(model: nn.Module, tmp_path: Path) -> None:
     by_step = policy(**{"first#0": "int8_int8/exact", "(root)#0": "exact/exact"})
     with pytest.raises(InvalidOptionError, match="recipes by timestep"):

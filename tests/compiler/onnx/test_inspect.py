@@ -39,7 +39,7 @@ def test_every_recipe_has_somebody_to_serve_it(recipe: str, tmp_path: Path) -> N
     assert node.serves[WITHOUT_LIBRARY] == f"{plain} in standard operators"
     assert node.serves["CPU"].startswith(
         {
-            "auto": "int8_int8 from" if need().isa_name in GATES else "exact attention (this",
+            "auto": "int8_int8 where" if need().isa_name in GATES else "exact attention (this",
             "exact": "exact attention",
             "int8_fp16": "int8_int16",
             "int8_int16": "int8_int16",
