@@ -23,7 +23,7 @@ constexpr int64_t kChannelMultiple = 16;  // channels are padded to the longest 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kGroupRows = 6;  // query rows that share the loads of K and V
 constexpr int64_t kTaskRows = 96;  // query rows of one task at most; a multiple of kGroupRows
-constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map
+constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map, at least
 constexpr int64_t kAlignment = 64;
 
 static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -148,6 +148,7 @@ enum MaskState : uint8_t {
 struct MaskMap {
     int64_t batches, heads, kv_heads;  // 1 where the mask broadcasts
     int64_t rows;                      // 1 where one row stands for all
+    int64_t rows_per_state;
     int64_t row_blocks, tiles;
     uint8_t* state;       // MaskState of (batches, heads, row_blocks, tiles)
     uint64_t* reachable;  // bits of (batches, kv_heads, tiles): some query sees the key
@@ -161,7 +162,8 @@ struct MaskMap {
         map.kv_heads = p.mask.stride[1] == 0 ? 1 : p.kv_heads;
         bool one_row = p.mask.stride[2] == 0 && p.window_left < 0 && p.window_right < 0;
         map.rows = one_row ? 1 : p.query_length;
-        map.row_blocks = ceil_div(map.rows, kMaskRows);
+        map.rows_per_state = kMaskRows;
+        map.row_blocks = ceil_div(map.rows, map.rows_per_state);
         return map;
     }
 
@@ -176,7 +178,7 @@ struct MaskMap {
 
     SAGE_INLINE const uint8_t* states(int64_t batch, int64_t head, int64_t query) const {
         int64_t plane = (batches == 1 ? 0 : batch) * heads + (heads == 1 ? 0 : head);
-        int64_t block = rows == 1 ? 0 : query / kMaskRows;
+        int64_t block = rows == 1 ? 0 : query / rows_per_state;
         return state + (plane * row_blocks + block) * tiles;
     }
 
@@ -191,7 +193,6 @@ struct ScanTask {
     const sage_cpu_problem* problem;
     const MaskMap* map;
     int64_t batch, head, row_block;  // in the map
-    char* scratch;
 };
 
 struct PackTask {
@@ -219,7 +220,7 @@ struct Kernels {
     void (*scan)(const ScanTask&);
     void (*pack)(const PackTask&);
     void (*attend)(const AttendTask&);
-    int64_t (*scratch_bytes)(const sage_cpu_problem&);
+    int64_t (*scratch_bytes)(const sage_cpu_problem&);  // of attend
 };
 
 // Defined by one object each, for the machines and compilers that have the instruction set.
