@@ -54,6 +54,7 @@ struct Scratch {
     float* total;            // (padded rows): running denominator
     float* output;           // (padded rows, padded value_head_dim): running numerator
     float* scores;           // (kGroupRows, kBlockKeys)
+    float* bias;             // (kGroupRows, kTileKeys): of a mask that is not floats in rows
     Isa::Element* weights;   // (planes, kGroupRows, kBlockKeys), or floats
 
     SAGE_INLINE static Scratch carve(Carver& carver, const sage_cpu_problem& p) {
@@ -74,6 +75,7 @@ struct Scratch {
         s.total = carver.take<float>(rows);
         s.output = carver.take<float>(rows * value_head_dim);
         s.scores = carver.take<float>(kGroupRows * kBlockKeys);
+        s.bias = carver.take<float>(kGroupRows * kTileKeys);
         s.weights = reinterpret_cast<Isa::Element*>(carver.take<float>(kGroupRows * kBlockKeys));
         return s;
     }
@@ -227,7 +229,6 @@ struct Attention {
     struct TileMask {
         uint64_t visible[Rows];
         const float* bias[Rows];  // kTileKeys of them
-        alignas(64) float converted[Rows][kTileKeys];
     };
 
     // How score_tile makes scores: of all keys; of those that each row sees; finished, with a bias.
@@ -269,8 +270,13 @@ struct Attention {
                 largest[r] = Isa::max(largest[r], most);
             };
             if (p.recipe == SAGE_CPU_FLOAT) {
-                Operands<float> operands{
-                    s.query_floats + first * query_width, query_width, 0, &data, 1, head_dim};
+                Operands<float> operands{s.query_floats + first * query_width,
+                                         query_width,
+                                         0,
+                                         &data,
+                                         1,
+                                         head_dim,
+                                         kPanelWidth * 4};
                 multiply_floats<Rows, Isa::kVectors>(
                     operands, [&](int r, const Isa::Floats* sums) SAGE_LAMBDA {
                         Isa::Floats x[Isa::kVectors];
@@ -281,7 +287,7 @@ struct Attention {
                 continue;
             }
             Operands<Isa::Element> operands{
-                s.query + first * head_dim, head_dim, 0, &data, 1, head_dim / 4};
+                s.query + first * head_dim, head_dim, 0, &data, 1, head_dim / 4, kPanelWidth * 4};
             const float* key_scale = block.key_scale + key;
             multiply<Rows, Isa::kVectors, true, 1>(
                 operands, [&](int r) SAGE_LAMBDA { return s.correction[first + r]; },
@@ -459,12 +465,12 @@ struct Attention {
     template <int Rows, int Vectors, int Planes>
     void add_products(const Block& block, int64_t first, const Tiles& tiles, int64_t column,
                       const Update& update) {
-        constexpr int64_t kColumns = Vectors * Isa::kLanes;
+        int64_t columns = min(Vectors * Isa::kLanes, p.value_head_dim - column);
         int64_t bytes = p.recipe == SAGE_CPU_FLOAT ? 4 : 1;
         const char* panels[kTilesPerBlock];
         for (int64_t t = 0; t < tiles.count; t++)
             panels[t] = block.value_data +
-                        (column * block.keys + tiles.index[t] * kTileKeys * kColumns) * bytes;
+                        (column * block.keys + tiles.index[t] * kTileKeys * columns) * bytes;
         float* output = s.output + first * value_width + column;
         if constexpr (Planes == 0) {
             Operands<float> operands{reinterpret_cast<const float*>(s.weights),
@@ -472,7 +478,8 @@ struct Attention {
                                      0,
                                      panels,
                                      tiles.count,
-                                     kTileKeys};
+                                     kTileKeys,
+                                     columns * 4};
             multiply_floats<Rows, Vectors>(
                 operands, [&](int r, const Isa::Floats* sums) SAGE_LAMBDA {
                     Isa::Floats decay = Isa::set(update.decay[r]);
@@ -484,8 +491,9 @@ struct Attention {
                     }
                 });
         } else {
-            Operands<Isa::Element> operands{s.weights, kBlockKeys,  kGroupRows * kBlockKeys,
-                                            panels,    tiles.count, kTileKeys / 4};
+            Operands<Isa::Element> operands{s.weights,  kBlockKeys,  kGroupRows * kBlockKeys,
+                                            panels,     tiles.count, kTileKeys / 4,
+                                            columns * 4};
             const float* scale = block.value_scale + column;
             const float* offset = block.value_offset + column;
             multiply<Rows, Vectors, false, Planes>(
@@ -563,7 +571,7 @@ struct Attention {
             bool hides = ~seen_by_all != 0;
             if (scoring.finished) {
                 for (int r = 0; r < Rows; r++)
-                    mask.bias[r] = bias_of(s.rows[first + r], key, mask.converted[r]);
+                    mask.bias[r] = bias_of(s.rows[first + r], key, s.bias + r * kTileKeys);
                 if (hides)
                     score_tile<Rows, Scores::kVisibleBiased>(block, first, tile, column, mask,
                                                              largest);
