@@ -34,8 +34,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """The time per call of each candidate in each round, in microseconds.
 
-    The candidates take turns, so that a change of the machine's speed hits all of them; every
-    other round goes backwards, so that none always runs after the same one. As in timeit, the
+    The candidates take turns, so that a change of the machine's speed hits all of them. In every
+    other round neighbours change places: of two that read the same tensors, which is what
+    neighbours do, the first finds them in the cache as rarely as the second. As in timeit, the
     garbage collector is off: it would charge one candidate for everybody's objects.
     """
     for function in candidates.values():
@@ -53,7 +54,7 @@ def interleave(
                 for _ in range(calls):
                     function()
                 samples[name].append((time.perf_counter() - start) / calls * 1e6)
-            order.reverse()
+            order = [item for i in range(0, len(order), 2) for item in order[i : i + 2][::-1]]
     finally:
         if was_enabled:
             gc.enable()

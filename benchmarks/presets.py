@@ -58,10 +58,9 @@ def _grid() -> tuple[Cell, ...]:
         if length < 8192:
             cells.append(Cell(length, length, 64, "none", 1))
             cells += (Cell(length, length, head_dim, "none", 2) for head_dim in (32, 128))
-        # Decoding and chunks of a prompt; long contexts are slow at every length of the query.
-        for context in (64, 1024, 8192):
-            if length != context and (context < 8192 or length <= 1024):
-                cells.append(Cell(length, context, 64, "none", 2))
+        # Decoding and chunks of a prompt.
+        contexts = (context for context in (64, 1024, 8192) if context != length)
+        cells += (Cell(length, context, 64, "none", 2) for context in contexts)
     cells += (
         Cell(length, length, 64, mask, 2)
         for length in (48, 64, 96, 256, 1024, 4096)

@@ -10,6 +10,8 @@ from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.precision import AUTO, check_precision
 from sage_compiler.semantics import UNBOUNDED, MaskClass
 
+_attention = torch.ops.sage.attention.default  # looked up once
+
 
 def attention(
     query: Tensor,
@@ -63,22 +65,35 @@ def attention(
     tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
     if not (tensors and isinstance(is_causal, bool) and (scale is None or type(scale) is float)):
         _check_types(query, key, value, is_causal, scale)
-    if not query.dim() == key.dim() == value.dim() or query.dim() not in (3, 4):
+    shape, key_shape = query.shape, key.shape
+    dims = len(shape)
+    if not dims == len(key_shape) == value.dim() or dims not in (3, 4):
         raise InvalidAttentionError(
-            f"query, key and value have {query.dim()}, {key.dim()} and {value.dim()} dims; all "
-            "must have 4 (batch, heads, length, head_dim), or 3 without the batch"
+            f"query, key and value have {dims}, {key.dim()} and {value.dim()} dims; all must "
+            "have 4 (batch, heads, length, head_dim), or 3 without the batch"
         )
-    heads, kv_heads = query.shape[-3], key.shape[-3]
+    heads, kv_heads = shape[-3], key_shape[-3]
     if heads != kv_heads and not enable_gqa:
         raise InvalidAttentionError(
             f"{heads} query heads and {kv_heads} key/value heads; pass enable_gqa=True for "
             "grouped-query attention"
         )
-    unbatched = query.dim() == 3
+    unbatched = dims == 3
     if unbatched:
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
     if window is None and causal == "top_left":
         mask_class, left, right = ("causal" if is_causal else "none"), UNBOUNDED, UNBOUNDED
+        plain = softcap is None and sinks is None and cu_seqlens is None and not return_lse
+        # What `auto` leaves alone is told here where it can be: each argument costs the dispatcher
+        # time. A graph that is being traced gets a call that serves all sizes.
+        if (
+            plain
+            and precision == AUTO
+            and not torch.compiler.is_compiling()
+            and ops.is_too_small(query, key, ops.SHIPPED_GATE)
+        ):
+            output: Tensor = _attention(query, key, value, attn_mask, mask_class, scale)
+            return output.squeeze(0) if unbatched else output
     else:
         mask_class, left, right = parse_band(is_causal, causal, window)
     cu_q, cu_k = (None, None) if cu_seqlens is None else _both_sides(cu_seqlens)
@@ -87,7 +102,7 @@ def attention(
         left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
     )  # fmt: skip
     if not return_lse:
-        output: Tensor = torch.ops.sage.attention.default(*arguments)
+        output = _attention(*arguments)
         return output.squeeze(0) if unbatched else output
     output, lse = torch.ops.sage.attention.lse(*arguments)
     return (output.squeeze(0), lse.squeeze(0)) if unbatched else (output, lse)

@@ -101,7 +101,7 @@ def _attention(
 ) -> Tensor:
     # The commonest calls first: everything between here and the kernel is overhead per layer.
     extras = rest
-    if rest[:-1] == _NO_EXTRAS and recipe in PRECISIONS and _is_too_small(query, key, rest[-1]):
+    if rest[:-1] == _NO_EXTRAS and recipe in PRECISIONS and is_too_small(query, key, rest[-1]):
         recipe, extras = "exact", ()
     if recipe == "exact" and dead_rows == "zero" and not extras:
         is_causal = _PLAIN.get(mask_class)
@@ -144,12 +144,21 @@ def _attention(
     )[0]
 
 
-def _is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
-    if query.dim() != 4 or key.dim() != 4:
+def is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
+    """Whether a call is exact by its sizes alone; False where they are symbols, or not 4-D.
+
+    Args:
+        min_seq_len: the operator's.
+    """
+    shape, key_shape = query.shape, key.shape
+    if len(shape) != 4 or len(key_shape) != 4:
         return False
-    length, key_length = query.shape[2], key.shape[2]
+    length, key_length = shape[2], key_shape[2]
     products = query.numel() * key_length
-    return registry.too_small(query.device.type, min_seq_len, length, key_length, products)
+    if type(products) is not int:
+        return False
+    device_type = "cpu" if query.is_cpu else query.device.type  # the first is quick
+    return registry.too_small(device_type, min_seq_len, length, key_length, products)
 
 
 def _attention_lse(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

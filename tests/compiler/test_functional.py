@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sage_compiler as sage
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
@@ -311,6 +312,37 @@ def test_a_compiled_bad_call_says_what_is_wrong() -> None:
     compiled = torch.compile(exact, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="head_dim 8 and key 7"):
         compiled(Q, K[..., :7], V)
+
+
+def test_auto_leaves_small_calls_alone_but_not_those_of_symbolic_sizes() -> None:
+    """Traced with symbols, and compiled with dynamic shapes, a call may become long later."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output = sage.attention(query, key, value, precision="auto")
+        assert isinstance(output, Tensor)
+        return output
+
+    def traced(gm: torch.fx.GraphModule) -> tuple[Any, ...]:
+        operator = torch.ops.sage.attention.default
+        (node,) = gm.graph.find_nodes(op="call_function", target=operator)
+        return node.args[3:]
+
+    query, key, value = (gaussian(1, 2, n, 16, seed=seed) for seed, n in enumerate((3, 5, 5)))
+    tensors = (query, key, value)
+    assert torch.equal(attend(*tensors), F.scaled_dot_product_attention(*tensors))
+    assert "auto" not in traced(make_fx(attend)(*tensors))
+    assert traced(make_fx(attend, tracing_mode="symbolic")(*tensors))[3] == "auto"
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(gm)
+        return gm
+
+    compiled = torch.compile(attend, backend=keep, fullgraph=True, dynamic=True)
+    for length in (5, 300):
+        longer = [gaussian(1, 2, length, 16, seed=seed) for seed in range(3)]
+        assert torch.equal(compiled(*longer), attend(*longer))
+    assert [traced(gm)[3] for gm in graphs] == ["auto"]
 
 
 def test_export_keeps_the_operator() -> None:

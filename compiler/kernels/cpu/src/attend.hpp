@@ -28,6 +28,9 @@ inline Scoring scoring_of(const sage_cpu_problem& p) {
     return s;
 }
 
+// What a float mask adds where it need not be read.
+alignas(64) constexpr float kNoBias[kTileKeys] = {};
+
 // A row of the task: one query of one head of the group.
 struct Row {
     int64_t head, query;
@@ -51,6 +54,7 @@ struct Scratch {
     float* total;            // (padded rows): running denominator
     float* output;           // (padded rows, padded value_head_dim): running numerator
     float* scores;           // (kGroupRows, kBlockKeys)
+    float* bias;             // (kGroupRows, kTileKeys): of a mask that is not floats in rows
     Isa::Element* weights;   // (planes, kGroupRows, kBlockKeys), or floats
 
     SAGE_INLINE static Scratch carve(Carver& carver, const sage_cpu_problem& p) {
@@ -71,6 +75,7 @@ struct Scratch {
         s.total = carver.take<float>(rows);
         s.output = carver.take<float>(rows * value_head_dim);
         s.scores = carver.take<float>(kGroupRows * kBlockKeys);
+        s.bias = carver.take<float>(kGroupRows * kTileKeys);
         s.weights = reinterpret_cast<Isa::Element*>(carver.take<float>(kGroupRows * kBlockKeys));
         return s;
     }
@@ -219,44 +224,94 @@ struct Attention {
         return tiles;
     }
 
+    // What hides keys of a tile from a group's rows, and what a float mask adds to their scores.
+    template <int Rows>
+    struct TileMask {
+        uint64_t visible[Rows];
+        const float* bias[Rows];  // kTileKeys of them
+    };
+
+    // How score_tile makes scores: of all keys; of those that each row sees; finished, with a bias.
+    enum class Scores { kAll, kVisible, kBiased, kVisibleBiased };
+
     // Scores of one tile into s.scores at `column`; the largest of each row's lanes into `largest`.
-    // With Hide, only of the keys that each row's bits of `visible` show.
-    template <int Rows, bool Hide>
+    template <int Rows, Scores Kind>
     void score_tile(const Block& block, int64_t first, int64_t tile, int64_t column,
-                    const uint64_t* visible, Isa::Floats* largest) {
+                    const TileMask<Rows>& mask, Isa::Floats* largest) {
+        constexpr bool kHide = Kind == Scores::kVisible || Kind == Scores::kVisibleBiased;
+        constexpr bool kBias = Kind == Scores::kBiased || Kind == Scores::kVisibleBiased;
         for (int64_t panel = 0; panel < kTileKeys; panel += kPanelWidth) {
             int64_t key = tile * kTileKeys + panel;
             const char* data =
                 block.key_data + key * head_dim * (p.recipe == SAGE_CPU_FLOAT ? 4 : 1);
             float* scores = s.scores + column + panel;
-            auto keep = [&](int r, int v, Isa::Floats x) SAGE_LAMBDA {
-                if constexpr (Hide)
-                    x = Isa::select(uint32_t(visible[r] >> (panel + v * Isa::kLanes)), x,
-                                    Isa::set(-__builtin_inff()));
-                Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, x);
-                largest[r] = Isa::max(largest[r], x);
+            auto keep = [&](int r, Isa::Floats* x) SAGE_LAMBDA {
+                if constexpr (kBias) {
+                    Isa::Floats scale = Isa::set(s.query_scale[first + r]);
+                    Isa::Floats term = Isa::set(s.row_term[first + r]);
+#pragma GCC unroll 4
+                    for (int v = 0; v < Isa::kVectors; v++)
+                        x[v] = Isa::fma(x[v], scale, term) +
+                               Isa::load(mask.bias[r] + panel + v * Isa::kLanes);
+                }
+                if constexpr (kHide) {
+#pragma GCC unroll 4
+                    for (int v = 0; v < Isa::kVectors; v++)
+                        x[v] = Isa::select(uint32_t(mask.visible[r] >> (panel + v * Isa::kLanes)),
+                                           x[v], Isa::set(-__builtin_inff()));
+                }
+                if constexpr (kBias) drop_nan(s.rows[first + r], x);
+                Isa::Floats most = x[0];
+#pragma GCC unroll 4
+                for (int v = 0; v < Isa::kVectors; v++) {
+                    Isa::store(scores + r * kBlockKeys + v * Isa::kLanes, x[v]);
+                    if (v > 0) most = Isa::max(most, x[v]);
+                }
+                largest[r] = Isa::max(largest[r], most);
             };
             if (p.recipe == SAGE_CPU_FLOAT) {
-                Operands<float> operands{
-                    s.query_floats + first * query_width, query_width, 0, &data, 1, head_dim};
+                Operands<float> operands{s.query_floats + first * query_width,
+                                         query_width,
+                                         0,
+                                         &data,
+                                         1,
+                                         head_dim,
+                                         kPanelWidth * 4};
                 multiply_floats<Rows, Isa::kVectors>(
                     operands, [&](int r, const Isa::Floats* sums) SAGE_LAMBDA {
+                        Isa::Floats x[Isa::kVectors];
 #pragma GCC unroll 4
-                        for (int v = 0; v < Isa::kVectors; v++) keep(r, v, sums[v]);
+                        for (int v = 0; v < Isa::kVectors; v++) x[v] = sums[v];
+                        keep(r, x);
                     });
                 continue;
             }
             Operands<Isa::Element> operands{
-                s.query + first * head_dim, head_dim, 0, &data, 1, head_dim / 4};
+                s.query + first * head_dim, head_dim, 0, &data, 1, head_dim / 4, kPanelWidth * 4};
             const float* key_scale = block.key_scale + key;
             multiply<Rows, Isa::kVectors, true, 1>(
                 operands, [&](int r) SAGE_LAMBDA { return s.correction[first + r]; },
                 [&](int r, const Isa::Ints* sums) SAGE_LAMBDA {
+                    Isa::Floats x[Isa::kVectors];
 #pragma GCC unroll 4
                     for (int v = 0; v < Isa::kVectors; v++)
-                        keep(r, v, Isa::to_float(sums[v]) * Isa::load(key_scale + v * Isa::kLanes));
+                        x[v] = Isa::to_float(sums[v]) * Isa::load(key_scale + v * Isa::kLanes);
+                    keep(r, x);
                 });
         }
+    }
+
+    // The row remembers that it yields NaN, and arithmetic goes on without.
+    SAGE_INLINE static void drop_nan(Row& row, Isa::Floats* x) {
+        uint32_t found = 0;
+#pragma GCC unroll 4
+        for (int v = 0; v < Isa::kVectors; v += 2)
+            found |= Isa::unordered(x[v], x[min(v + 1, Isa::kVectors - 1)]);
+        if (__builtin_expect(found == 0, 1)) return;
+        row.bad = true;
+#pragma GCC unroll 4
+        for (int v = 0; v < Isa::kVectors; v++)
+            x[v] = Isa::select(Isa::unordered(x[v], x[v]), Isa::set(0.0f), x[v]);
     }
 
     // The keys of a tile that a row sees through band and bool mask, a bit each.
@@ -270,12 +325,22 @@ struct Attention {
         return visible & mask_bits(row.mask, p.mask.stride[3], key, count);
     }
 
-    // What a float mask adds to a tile of a row's scores; null for nothing.
+    // What a float mask adds to a tile of a row's scores, in its place or in the buffer.
     const float* bias_of(const Row& row, int64_t key, float* buffer) const {
         if (row.states == nullptr || p.mask_dtype == SAGE_CPU_BOOL ||
             row.states[key / kTileKeys] != kMaskMixed)
-            return nullptr;
+            return kNoBias;
         return mask_bias(row.mask, p, key, min(kTileKeys, p.key_length - key), buffer);
+    }
+
+    // The hardware foresees neither where the next row of a mask lies nor that it is wanted.
+    void prefetch_mask(int64_t r, int64_t key) const {
+        if (task.map == nullptr || p.mask.stride[3] != 1) return;
+        int64_t bytes = element_size(p.mask_dtype);
+        for (int64_t last = min(r + kGroupRows, task.rows); r < last; r++)
+            if (s.rows[r].states[key / kTileKeys] == kMaskMixed)
+                for (int64_t b = 0; b < kTileKeys * bytes; b += 64)
+                    __builtin_prefetch(s.rows[r].mask + key * bytes + b);
     }
 
     // Finish a row's scores of one tile where plain ones do not do: softcap, bias, and a look for
@@ -294,10 +359,10 @@ struct Attention {
                 x = Isa::fma(x, scale, term);
                 if (scoring.softcap != 0.0f)
                     x = tanh(x * Isa::set(1.0f / scoring.softcap)) * Isa::set(scoring.softcap);
-                if (bias != nullptr) x = x + Isa::load(bias + i);
+                x = x + Isa::load(bias + i);
             }
             if (visible != ~uint64_t(0)) x = Isa::select(uint32_t(visible >> i), x, hidden);
-            nan_lanes |= Isa::unordered(x);
+            nan_lanes |= Isa::unordered(x, x);
             largest = Isa::max(largest, x);
             Isa::store(scores + i, x);
         }
@@ -310,7 +375,7 @@ struct Attention {
         Isa::Floats largest = Isa::set(-__builtin_inff());
         for (int64_t i = 0; i < kTileKeys; i += Isa::kLanes) {
             Isa::Floats x = Isa::load(scores + i);
-            x = Isa::select(Isa::unordered(x), Isa::set(0.0f), x);
+            x = Isa::select(Isa::unordered(x, x), Isa::set(0.0f), x);
             largest = Isa::max(largest, x);
             Isa::store(scores + i, x);
         }
@@ -400,12 +465,12 @@ struct Attention {
     template <int Rows, int Vectors, int Planes>
     void add_products(const Block& block, int64_t first, const Tiles& tiles, int64_t column,
                       const Update& update) {
-        constexpr int64_t kColumns = Vectors * Isa::kLanes;
+        int64_t columns = min(Vectors * Isa::kLanes, p.value_head_dim - column);
         int64_t bytes = p.recipe == SAGE_CPU_FLOAT ? 4 : 1;
         const char* panels[kTilesPerBlock];
         for (int64_t t = 0; t < tiles.count; t++)
             panels[t] = block.value_data +
-                        (column * block.keys + tiles.index[t] * kTileKeys * kColumns) * bytes;
+                        (column * block.keys + tiles.index[t] * kTileKeys * columns) * bytes;
         float* output = s.output + first * value_width + column;
         if constexpr (Planes == 0) {
             Operands<float> operands{reinterpret_cast<const float*>(s.weights),
@@ -413,7 +478,8 @@ struct Attention {
                                      0,
                                      panels,
                                      tiles.count,
-                                     kTileKeys};
+                                     kTileKeys,
+                                     columns * 4};
             multiply_floats<Rows, Vectors>(
                 operands, [&](int r, const Isa::Floats* sums) SAGE_LAMBDA {
                     Isa::Floats decay = Isa::set(update.decay[r]);
@@ -425,8 +491,9 @@ struct Attention {
                     }
                 });
         } else {
-            Operands<Isa::Element> operands{s.weights, kBlockKeys,  kGroupRows * kBlockKeys,
-                                            panels,    tiles.count, kTileKeys / 4};
+            Operands<Isa::Element> operands{s.weights,  kBlockKeys,  kGroupRows * kBlockKeys,
+                                            panels,     tiles.count, kTileKeys / 4,
+                                            columns * 4};
             const float* scale = block.value_scale + column;
             const float* offset = block.value_offset + column;
             multiply<Rows, Vectors, false, Planes>(
@@ -483,22 +550,37 @@ struct Attention {
         static_assert(Rows <= Isa::kReduced && Isa::kReduced <= kUpdateRows);
         Isa::Floats largest[Isa::kReduced];
         for (int r = 0; r < Isa::kReduced; r++) largest[r] = Isa::set(-__builtin_inff());
-        uint64_t visible[Rows];
+        bool one_by_one = check || scoring.softcap != 0.0f;
+        TileMask<Rows> mask;
         for (int64_t t = 0; t < tiles.count; t++) {
             int64_t tile = tiles.index[t], column = t * kTileKeys, key = start + tile * kTileKeys;
-            if (scoring.finished || check) {
+            prefetch_mask(first + kGroupRows, key);
+            if (one_by_one) {
                 Isa::Floats unfinished[Rows];
                 for (int r = 0; r < Rows; r++) unfinished[r] = largest[r];
-                score_tile<Rows, false>(block, first, tile, column, nullptr, unfinished);
+                score_tile<Rows, Scores::kAll>(block, first, tile, column, mask, unfinished);
                 for (int r = 0; r < Rows; r++)
                     largest[r] = Isa::max(largest[r],
                                           finish_scores(s.rows[first + r], first + r, key,
                                                         s.scores + r * kBlockKeys + column, check));
-            } else if (tiles.masked[t]) {
-                for (int r = 0; r < Rows; r++) visible[r] = visible_bits(s.rows[first + r], key);
-                score_tile<Rows, true>(block, first, tile, column, visible, largest);
+                continue;
+            }
+            uint64_t seen_by_all = ~uint64_t(0);
+            for (int r = 0; tiles.masked[t] && r < Rows; r++)
+                seen_by_all &= mask.visible[r] = visible_bits(s.rows[first + r], key);
+            bool hides = ~seen_by_all != 0;
+            if (scoring.finished) {
+                for (int r = 0; r < Rows; r++)
+                    mask.bias[r] = bias_of(s.rows[first + r], key, s.bias + r * kTileKeys);
+                if (hides)
+                    score_tile<Rows, Scores::kVisibleBiased>(block, first, tile, column, mask,
+                                                             largest);
+                else
+                    score_tile<Rows, Scores::kBiased>(block, first, tile, column, mask, largest);
+            } else if (hides) {
+                score_tile<Rows, Scores::kVisible>(block, first, tile, column, mask, largest);
             } else {
-                score_tile<Rows, false>(block, first, tile, column, nullptr, largest);
+                score_tile<Rows, Scores::kAll>(block, first, tile, column, mask, largest);
             }
         }
 

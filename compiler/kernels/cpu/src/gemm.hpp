@@ -14,7 +14,8 @@ struct Operands {
     int64_t planes;  // further planes of A, this many elements apart, hold lower bytes
     const char* const* panels;
     int64_t panel_count;
-    int64_t steps;  // per panel: groups of elements that are summed by one instruction
+    int64_t steps;       // per panel: groups of elements that are summed by one instruction
+    int64_t step_bytes;  // of a panel
 };
 
 // An instruction set's own loop for its largest tile, where Isa::kHasRegisterTile says so.
@@ -58,7 +59,7 @@ SAGE_INLINE void multiply(const Operands<Isa::Element>& o, Start start, Finish f
                             sums[r][v] = Isa::template dot<SignedA>(sums[r][v], group, columns[v]);
                     }
                     a += 4;
-                    b += Vectors * Isa::kLanes * 4;
+                    b += o.step_bytes;
                 }
             }
         }
@@ -83,11 +84,12 @@ SAGE_INLINE void multiply_floats(const Operands<float>& o, Finish finish) {
     }
     const float* a = o.a;
     for (int64_t p = 0; p < o.panel_count; p++) {
-        const float* b = reinterpret_cast<const float*>(o.panels[p]);
+        const char* b = o.panels[p];
         for (int64_t k = 0; k < o.steps; k++) {
             Isa::Floats columns[Vectors];
 #pragma GCC unroll 8
-            for (int v = 0; v < Vectors; v++) columns[v] = Isa::load(b + v * Isa::kLanes);
+            for (int v = 0; v < Vectors; v++)
+                columns[v] = Isa::load(reinterpret_cast<const float*>(b) + v * Isa::kLanes);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; r++) {
                 Isa::Floats element = Isa::set(a[r * o.a_stride]);
@@ -96,7 +98,7 @@ SAGE_INLINE void multiply_floats(const Operands<float>& o, Finish finish) {
                     sums[r][v] = Isa::fma(element, columns[v], sums[r][v]);
             }
             a += 1;
-            b += Vectors * Isa::kLanes;
+            b += o.step_bytes;
         }
     }
 #pragma GCC unroll 8

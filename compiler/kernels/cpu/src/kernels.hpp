@@ -8,11 +8,7 @@
 namespace sage_cpu {
 namespace {
 
-inline int64_t scratch_bytes(const sage_cpu_problem& p) {
-    return max(attend_scratch_bytes(p), p.mask.data == nullptr ? 0 : scan_scratch_bytes(p));
-}
-
-constexpr Kernels make_kernels() { return {scan, pack, attend, scratch_bytes}; }
+constexpr Kernels make_kernels() { return {scan, pack, attend, attend_scratch_bytes}; }
 
 }  // namespace
 }  // namespace sage_cpu

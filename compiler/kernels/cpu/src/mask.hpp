@@ -33,25 +33,37 @@ inline const float* mask_bias(const char* row, const sage_cpu_problem& p, int64_
     return buffer;
 }
 
-// One tile of one row of the mask, within the band, as bits.
+// One tile of one row of the mask, within the band.
 struct MaskTile {
-    uint64_t seen;      // shown
+    uint64_t seen;      // a bit for each key that is shown
     uint64_t ordinary;  // shown with a bias that is not negligible
-    uint64_t plain;     // shown with a bias of zero
+    bool plain;         // all that the band shows is shown with a bias of zero
 };
 
 inline MaskTile look_at(const sage_cpu_problem& p, const char* row, int64_t key, uint64_t band) {
     int64_t count = min(kTileKeys, p.key_length - key);
     if (p.mask_dtype == SAGE_CPU_BOOL) {
         uint64_t seen = mask_bits(row, p.mask.stride[3], key, count) & band;
-        return {seen, seen, seen};
+        return {seen, seen, seen == band};
     }
     alignas(64) float buffer[kTileKeys];
     const float* bias = mask_bias(row, p, key, count, buffer);
-    MaskTile tile{};
-    Isa::Floats negligible = Isa::set(kNegligibleBias);
-    Isa::Floats hidden = Isa::set(-__builtin_inff()), zero = Isa::set(0.0f);
+    Isa::Floats negligible = Isa::set(kNegligibleBias), zero = Isa::set(0.0f);
+    Isa::Floats infinity = Isa::set(__builtin_inff()), hidden = zero - infinity;
     constexpr uint32_t kAll = uint32_t((uint64_t(1) << Isa::kLanes) - 1);
+    if (~band == 0) {  // most tiles: everything is shown, nothing is negligible
+        Isa::Floats least = infinity;
+        Isa::Ints bits = Isa::set(0);
+        for (int64_t i = 0; i < kTileKeys; i += Isa::kLanes) {
+            Isa::Floats x = Isa::load(bias + i);
+            least = Isa::min(x, least);  // in this order a NaN, which is ordinary, drops out
+            bits = Isa::bit_or(bits, Isa::as_int(x));
+        }
+        if (Isa::less(negligible, least) == kAll)
+            return {band, band, Isa::equal(Isa::as_float(bits), zero) == kAll};
+    }
+    MaskTile tile{};
+    uint64_t plain = 0;
     for (int64_t i = 0; i < kTileKeys; i += Isa::kLanes) {
         Isa::Floats x = Isa::load(bias + i);
         // As negations, so that a NaN is seen and counts.
@@ -59,9 +71,9 @@ inline MaskTile look_at(const sage_cpu_problem& p, const char* row, int64_t key,
         uint32_t ordinary = ~(Isa::less(x, negligible) | Isa::equal(x, negligible)) & kAll;
         tile.seen |= uint64_t(seen) << i;
         tile.ordinary |= uint64_t(ordinary) << i;
-        tile.plain |= uint64_t(Isa::equal(x, zero)) << i;
+        plain |= uint64_t(Isa::equal(x, zero)) << i;
     }
-    return {tile.seen & band, tile.ordinary & band, tile.plain & band};
+    return {tile.seen & band, tile.ordinary & band, (plain & band) == band};
 }
 
 SAGE_INLINE void set_bits(uint64_t* word, uint64_t bits) {
@@ -70,18 +82,12 @@ SAGE_INLINE void set_bits(uint64_t* word, uint64_t bits) {
         __atomic_fetch_or(word, bits, __ATOMIC_RELAXED);
 }
 
-inline int64_t scan_scratch_bytes(const sage_cpu_problem& p) {
-    return 2 * ceil_div(p.key_length, kTileKeys) * int64_t(sizeof(uint64_t));
-}
-
 // Fill in one row block of the mask map, and its share of the bits of keys.
 inline void scan(const ScanTask& task) {
     const sage_cpu_problem& p = *task.problem;
     const MaskMap& map = *task.map;
-    uint64_t* seen = reinterpret_cast<uint64_t*>(task.scratch);
-    uint64_t* ordinary = seen + map.tiles;
-    int64_t first = task.row_block * kMaskRows;
-    int64_t last = min(first + kMaskRows, map.rows);
+    int64_t first = task.row_block * map.rows_per_state;
+    int64_t last = min(first + map.rows_per_state, map.rows);
     uint8_t* states =
         map.state +
         ((task.batch * map.heads + task.head) * map.row_blocks + task.row_block) * map.tiles;
@@ -94,20 +100,21 @@ inline void scan(const ScanTask& task) {
         const char* row = address(p.mask, p.mask_dtype, task.batch, task.head, query);
         Interval keys = visible_keys(p, query);
         int64_t begin = keys.first / kTileKeys, end = ceil_div(keys.last, kTileKeys);
-        bool discerning = false;  // shows some key with an ordinary bias
+        uint64_t seen = 0, ordinary = 0;  // in any tile
         for (int64_t t = begin; t < end; t++) {
-            uint64_t band = interval_bits(keys, t * kTileKeys);
-            MaskTile tile = look_at(p, row, t * kTileKeys, band);
-            seen[t] = tile.seen;
-            ordinary[t] = tile.ordinary;
-            discerning |= tile.ordinary != 0;
+            MaskTile tile = look_at(p, row, t * kTileKeys, interval_bits(keys, t * kTileKeys));
+            seen |= tile.seen;
+            ordinary |= tile.ordinary;
+            set_bits(&map.reachable[bits + t], tile.seen);
+            set_bits(&map.counted[bits + t], tile.ordinary);
             if (tile.seen != 0) states[t] |= kSeen;
-            if (tile.plain != band) states[t] |= kNotPlain;
+            if (!tile.plain) states[t] |= kNotPlain;
         }
-        for (int64_t t = begin; t < end; t++) {
-            set_bits(&map.reachable[bits + t], seen[t]);
-            set_bits(&map.counted[bits + t], discerning ? ordinary[t] : seen[t]);
-        }
+        if (ordinary != 0 || seen == 0) continue;
+        // All that this row sees is negligible: then it counts.
+        for (int64_t t = begin; t < end; t++)
+            set_bits(&map.counted[bits + t],
+                     look_at(p, row, t * kTileKeys, interval_bits(keys, t * kTileKeys)).seen);
     }
     for (int64_t t = 0; t < map.tiles; t++)
         states[t] = (states[t] & kSeen) == 0       ? kMaskNone

@@ -83,7 +83,7 @@ SAGE_INLINE Isa::Floats tanh(Isa::Floats x) {
     Isa::Floats quotient = (one - decayed) / (one + decayed);
     Isa::Floats result = Isa::select(Isa::less(size, Isa::set(0.25f)), series, quotient);
     result = Isa::select(Isa::less(x, Isa::set(0.0f)), Isa::set(0.0f) - result, result);
-    return Isa::select(Isa::unordered(x), x, result);
+    return Isa::select(Isa::unordered(x, x), x, result);
 }
 
 }  // namespace

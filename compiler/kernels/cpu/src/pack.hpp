@@ -240,6 +240,14 @@ inline void find_value_scales(Source& source, const Tokens& tokens, const Block&
     }
 }
 
+// The first `count` lanes.
+SAGE_INLINE void store_some(char* place, Isa::Ints x, int64_t count) {
+    if (count >= Isa::kLanes) return Isa::store(reinterpret_cast<int32_t*>(place), x);
+    alignas(64) int32_t lanes[Isa::kLanes];
+    Isa::store(lanes, x);
+    __builtin_memcpy(place, lanes, size_t(count) * sizeof(int32_t));
+}
+
 inline void pack_values(Source& source, const Tokens& tokens, const Block& block) {
     alignas(64) float inverse[kMaxHeadDim];
     find_value_scales(source, tokens, block, inverse);
@@ -247,12 +255,13 @@ inline void pack_values(Source& source, const Tokens& tokens, const Block& block
     for (int64_t t = 0; t < tokens.tiles; t++) {
         Rows rows = source.tile(t);
         uint64_t reachable = tokens.reachable[t];
-        for (int64_t c = 0; c < source.width; c += Isa::kLanes) {
+        for (int64_t c = 0; c < source.channels; c += Isa::kLanes) {
             Isa::Floats middle = Isa::load(block.value_offset + c);
             Isa::Floats factor = Isa::load(inverse + c);
             uint32_t unusable = Isa::equal(factor, Isa::set(0.0f));
             int64_t panel = c / kPanelWidth * kPanelWidth;
-            int64_t columns = min(kPanelWidth, source.width - panel);
+            int64_t columns = min(kPanelWidth, source.channels - panel);
+            int64_t stored = min(Isa::kLanes, source.channels - c);
             char* place =
                 block.value_data + panel * block.keys + t * kTileKeys * columns + (c - panel) * 4;
             auto quantized = [&](int64_t key) SAGE_LAMBDA {
@@ -268,8 +277,7 @@ inline void pack_values(Source& source, const Tokens& tokens, const Block& block
                 Isa::Ints low = Isa::bit_or(quantized(key), Isa::shift_left<8>(quantized(key + 1)));
                 Isa::Ints high =
                     Isa::bit_or(quantized(key + 2), Isa::shift_left<8>(quantized(key + 3)));
-                Isa::store(reinterpret_cast<int32_t*>(place),
-                           Isa::bit_or(low, Isa::shift_left<16>(high)));
+                store_some(place, Isa::bit_or(low, Isa::shift_left<16>(high)), stored);
             }
         }
     }
@@ -300,14 +308,16 @@ inline void pack_float_values(Source& source, const Tokens& tokens, const Block&
     float* data = reinterpret_cast<float*>(block.value_data);
     for (int64_t t = 0; t < tokens.tiles; t++) {
         Rows rows = source.tile(t);
-        for (int64_t panel = 0; panel < source.width; panel += kPanelWidth) {
-            int64_t columns = min(kPanelWidth, source.width - panel);
+        for (int64_t panel = 0; panel < source.channels; panel += kPanelWidth) {
+            int64_t columns = min(kPanelWidth, source.channels - panel);
             float* place = data + panel * block.keys + t * kTileKeys * columns;
             for (int64_t i = 0; i < kTileKeys; i++, place += columns) {
                 bool reachable = tokens.reachable[t] >> i & 1;
                 for (int64_t c = 0; c < columns; c += Isa::kLanes)
-                    Isa::store(place + c,
-                               reachable ? Isa::load(rows[i] + panel + c) : Isa::set(0.0f));
+                    store_some(
+                        reinterpret_cast<char*>(place + c),
+                        Isa::as_int(reachable ? Isa::load(rows[i] + panel + c) : Isa::set(0.0f)),
+                        min(Isa::kLanes, columns - c));
             }
         }
     }

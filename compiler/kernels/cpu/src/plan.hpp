@@ -23,7 +23,8 @@ constexpr int64_t kChannelMultiple = 16;  // channels are padded to the longest 
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kGroupRows = 6;  // query rows that share the loads of K and V
 constexpr int64_t kTaskRows = 96;  // query rows of one task at most; a multiple of kGroupRows
-constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map
+constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map, at least
+constexpr int64_t kMapShare = 32;  // states take at most this part of K and V in bytes
 constexpr int64_t kAlignment = 64;
 
 static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -49,7 +50,8 @@ struct Carver {
 //
 //   K: per tile, panels of the instruction set's width: [head_dim / 4][keys of the panel][4] bytes
 //   V: panels of columns: [keys / 4][columns of the panel][4] bytes, the keys of a tile in the
-//      order in which P is stored
+//      order in which P is stored. Rows of P times V read the last columns as a whole vector, so
+//      that beyond them they see the next step's first, or after the last step what follows.
 //
 // With the float recipe the elements are floats, and groups of one instead of four.
 struct BlockHeader {
@@ -69,8 +71,8 @@ struct Block {
 
 // The layout of one head's packed keys and values; the same for every instruction set.
 struct PackedLayout {
-    int64_t head_dim, value_head_dim;  // value_head_dim padded
-    int64_t padded_head_dim;
+    int64_t head_dim, value_head_dim;
+    int64_t padded_head_dim, padded_value_head_dim;
     int64_t element_bytes;
     int64_t capacity;     // keys
     int64_t block_bytes;  // of a full block
@@ -80,7 +82,8 @@ struct PackedLayout {
         PackedLayout layout;
         layout.head_dim = p.head_dim;
         layout.padded_head_dim = round_up(p.head_dim, kChannelMultiple);
-        layout.value_head_dim = round_up(p.value_head_dim, kChannelMultiple);
+        layout.value_head_dim = p.value_head_dim;
+        layout.padded_value_head_dim = round_up(p.value_head_dim, kChannelMultiple);
         layout.element_bytes = p.recipe == SAGE_CPU_FLOAT ? sizeof(float) : 1;
         int64_t capacity = p.kv_capacity == 0 ? p.key_length : p.kv_capacity;
         layout.capacity = capacity;
@@ -108,11 +111,12 @@ struct PackedLayout {
         block.keys = keys;
         block.header = carver.take<BlockHeader>(1);
         block.key_mean = carver.take<float>(padded_head_dim);
-        block.value_scale = carver.take<float>(value_head_dim);
-        block.value_offset = carver.take<float>(value_head_dim);
+        block.value_scale = carver.take<float>(padded_value_head_dim);
+        block.value_offset = carver.take<float>(padded_value_head_dim);
         block.key_scale = carver.take<float>(keys);
         block.key_data = carver.take<char>(keys * head_dim * element_bytes);
-        block.value_data = carver.take<char>(keys * value_head_dim * element_bytes);
+        int64_t read_beyond = (padded_value_head_dim - value_head_dim) * 4;
+        block.value_data = carver.take<char>(keys * value_head_dim * element_bytes + read_beyond);
         return block;
     }
 };
@@ -148,6 +152,7 @@ enum MaskState : uint8_t {
 struct MaskMap {
     int64_t batches, heads, kv_heads;  // 1 where the mask broadcasts
     int64_t rows;                      // 1 where one row stands for all
+    int64_t rows_per_state;
     int64_t row_blocks, tiles;
     uint8_t* state;       // MaskState of (batches, heads, row_blocks, tiles)
     uint64_t* reachable;  // bits of (batches, kv_heads, tiles): some query sees the key
@@ -161,7 +166,13 @@ struct MaskMap {
         map.kv_heads = p.mask.stride[1] == 0 ? 1 : p.kv_heads;
         bool one_row = p.mask.stride[2] == 0 && p.window_left < 0 && p.window_right < 0;
         map.rows = one_row ? 1 : p.query_length;
-        map.row_blocks = ceil_div(map.rows, kMaskRows);
+        // Beside long queries a finer map would outgrow the packed keys.
+        int64_t keys_bytes = p.batch * p.kv_heads * kTileKeys * (p.head_dim + p.value_head_dim);
+        map.rows_per_state = kMaskRows;
+        while (map.rows_per_state < map.rows &&
+               map.planes() * ceil_div(map.rows, map.rows_per_state) > keys_bytes / kMapShare)
+            map.rows_per_state *= 2;
+        map.row_blocks = ceil_div(map.rows, map.rows_per_state);
         return map;
     }
 
@@ -176,7 +187,7 @@ struct MaskMap {
 
     SAGE_INLINE const uint8_t* states(int64_t batch, int64_t head, int64_t query) const {
         int64_t plane = (batches == 1 ? 0 : batch) * heads + (heads == 1 ? 0 : head);
-        int64_t block = rows == 1 ? 0 : query / kMaskRows;
+        int64_t block = rows == 1 ? 0 : query / rows_per_state;
         return state + (plane * row_blocks + block) * tiles;
     }
 
@@ -191,7 +202,6 @@ struct ScanTask {
     const sage_cpu_problem* problem;
     const MaskMap* map;
     int64_t batch, head, row_block;  // in the map
-    char* scratch;
 };
 
 struct PackTask {
@@ -219,7 +229,7 @@ struct Kernels {
     void (*scan)(const ScanTask&);
     void (*pack)(const PackTask&);
     void (*attend)(const AttendTask&);
-    int64_t (*scratch_bytes)(const sage_cpu_problem&);
+    int64_t (*scratch_bytes)(const sage_cpu_problem&);  // of attend
 };
 
 // Defined by one object each, for the machines and compilers that have the instruction set.

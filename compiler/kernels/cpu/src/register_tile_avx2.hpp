@@ -71,7 +71,7 @@ SAGE_INLINE void sum_columns(const Operands<Isa::Element>& o, int64_t offset, St
                 SAGE_TILE_ROWS(SAGE_STEP)
                 top += 4;
                 bottom += 4;
-                b += Isa::kVectors * Isa::kLanes * 4;
+                b += o.step_bytes;
             }
         }
     }

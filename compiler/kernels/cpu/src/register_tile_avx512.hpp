@@ -76,7 +76,7 @@ SAGE_INLINE void register_tile(const Operands<Isa::Element>& o, Start start, Fin
                 SAGE_TILE_ROWS(SAGE_STEP)
                 top += 4;
                 bottom += 4;
-                b += 256;
+                b += o.step_bytes;
             }
         }
     }

@@ -40,7 +40,7 @@ class Queue {
         for (;;) {
             int64_t index = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
             if (index < scans_) {
-                scan(index, scratch);
+                scan(index);
             } else if (index < scans_ + packs_) {
                 wait_for(scanned_, scans_);
                 pack(index - scans_);
@@ -73,10 +73,10 @@ class Queue {
 
     const MaskMap* map() const { return call_.has_map ? &call_.map : nullptr; }
 
-    void scan(int64_t index, char* scratch) {
+    void scan(int64_t index) {
         int64_t plane = index / call_.map.row_blocks;
         call_.kernels->scan({&p_, &call_.map, plane / call_.map.heads, plane % call_.map.heads,
-                             index % call_.map.row_blocks, scratch});
+                             index % call_.map.row_blocks});
         __atomic_fetch_add(&scanned_, 1, __ATOMIC_RELEASE);
     }
 

@@ -94,8 +94,8 @@ struct Isa {
     static SAGE_INLINE uint32_t equal(Floats a, Floats b) {
         return bits_of(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
     }
-    static SAGE_INLINE uint32_t unordered(Floats x) {
-        return bits_of(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    static SAGE_INLINE uint32_t unordered(Floats a, Floats b) {  // either is NaN
+        return bits_of(_mm256_cmp_ps(a, b, _CMP_UNORD_Q));
     }
     static SAGE_INLINE uint64_t nonzero_bytes(const uint8_t* p) {  // of 64
         return ~(zero_bytes(p) | zero_bytes(p + 32) << 32);

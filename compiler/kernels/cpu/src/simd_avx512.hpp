@@ -88,8 +88,8 @@ struct Isa {
     static SAGE_INLINE uint32_t equal(Floats a, Floats b) {
         return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
     }
-    static SAGE_INLINE uint32_t unordered(Floats x) {
-        return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    static SAGE_INLINE uint32_t unordered(Floats a, Floats b) {  // either is NaN
+        return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
     }
     static SAGE_INLINE uint64_t nonzero_bytes(const uint8_t* p) {  // of 64
         __m512i x = _mm512_loadu_si512(p);

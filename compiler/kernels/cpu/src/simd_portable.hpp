@@ -83,7 +83,9 @@ struct Isa {
     }
     static SAGE_INLINE uint32_t less(Floats a, Floats b) { return bits_of(a < b); }
     static SAGE_INLINE uint32_t equal(Floats a, Floats b) { return bits_of(a == b); }
-    static SAGE_INLINE uint32_t unordered(Floats x) { return bits_of(x != x); }
+    static SAGE_INLINE uint32_t unordered(Floats a, Floats b) {  // either is NaN
+        return bits_of((a != a) | (b != b));
+    }
     static SAGE_INLINE uint64_t nonzero_bytes(const uint8_t* p) {  // of 64
         uint64_t bits = 0;
         for (int i = 0; i < 64; i++) bits |= uint64_t(p[i] != 0) << i;

@@ -475,6 +475,21 @@ def _filled(call: Call, keys: Tensor, queries: Tensor, x: float) -> Call:
 
 
 @every_isa
+def test_nan_in_a_mask_shows_its_own_key_and_no_other(isa_name: str) -> None:
+    call = make_call(70, 128, batch=1, heads=2, kv_heads=2, head_dim=16)
+    mask = torch.zeros(70, 128)
+    mask[:, 0] = -inf  # whichever lane of a vector's neighbours holds NaN
+    mask[40, 1:40] = nan
+    hidden, nobody = torch.arange(128) == 0, torch.zeros(70, dtype=torch.bool)
+    filled = functools.partial(_filled, call, hidden, nobody)
+    zeros, dirty = (replace(filled(x), attn_mask=mask) for x in (0.0, nan))
+    assert_same(dirty, zeros, isa=number_of(isa_name))
+    seen = run(dirty, isa=number_of(isa_name))[0].isfinite().all(-1)
+    assert not seen[..., 40].any()
+    assert seen.sum() == 2 * 69
+
+
+@every_isa
 @pytest.mark.parametrize("garbage", [nan, inf, -inf])
 @pytest.mark.parametrize("where", ["query", "key", "value", "attn_mask"])
 def test_what_is_not_finite_and_visible_shows(isa_name: str, garbage: float, where: str) -> None:
@@ -713,19 +728,48 @@ def test_a_quarter_of_a_million_keys() -> None:
     check_lse(lse, expected_lse, "int8_int8")
 
 
-@pytest.mark.parametrize("head_dims", [(64, 64), (128, 128), (24, 24), (16, 96), (256, 256)])
-@pytest.mark.parametrize("masked", [False, True])
+# More than the scratch memory of a thread at any head_dim, query and key length.
+MOST_OF_A_THREAD = 300_000
+
+
+@pytest.mark.parametrize("masked", ["not", "by one mask", "by one mask per head"])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (64, 1)])
 def test_the_workspace_is_little_more_than_keys_and_values(
-    head_dims: tuple[int, int], masked: bool
+    heads: tuple[int, int], masked: str
 ) -> None:
-    length, head_dim, value_head_dim = 4096, *head_dims
-    found = kernel.need()
-    sizes = (1, 8, 8, length, length, head_dim, value_head_dim, 0)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool) if masked else None
-    problem = kernel.pack_problem(
-        found.isa, "int8_int8", torch.float32, sizes, Semantics(), attn_mask=mask
-    )
-    one, nine = (found.workspace_size(problem, workers) for workers in (1, 9))
-    per_worker = (nine - one) // 8
-    assert per_worker < 400_000
-    assert one - per_worker <= 1.3 * 8 * length * (head_dim + value_head_dim)
+    """At most 1.3 times their INT8 size, short lengths rounded up to 64, and so much per thread."""
+    found, storage = kernel.need(), torch.empty((1 << 21) + 64, dtype=torch.bool)
+    head_dims = (16, 24, 32, 40, 56, 64, 72, 96, 128, 248, 256)
+    lengths = product((1, 4096, 1 << 20), (1, 64, 320, 1001, 4096, 1 << 20))
+    for (query_length, length), dims in product(lengths, product(head_dims, head_dims)):
+        mask = None
+        if masked != "not":  # rows overlap: they are told apart by their strides alone
+            several = masked == "by one mask per head"
+            shape = (1, heads[0] if several else 1, query_length, length)
+            mask = storage.as_strided(shape, (0, int(several), 1, 1))
+        problem = kernel.pack_problem(
+            found.isa,
+            "int8_int8",
+            torch.float32,
+            (1, *heads, query_length, length, *dims, 0),
+            Semantics(),
+            attn_mask=mask,
+        )
+        one, nine = (found.workspace_size(problem, workers) for workers in (1, 9))
+        assert nine - one < 8 * MOST_OF_A_THREAD
+        keys = length if length >= 1000 else -(-length // 64) * 64
+        assert one - (nine - one) // 8 <= 192 + 1.3 * heads[1] * keys * sum(dims), (length, dims)
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_tiles_of_a_mask_seen_coarsely(isa_name: str, dtype: torch.dtype) -> None:
+    """Many rows, few keys: the map of the mask has an entry for more than 64 rows."""
+    call = make_call(1300, 200, batch=1, heads=8, kv_heads=1, head_dim=16)
+    kinds = gaussian(8, 21, 4, seed=11)  # of tiles: hidden, shown, in between
+    tiles = torch.where(kinds > 0.9, inf, torch.where(kinds < 0.2, -inf, 0.0))
+    rows, keys = torch.arange(1300) // 64, torch.arange(200) // 64
+    shown = tiles[:, rows][:, :, keys] + gaussian(8, 1300, 200, seed=12) > 0
+    assert not shown.any(-1).all(), "some rows see nothing"
+    mask = shown if dtype == torch.bool else torch.zeros(shown.shape).masked_fill(~shown, -inf)
+    verify(replace(call, attn_mask=mask.unsqueeze(0)), isa=number_of(isa_name))
