@@ -182,7 +182,7 @@ class Value:
         return self.graph.add("Min", self, other)
 
     def clip(self, limit: float) -> Value:
-        """To [-limit, limit]."""
+        """To [-limit, limit]. NaN stays, as it does in ONNX Runtime."""
         return self.graph.add("Clip", self, -float(limit), float(limit))
 
     def abs(self) -> Value:
