@@ -113,6 +113,8 @@ class Variant:
 
 
 def attributes() -> dict[str, OpSchema.Attribute]:
+    """The attributes of a node by name."""
+
     def default(name: str, value: Any, doc: str) -> OpSchema.Attribute:
         return OpSchema.Attribute(name, onnx.helper.make_attribute(name, value), doc)
 

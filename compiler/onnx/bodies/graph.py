@@ -1,7 +1,6 @@
 """Nodes of a function body, written as expressions over values.
 
-The methods of ``Value`` are operators of ONNX; only what the bodies use is here. All of them have
-kernels in the CPU and CUDA providers of ONNX Runtime for the types they are used with.
+The methods of ``Value`` are operators of ONNX; only what the bodies use is here.
 """
 
 from __future__ import annotations
@@ -21,20 +20,19 @@ _ATTRIBUTE: Final = {AttributeProto.FLOAT: "value_float", AttributeProto.INT: "v
 
 
 class Graph:
-    """A growing list of nodes in topological order."""
+    """A growing list of nodes in topological order; equal expressions are one node."""
 
     def __init__(self) -> None:
         self._nodes: list[onnx.NodeProto] = []
         self._names: dict[str, int] = {}
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
-        self._dims: dict[tuple[str, int], Value] = {}
+        self._made: dict[bytes, Value] = {}
 
     def input(self, name: str) -> Value:
         """A value that the caller of the function gives, by its name in the signature."""
         return Value(self, name)
 
     def add(self, operator: str, *inputs: Operand, name: str = "", **attributes: Any) -> Value:
-        """Append a node with one output.
+        """The output of a node that has one.
 
         Args:
             operator: of the standard domain.
@@ -43,9 +41,8 @@ class Graph:
             attributes: of the node.
         """
         names = [self.value(x).name for x in inputs]
-        output = self._unique(name or operator.lower())
-        self._nodes.append(helper.make_node(operator, names, [output], **attributes))
-        return Value(self, output)
+        node = helper.make_node(operator, names, [], **attributes)
+        return self._append(node, name or operator.lower())
 
     def value(self, x: Operand) -> Value:
         """``x``, as a constant if it is a Python number."""
@@ -54,11 +51,7 @@ class Graph:
         return self.constant(np.asarray(x, np.float32 if isinstance(x, float) else np.int64))
 
     def constant(self, array: np.ndarray[Any, Any]) -> Value:
-        """A constant; equal ones are one node."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            self._constants[key] = self.add("Constant", value=numpy_helper.from_array(array))
-        return self._constants[key]
+        return self.add("Constant", value=numpy_helper.from_array(array))
 
     def shape(self, *dims: int | Value) -> Value:
         """INT64 (n,), from numbers and INT64 (1,)."""
@@ -71,29 +64,18 @@ class Graph:
                 parts.append(self.constant(np.asarray(known, np.int64)))
         return parts[0] if len(parts) == 1 else self.add("Concat", *parts, axis=0)
 
-    def dim(self, value: Value, axis: int) -> Value:
-        """The size of one axis of a value, INT64 (1,); asked for twice, it is one node."""
-        if (value.name, axis) not in self._dims:
-            size = self.add("Shape", value, start=axis, end=axis + 1)
-            self._dims[value.name, axis] = size
-        return self._dims[value.name, axis]
-
     def attribute(self, name: str, kind: AttributeProto.AttributeType) -> Value:
         """The scalar that the node has in its attribute ``name``: FLOAT or INT64."""
-        made = self.add("Constant", name=name)
-        reference = self._nodes[-1].attribute.add()
-        reference.name = _ATTRIBUTE[kind]
-        reference.ref_attr_name = name
-        reference.type = kind
-        return made
+        node = helper.make_node("Constant", [], [])
+        node.attribute.add(name=_ATTRIBUTE[kind], ref_attr_name=name, type=kind)
+        return self._append(node, name)
 
     def scan(self, body: onnx.GraphProto, state: Value, x: Value) -> Value:
         """What ``body`` (state, slice) -> (state, slice) makes of x, along its first axis."""
-        last = self._unique("last_state")
-        output = self._unique("scan")
-        names = [state.name, x.name], [last, output]
-        self._nodes.append(helper.make_node("Scan", *names, body=body, num_scan_inputs=1))
-        return Value(self, output)
+        outputs = [self._unique("last_state"), self._unique("scan")]
+        names = [state.name, x.name]
+        self._nodes.append(helper.make_node("Scan", names, outputs, body=body, num_scan_inputs=1))
+        return Value(self, outputs[1])
 
     def output(self, value: Value, name: str) -> None:
         """Make a value an output of the function, by its name in the signature."""
@@ -107,6 +89,15 @@ class Graph:
                 needed.update(node.input)
                 used.append(node)
         return used[::-1]
+
+    def _append(self, node: onnx.NodeProto, name: str) -> Value:
+        """The output of a node that lacks only that; of the one that there is, if it is equal."""
+        key = node.SerializeToString()
+        if key not in self._made:
+            node.output.append(self._unique(name))
+            self._nodes.append(node)
+            self._made[key] = Value(self, node.output[0])
+        return self._made[key]
 
     def _unique(self, name: str) -> str:
         count = self._names.get(name, 0)
@@ -133,9 +124,6 @@ class Value:
     def __truediv__(self, other: Operand) -> Value:
         """Division; that of INT64 rounds down, as no operand is negative here."""
         return self.graph.add("Div", self, other)
-
-    def __mod__(self, other: Operand) -> Value:
-        return self.graph.add("Mod", self, other)
 
     def __matmul__(self, other: Value) -> Value:
         return self.graph.add("MatMul", self, other)
@@ -182,7 +170,7 @@ class Value:
         return self.graph.add("Min", self, other)
 
     def clip(self, limit: float) -> Value:
-        """To [-limit, limit]."""
+        """To [-limit, limit]. NaN stays, as it does in ONNX Runtime."""
         return self.graph.add("Clip", self, -float(limit), float(limit))
 
     def abs(self) -> Value:
@@ -257,7 +245,7 @@ class Value:
 
     def dim(self, axis: int) -> Value:
         """The size of one axis, INT64 (1,)."""
-        return self.graph.dim(self, axis)
+        return self.graph.add("Shape", self, start=axis, end=axis + 1)
 
     def indices(self) -> Value:
         """0, 1, ... below this INT64 (1,)."""

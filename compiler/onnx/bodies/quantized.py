@@ -7,7 +7,7 @@ has Exp, not exp2, and nothing needs the other unit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, log, nan
+from math import inf, log
 from typing import Final
 
 from onnx import AttributeProto, TensorProto, helper
@@ -52,7 +52,7 @@ def quantized(graph: Graph, variant: Variant, recipe: Recipe) -> tuple[Value, Va
         # The rows of P now sum to 1, so V's scale returns as it is.
         if recipe.pv is Format.FP8:
             # The rounded P may sum to a little more than 1, which may not make an infinity.
-            output = output.maximum(-E4M3_MAX).minimum(E4M3_MAX)
+            output = output.clip(E4M3_MAX)
         output = output * v_codes.scale
     output = graph.value(0.0).where(dead, output)
 
@@ -63,7 +63,7 @@ def quantized(graph: Graph, variant: Variant, recipe: Recipe) -> tuple[Value, Va
         # The sink joins here: in the running maximum a large sink would cost P its range.
         sink = graph.input("sinks").to_float()
         sink = sink.reshape(graph.shape(1, sizes.kv_heads, 1, sizes.group, 1, 1))
-        with_sink = _log_add_exp(lse, graph.value(nan).where(sink.equals(inf), sink))
+        with_sink = _log_add_exp(lse, sink)
         output = output * (lse - with_sink).exp()  # the keys' share
         dead, lse = dead & sink.equals(-inf), with_sink
     output = dead_value(graph, variant, sizes.key_length).where(dead, output)
@@ -230,6 +230,6 @@ def _product(weights: Value, value: Value, pv: Format) -> Value:
 
 
 def _log_add_exp(a: Value, b: Value) -> Value:
-    """log(exp(a) + exp(b)); -inf for two -inf."""
+    """log(exp(a) + exp(b)); -inf for two -inf, NaN where one is +inf."""
     origin = _origin(a.maximum(b))
     return ((a - origin).exp() + (b - origin).exp()).log() + origin

@@ -154,6 +154,22 @@ def test_attributes_that_a_node_omits_have_their_defaults(recipe: str) -> None:
 
 
 @every_recipe
+@pytest.mark.parametrize("mask_class", MaskClass)
+def test_rows_before_and_behind_the_keys(recipe: str, mask_class: MaskClass) -> None:
+    """More queries than keys, so that a band leaves rows without any, at either end."""
+    call = call_for("plain", torch.float32)
+    call = replace(call, key=call.key[:, :, :3], value=call.value[:, :, :3])
+    window = {"window_left": 1, "window_right": 2} if "window" in mask_class else {}
+    for dead_rows in DeadRows:
+        some = replace(call, semantics=Semantics(mask_class, dead_rows=dead_rows, **window))
+        got = run(session(model_of(some, variant_of(some, recipe))), some)
+        output, lse = dense(some)
+        name = recipe if recipe in RECIPES else "exact"
+        check(got["output"], output, call.value, name)
+        check_lse(got["lse"], lse, name)
+
+
+@every_recipe
 def test_a_window_without_a_limit(recipe: str) -> None:
     """One body serves all windows; -1 on both sides shows everything."""
     call = call_for("plain", torch.float32)
