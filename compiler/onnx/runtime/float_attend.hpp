@@ -108,11 +108,17 @@ SAGE_INLINE void multiply_keys(const float* query, int64_t query_stride,
 // Lanes of two vectors in turn: of their first halves, or of their second halves.
 template <int Half>
 SAGE_INLINE Floats interleave(Floats a, Floats b) {
+    constexpr int kFirst = Half * kLanes / 2;
+#if defined(__clang__)
+    Floats result = a;
+    for (int i = 0; i < kLanes; i++) result[i] = (i % 2 == 0 ? a : b)[kFirst + i / 2];
+    return result;
+#else
     typedef int32_t Order __attribute__((vector_size(sizeof(Floats))));
     Order order;
-    for (int i = 0; i < kLanes; i++)
-        order[i] = int32_t(Half * kLanes / 2 + i / 2 + (i % 2 == 0 ? 0 : kLanes));
+    for (int i = 0; i < kLanes; i++) order[i] = kFirst + i / 2 + (i % 2 == 0 ? 0 : int(kLanes));
     return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Turns kLanes vectors of kLanes lanes around, by perfect shuffles.
