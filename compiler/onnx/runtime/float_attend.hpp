@@ -554,7 +554,7 @@ class RowAttention {
                 Floats x = Isa::load(scores) * factor;
                 if (i + kLanes > count) x = Isa::select(lanes_below(count - i), x, hidden);
                 Isa::store(scores, x);
-                unordered[r] |= Isa::unordered(x);
+                unordered[r] |= Isa::unordered(x, x);
                 lanes[r] = Isa::max(lanes[r], x);
             }
         Isa::reduce_max_each(lanes, results);
