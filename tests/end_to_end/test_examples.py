@@ -1,5 +1,6 @@
 """The examples of calibration: each runs as it is, with little to do, and says what it promises."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,10 @@ def test_a_language_model_is_calibrated_with_its_cache() -> None:
         if line.startswith(("exact ", "policy  "))
     )
     assert abs(exact - policy) < 0.001
+
+
+def test_a_real_model_keeps_its_embeddings_in_onnx_runtime() -> None:
+    printed = output_of("onnx_minilm.py", "--passages", "2")
+    assert "6 nodes of ai.sage::Attention, 1 function for them" in printed
+    assert "function: cosine with PyTorch least 1.000000" in printed
+    assert re.search(r"library: cosine with PyTorch least (0\.999|1\.)", printed)

@@ -1,5 +1,6 @@
 """The README's Python, by copy and paste, in one process from top to bottom."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,7 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     blocks = BLOCK.findall((ROOT / "README.md").read_text())
     # The first block is the one line that the page opens with; it has no model.
     tour = [code for language, code in blocks if language == "python"][1:]
-    assert len(tour) == 7
+    assert len(tour) == 8
     script = tmp_path / "tour.py"
     script.write_text("\n".join(tour))
     done = subprocess.run(
@@ -34,6 +35,22 @@ def test_the_tour_runs_and_prints_what_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "report.json").is_file()
     assert "policy for sm_89: 2 layers" in done.stdout
     assert "<html" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "model.onnx").is_file()
+
+
+def test_the_page_about_onnx_runs(tmp_path: Path) -> None:
+    blocks = BLOCK.findall((ROOT / "docs/onnx.md").read_text())
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(code for language, code in blocks if language == "python"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 rewritten, 0 kept" in done.stdout
 
 
 def test_the_commands_run() -> None:
@@ -58,10 +75,9 @@ def test_the_commands_run() -> None:
     # Those of kernels compile for minutes; here, that they are commands. Other tests run the rest.
     kernels = [command for command in commands if command[0] == "kernels"]
     assert [command[1] for command in kernels] == ["build", "check", "list"]
-    policies = [command for command in commands if command[0] in ("calibrate", "policy")]
-    assert [command[0] for command in policies] == ["calibrate", "policy"]
-    for command in policies:
+    others = [command for command in commands if command[0] not in ("explain", "kernels")]
+    assert [command[0] for command in others] == ["calibrate", "policy", "export", "onnx"]
+    for command in others:
         parser().parse_args(command)
-    assert len(commands) == len(explains) + len(kernels) + len(policies)
     for command in kernels:
         parser().parse_args(command)
