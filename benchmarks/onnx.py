@@ -103,7 +103,9 @@ def _embedding(hidden: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return pooled(hidden, inputs["attention_mask"])
 
 
-def _vision(width: int, heads: int, depth: int, tokens: int, *, adaptive: bool) -> Subject:
+def vision(width: int, heads: int, depth: int, tokens: int, *, adaptive: bool) -> Subject:
+    """A transformer over one sequence of so many tokens."""
+
     def make() -> tuple[nn.Module, None]:
         return transformer(width, heads, depth, tokens, adaptive=adaptive)[0], None
 
@@ -123,9 +125,9 @@ SUBJECTS: Final = {
         [(1, 8), (1, 16), (1, 32), (1, 64), (1, 128), (1, 256), (1, 512), (8, 32), (8, 512)],
         _embedding,
     ),
-    "vit": _vision(768, 12, 12, 1025, adaptive=False),
-    "dit": _vision(384, 6, 12, 1024, adaptive=True),
-    "dit_4096": _vision(384, 6, 12, 4096, adaptive=True),
+    "vit": vision(768, 12, 12, 1025, adaptive=False),
+    "dit": vision(384, 6, 12, 1024, adaptive=True),
+    "dit_4096": vision(384, 6, 12, 4096, adaptive=True),
 }
 
 
@@ -155,6 +157,8 @@ def _sessions(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Else the threads of the session before would still spin while the next one is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, opset in STOCK.items():
         yield name, onnxruntime.InferenceSession(_stock(subject, folder, opset), options)
     model, sizes = subject.make()

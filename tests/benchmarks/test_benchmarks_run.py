@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import budgets, calibration, kernels
+from benchmarks import budgets, calibration, kernels, onnx
 from benchmarks.architectures import transformer
 from benchmarks.cells import MASKS, Cell, accuracy, make_inputs, sage_call, sdpa_call
 from benchmarks.measure import Spread, added, interleave_for, ratio
@@ -92,3 +92,11 @@ def test_the_cost_of_a_calibration_is_counted_in_runs():
     )
     assert row["runs"] > 1 and row["subset"] == "1 heads, 1 queries"
     assert row["parts_s"].keys() >= {"exact", "int8_fp8", "comparing", "measuring", "searching"}
+
+
+def test_files_of_onnx_are_timed_and_compared():
+    (row,) = onnx.measure(onnx.vision(64, 2, 1, 66, adaptive=True), "int8_int8", 1, 0.01)
+    assert row["tokens"] == 66 and row["stock"] in onnx.STOCK
+    assert row["microseconds"].keys() == row["cosine"].keys() == row["rel_l1"].keys()
+    assert row["rel_l1"][row["stock"]] < 1e-5 < row["rel_l1"][onnx.LIBRARY] < 0.02
+    assert row["least_cosine"] > 0.999
