@@ -20,7 +20,7 @@ from sage_compiler.kernels.cuda.pack import build, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
 from sage_compiler.kernels.cuda.toolchain import NAMES, Compiler, find
-from sage_compiler.kernels.cuda.variants import all_specs
+from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs
 from sage_compiler.text import columns
 
 Item = TypeVar("Item")
@@ -71,6 +71,12 @@ def add_command(commands: options.Commands) -> None:
         description=_BUILD,
     )
     _add_compiling(building, "at least one")
+    building.add_argument(
+        "--standalone",
+        action="store_true",
+        help="the kernels for a host that cannot compile, as ONNX Runtime: masks, windows, "
+        "softcap, head_dim 32 to 128",
+    )
     building.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
     options.add_json(building)
 
@@ -117,7 +123,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     if not arguments.arch:
         raise UsageError(f"--arch is missing; known: {', '.join(ARCHS)}")
-    specs = _specs(arguments.arch)
+    specs = _specs(arguments.arch, standalone=arguments.standalone)
     entries = build(
         specs,
         arguments.out,
@@ -161,11 +167,12 @@ def _list(arguments: argparse.Namespace) -> int:
     return options.OK
 
 
-def _specs(archs: Sequence[str]) -> list[KernelSpec]:
+def _specs(archs: Sequence[str], *, standalone: bool = False) -> list[KernelSpec]:
     for arch in archs:
         if arch not in ARCHS:
             raise UsageError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
-    return [spec for arch in dict.fromkeys(archs) for spec in all_specs(arch)]
+    specs_of = standalone_specs if standalone else all_specs
+    return [spec for arch in dict.fromkeys(archs) for spec in specs_of(arch)]
 
 
 def _compiler(arguments: argparse.Namespace) -> Compiler:
