@@ -10,8 +10,7 @@ namespace sage {
 SAGE_DEVICE float load_float(void const* data, int64_t index, MaskKind kind) {
     switch (kind) {
         case MaskKind::kHalf:
-            return arch::unpack_half(
-                       arch::load_global(static_cast<uint16_t const*>(data) + index))
+            return arch::unpack_half(arch::load_global(static_cast<uint16_t const*>(data) + index))
                 .x;
         case MaskKind::kBfloat16:
             return arch::unpack_bfloat16(

@@ -159,8 +159,8 @@ struct MaskRowsParams {
 struct MaskKeysParams {
     Mask mask;
     uint8_t const* discerning;
-    uint8_t* keys;          // (MB, MHkv, Lk): kSeen and kCounts
-    int64_t heads, group;   // MHkv, and heads of the mask for each: 1 or G
+    uint8_t* keys;         // (MB, MHkv, Lk): kSeen and kCounts
+    int64_t heads, group;  // MHkv, and heads of the mask for each: 1 or G
     int64_t query_length, key_length;
     int64_t key_blocks;
     int64_t lower, upper;
