@@ -31,11 +31,13 @@ DEMO := $(VENV)/.stamp-demo
 PLOTS := $(VENV)/.stamp-bench
 CUDA := $(VENV)/.stamp-cuda
 ONNX := $(VENV)/.stamp-onnx
-# The native library: what it is built from, and where in a build folder setup.py puts it.
-NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/*)
+# The native libraries: what they are built from, and where in a build folder setup.py puts the one
+# of the CPU kernels.
+NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/* \
+  $(addprefix compiler/onnx/runtime/*.,h hpp cpp map))
 NATIVE_FOLDER := sage_compiler/kernels/cpu
-# The strict editable install, which mypy needs, links the files that it finds, and the library is
-# compiled: both are redone when the set of file names or what the library is built from changes,
+# The strict editable install, which mypy needs, links the files that it finds, and the libraries are
+# compiled: both are redone when the set of file names or what they are built from changes,
 # hence a checksum of these in the stamp's name.
 CHECKSUM := $(shell { find $(SOURCES) -type f ! -path '*/__pycache__/*' ! -name '*.so' ! -name '*.dylib' \
   | LC_ALL=C sort; cat $(NATIVE); echo '$(CXX) $(CC) $(CFLAGS) $(CXXFLAGS) $(LDFLAGS)'; } | cksum | cut -d' ' -f1)
@@ -121,7 +123,7 @@ wheel: $(ENVIRONMENT) ## build the wheel into dist/
 
 clean: ## remove what was built, except .venv
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f $(VENV)/.stamp-package-* compiler/kernels/cpu/*.so compiler/kernels/cpu/*.dylib
+	rm -f $(VENV)/.stamp-package-* $(foreach suffix,so dylib,compiler/kernels/cpu/*.$(suffix) compiler/onnx/runtime/*.$(suffix))
 	find $(SOURCES) tests $(wildcard examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv as well

@@ -1,8 +1,10 @@
-"""Build the native library of sage_compiler.kernels.cpu. All else about the package is declared in
-pyproject.toml.
+"""Build the native libraries. All else about the package is declared in pyproject.toml.
 
-The library knows nothing of Python: it is plain C behind sage_cpu.h, loaded by ctypes, so that one
-wheel py3-none-<platform> serves every Python. It is compiled for the baseline of its architecture,
+    sage_compiler/kernels/cpu/libsage_cpu    attention on CPUs behind sage_cpu.h, loaded by ctypes
+    sage_compiler/onnx/runtime/libsage_ort   ONNX Runtime's operator library, the first one inside
+
+They know nothing of Python and are plain C to those who load them, so that one wheel
+py3-none-<platform> serves every Python. They are compiled for the baseline of their architecture,
 except for one source for each instruction set, which runs where the machine has that. A source
 whose flags the compiler rejects is left out, and the others are told by its macro:
 
@@ -11,8 +13,8 @@ whose flags the compiler rejects is left out, and the others are told by its mac
     isa_avx2.cpp        SAGE_CPU_WITHOUT_AVX2
 
 Environment: CXX compiles and CC links (C, so that no C++ runtime is needed); CPPFLAGS, CFLAGS,
-CXXFLAGS and LDFLAGS come after the flags below. Where the library cannot be built, the package is
-installed without it, with a warning; with SAGE_CPU_REQUIRED=1 that is an error.
+CXXFLAGS and LDFLAGS come after the flags below. Where the libraries cannot be built, the package is
+installed without them, with a warning; with SAGE_CPU_REQUIRED=1 that is an error.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,15 +35,25 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-FOLDER = Path("compiler/kernels/cpu")
-SOURCES = sorted(map(str, FOLDER.glob("src/*.cpp")))
-HEADERS = sorted(map(str, [*FOLDER.glob("*.h"), *FOLDER.glob("src/*.hpp")]))
+CPU = Path("compiler/kernels/cpu")
+ORT = Path("compiler/onnx/runtime")
+CPU_SOURCES = sorted(map(str, CPU.glob("src/*.cpp")))
+ORT_SOURCES = sorted(map(str, ORT.glob("*.cpp")))
+CPU_HEADERS = sorted(map(str, [*CPU.glob("*.h"), *CPU.glob("src/*.hpp")]))
+ORT_HEADERS = sorted(map(str, [*ORT.glob("*.h"), *ORT.glob("*.hpp"), ORT / "exports.map"]))
 
 # -ffp-contract=fast and the two that assume no traps and no errno let the compiler use FMA and
 # vectors; unlike -ffast-math they keep NaN and infinity.
 FLAGS = f"""-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno
-  -fno-trapping-math -ffp-contract=fast -Wall -Wextra -I{FOLDER}""".split()
+  -fno-trapping-math -ffp-contract=fast -Wall -Wextra -I{CPU}""".split()
 LINK_FLAGS = ["-shared", "-lm", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
+
+# libsage_ort exports nothing of sage_cpu.h, whose functions may be those of another libsage_cpu.
+LINKER_SCRIPT = (
+    ["-Wl,-exported_symbol,_RegisterCustomOps", "-Wl,-exported_symbol,_sage_ort_*"]
+    if sys.platform == "darwin"
+    else [f"-Wl,--version-script={ORT}/exports.map"]
+)
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -103,6 +116,10 @@ def accepts(compile_command: list[str], flags: list[str], instruction: str) -> b
 class BuildLibrary(build_ext):
     """Builds a plain shared library where setuptools would build an extension module."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.compiled: set[str] = set()  # objects of this build: the libraries share some
+
     def get_ext_filename(self, fullname: str) -> str:
         suffix = ".dylib" if sys.platform == "darwin" else ".so"
         return os.path.join(*fullname.split(".")) + suffix
@@ -129,6 +146,7 @@ class BuildLibrary(build_ext):
             isa = Path(source).stem.removeprefix("isa_").upper()
             cxx.append(f"-DSAGE_CPU_WITHOUT_{isa}")
 
+        cxx += [f"-D{name}={value}" for name, value in ext.define_macros]
         cxx += from_environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")
         objects = {source: f"{self.build_temp}/{Path(source).stem}.o" for source in flags_of}
         os.makedirs(self.build_temp, exist_ok=True)
@@ -137,10 +155,14 @@ class BuildLibrary(build_ext):
             commands = (
                 [*cxx, *flags, "-c", source, "-o", objects[source]]
                 for source, flags in flags_of.items()
+                if source not in self.compiled
             )
             list(pool.map(run, commands))
+        self.compiled.update(flags_of)
         environment = from_environment("CFLAGS", "LDFLAGS")
-        run([*cc, *objects.values(), "-o", library, *LINK_FLAGS, *environment])
+        run(
+            [*cc, *objects.values(), "-o", library, *LINK_FLAGS, *ext.extra_link_args, *environment]
+        )
 
 
 class PlatformWheel(bdist_wheel):
@@ -150,14 +172,25 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+OPTIONAL = os.environ.get("SAGE_CPU_REQUIRED") != "1"
+VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+
 setup(
     ext_modules=[
         Extension(
             "sage_compiler.kernels.cpu.libsage_cpu",
-            SOURCES,
-            depends=[*HEADERS, "setup.py"],
-            optional=os.environ.get("SAGE_CPU_REQUIRED") != "1",
-        )
+            CPU_SOURCES,
+            depends=[*CPU_HEADERS, "setup.py"],
+            optional=OPTIONAL,
+        ),
+        Extension(
+            "sage_compiler.onnx.runtime.libsage_ort",
+            [*CPU_SOURCES, *ORT_SOURCES],
+            depends=[*CPU_HEADERS, *ORT_HEADERS, "setup.py", "pyproject.toml"],
+            define_macros=[("SAGE_VERSION", f'"{VERSION}"')],
+            extra_link_args=LINKER_SCRIPT,
+            optional=OPTIONAL,
+        ),
     ],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

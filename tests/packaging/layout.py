@@ -14,12 +14,13 @@ PACKAGE_DIRS: Final[dict[str, str]] = PYPROJECT["tool"]["setuptools"]["package-d
 CACHE_FOLDERS: Final = frozenset({"__pycache__"})
 BUILD_PRODUCTS: Final = frozenset({".pyc", ".o", ".so", ".dylib"})
 
-# The native library: its sources, which the wheel holds as one file.
-NATIVE_SOURCES: Final = ROOT / "compiler/kernels/cpu/src"
+# The native libraries: their sources, each of which the wheel holds as one file.
+_SUFFIX: Final = ".dylib" if sys.platform == "darwin" else ".so"
+NATIVE_SOURCES: Final = (ROOT / "compiler/kernels/cpu/src", ROOT / "compiler/onnx/runtime")
 NATIVE_HEADER: Final = ROOT / "compiler/kernels/cpu/sage_cpu.h"
-NATIVE_LIBRARY: Final = "sage_compiler/kernels/cpu/libsage_cpu" + (
-    ".dylib" if sys.platform == "darwin" else ".so"
-)
+NATIVE_LIBRARY: Final = f"sage_compiler/kernels/cpu/libsage_cpu{_SUFFIX}"
+ORT_HEADER: Final = ROOT / "compiler/onnx/runtime/sage_ort.h"
+ORT_LIBRARY: Final = f"sage_compiler/onnx/runtime/libsage_ort{_SUFFIX}"
 
 
 def source_files(folder: Path) -> Iterator[Path]:

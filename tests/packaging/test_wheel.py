@@ -1,5 +1,5 @@
-"""The wheel holds the package's files at their mapped places and the native library, and nothing
-else; the library is plain C."""
+"""The wheel holds the package's files at their mapped places and the native libraries, and
+nothing else; the libraries are plain C."""
 
 import os
 import re
@@ -19,6 +19,8 @@ from tests.packaging.layout import (
     NATIVE_HEADER,
     NATIVE_LIBRARY,
     NATIVE_SOURCES,
+    ORT_HEADER,
+    ORT_LIBRARY,
     PACKAGE_DIRS,
     PYPROJECT,
     ROOT,
@@ -30,11 +32,11 @@ READS_ELF = pytest.mark.skipif(sys.platform != "linux", reason="reads the librar
 
 def expected_contents() -> set[str]:
     """The wheel's files, outside its dist-info, as the tree says."""
-    return {NATIVE_LIBRARY} | {
+    return {NATIVE_LIBRARY, ORT_LIBRARY} | {
         f"{package.replace('.', '/')}/{file.as_posix()}"
         for package, folder in PACKAGE_DIRS.items()
         for file in source_files(ROOT / folder)
-        if not (ROOT / folder / file).is_relative_to(NATIVE_SOURCES)
+        if not any((ROOT / folder / file).is_relative_to(sources) for sources in NATIVE_SOURCES)
     }
 
 
@@ -95,10 +97,14 @@ def wheel(tree: Path) -> zipfile.ZipFile:
     return open_wheel(tree / "dist")
 
 
-@pytest.fixture(scope="module")
-def library(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The native library, out of the wheel."""
-    return Path(wheel.extract(NATIVE_LIBRARY, tmp_path_factory.mktemp("library")))
+@pytest.fixture(scope="module", params=[NATIVE_LIBRARY, ORT_LIBRARY])
+def library(
+    wheel: zipfile.ZipFile,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Path:
+    """A native library, out of the wheel."""
+    return Path(wheel.extract(request.param, tmp_path_factory.mktemp("library")))
 
 
 def read_info(wheel: zipfile.ZipFile, name: str) -> str:
@@ -172,15 +178,16 @@ def printed(*command: str | Path) -> str:
 
 
 @READS_ELF
-def test_the_library_exports_what_its_header_declares(library: Path) -> None:
+def test_a_library_exports_what_its_header_declares(library: Path) -> None:
     symbols = printed("nm", "--dynamic", "--defined-only", "--format=posix", library)
-    declared = re.findall(r"SAGE_CPU_EXPORT [^(;]*?\b(sage_cpu_\w+)\(", NATIVE_HEADER.read_text())
-    assert len(declared) > 5
+    header = NATIVE_HEADER if library.match(NATIVE_LIBRARY) else ORT_HEADER
+    declared = re.findall(r"^SAGE_\w+_EXPORT .*?(\w+)\(", header.read_text(), re.MULTILINE)
+    assert len(declared) > 2
     assert sorted(line.split()[0] for line in symbols.splitlines()) == sorted(declared)
 
 
 @READS_ELF
-def test_the_library_needs_the_c_library_alone(library: Path) -> None:
+def test_a_library_needs_the_c_library_alone(library: Path) -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", printed("readelf", "--dynamic", library))
     assert needed
     assert not [name for name in needed if not re.match(r"(libc|libm|ld-linux.*)\.so", name)]
@@ -206,10 +213,12 @@ def test_without_a_compiler_the_wheel_is_built_without_the_library(
     without = {"CXX": "no-such-compiler"}
     result = build_wheel(tree, "without", without)
     assert result.returncode == 0, result.stdout
-    (warning,) = (line for line in result.stdout.splitlines() if "no-such-compiler" in line)
-    assert "libsage_cpu" in warning and "CXX" in warning
+    warnings = [line for line in result.stdout.splitlines() if "no-such-compiler" in line]
+    for library, warning in zip(("libsage_cpu", "libsage_ort"), warnings, strict=True):
+        assert library in warning and "CXX" in warning
     names = set(open_wheel(tree / "without").namelist())
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} - names == {
-        NATIVE_LIBRARY
+        NATIVE_LIBRARY,
+        ORT_LIBRARY,
     }
     assert build_wheel(tree, "required", without | {"SAGE_CPU_REQUIRED": "1"}).returncode != 0

@@ -1,0 +1,170 @@
+#include <string.h>
+
+#include "kernels.hpp"
+#include "sinks.hpp"
+#include "status.hpp"
+
+namespace sage_ort {
+namespace {
+
+using sage_cpu::Carver;
+
+// What the library takes of head dims.
+constexpr int64_t kHeadDimStep = 8, kLeastHeadDim = 16;
+constexpr int64_t kRowsOfTask = 256;
+
+int64_t fitting(int64_t head_dim) {
+    return sage_cpu::round_up(sage_cpu::max(head_dim, kLeastHeadDim), kHeadDimStep);
+}
+
+int32_t cpu_dtype(ElementType dtype) {
+    switch (dtype) {
+        case kFloat16:
+            return SAGE_CPU_FLOAT16;
+        case kBFloat16:
+            return SAGE_CPU_BFLOAT16;
+        case kBool:
+            return SAGE_CPU_BOOL;
+        default:
+            return SAGE_CPU_FLOAT32;
+    }
+}
+
+// Rows that lie dense, of any width.
+struct Rows {
+    char* data;
+    int64_t count, bytes;  // of one row
+};
+
+// Copies rows to rows of another width: cut, or filled up with zeros.
+void copy_rows(const Threads& threads, const Rows& from, const Rows& to) {
+    struct Copy {
+        Rows from, to;
+    } copy{from, to};
+    auto task = [](void* argument, int64_t index) {
+        const auto& [source, target] = *static_cast<Copy*>(argument);
+        int64_t kept = sage_cpu::min(source.bytes, target.bytes);
+        int64_t last = sage_cpu::min((index + 1) * kRowsOfTask, source.count);
+        for (int64_t row = index * kRowsOfTask; row < last; row++) {
+            char* place = target.data + row * target.bytes;
+            memcpy(place, source.data + row * source.bytes, size_t(kept));
+            memset(place + kept, 0, size_t(target.bytes - kept));
+        }
+    };
+    threads.run(sage_cpu::ceil_div(from.count, kRowsOfTask), task, &copy);
+}
+
+// A tensor of a call as the library sees it. Zeros in further channels change no score, and further
+// channels of V none of the others: so head dims that the library does not take are filled up.
+struct Operand {
+    Rows given, used;
+
+    Operand(Carver& carver, const void* data, int64_t count, int64_t head_dim, int64_t size) {
+        given = {static_cast<char*>(const_cast<void*>(data)), count, head_dim * size};
+        used = {given.data, count, fitting(head_dim) * size};
+        if (is_copy()) used.data = carver.take<char>(used.count * used.bytes);
+    }
+
+    bool is_copy() const { return given.bytes != used.bytes; }
+
+    void fill(const Threads& threads) const {
+        if (is_copy()) copy_rows(threads, given, used);
+    }
+    void give_back(const Threads& threads) const {
+        if (is_copy()) copy_rows(threads, used, given);
+    }
+
+    sage_cpu_tensor tensor(int64_t heads, int64_t length, int64_t head_dim) const {
+        int64_t row = fitting(head_dim);
+        return {used.data, {heads * length * row, length * row, row, 1}};
+    }
+};
+
+// The memory of a call: what its tensors are filled up in, and sinks as floats.
+struct Operands {
+    Operand query, key, value, output;
+    float* sinks;
+
+    Operands(Carver& carver, const Call& c)
+        : query(carver, c.query, c.batch * c.heads * c.query_length, c.head_dim,
+                element_size(c.dtype)),
+          key(carver, c.key, c.batch * c.kv_heads * c.key_length, c.head_dim,
+              element_size(c.dtype)),
+          value(carver, c.value, c.batch * c.kv_heads * c.key_length, c.value_head_dim,
+                element_size(c.dtype)),
+          output(carver, c.output, c.batch * c.heads * c.query_length, c.value_head_dim,
+                 element_size(c.dtype)),
+          sinks(carver.take<float>(c.heads)) {}
+};
+
+sage_cpu_problem describe(const Node& node, const Call& call, int32_t recipe) {
+    sage_cpu_problem p{};
+    p.struct_size = int32_t(sizeof p);
+    p.isa = SAGE_CPU_ISA_AUTO;
+    p.recipe = recipe;
+    p.dtype = cpu_dtype(call.dtype);
+    p.batch = call.batch;
+    p.heads = call.heads;
+    p.kv_heads = call.kv_heads;
+    p.query_length = call.query_length;
+    p.key_length = call.key_length;
+    p.head_dim = fitting(call.head_dim);
+    p.value_head_dim = fitting(call.value_head_dim);
+    p.window_left = call.band.left;
+    p.window_right = call.band.right;
+    p.diagonal = call.band.diagonal;
+    p.scale = node.scale;
+    p.softcap = node.softcap;
+    p.dead_rows = node.dead_rows == DeadRows::kNan ? SAGE_CPU_DEAD_NAN : SAGE_CPU_DEAD_ZERO;
+    if (call.mask.data != nullptr) {
+        p.mask_dtype = cpu_dtype(call.mask.dtype);
+        p.mask.data = const_cast<void*>(call.mask.data);
+        memcpy(p.mask.stride, call.mask.stride, sizeof p.mask.stride);
+    }
+    p.lse = call.lse;
+    return p;
+}
+
+OrtStatus* refused(const OrtApi& api, int32_t error) {
+    return refuse(api, ORT_INVALID_ARGUMENT, "%s", sage_cpu_describe(error));
+}
+
+}  // namespace
+
+OrtStatus* attend_quantized(const Setting& setting, const Call& call, int32_t recipe) {
+    sage_cpu_problem problem = describe(setting.node, call, recipe);
+    int64_t workspace_bytes;
+    int32_t error = sage_cpu_workspace_size(&problem, setting.threads.workers(), &workspace_bytes);
+    if (error != SAGE_CPU_OK) return refused(setting.api, error);
+
+    Carver measured{nullptr};
+    Operands(measured, call);
+    measured.take<char>(workspace_bytes);
+    Scratch scratch(setting.allocator);
+    Carver carver{scratch.allocate(measured.used)};
+    if (carver.base == nullptr)
+        return refuse(setting.api, ORT_FAIL, "no memory for a workspace of %lld bytes",
+                      static_cast<long long>(measured.used));
+    Operands operands(carver, call);
+    char* workspace = carver.take<char>(workspace_bytes);
+
+    problem.query = operands.query.tensor(call.heads, call.query_length, call.head_dim);
+    problem.key = operands.key.tensor(call.kv_heads, call.key_length, call.head_dim);
+    problem.value = operands.value.tensor(call.kv_heads, call.key_length, call.value_head_dim);
+    problem.output = operands.output.tensor(call.heads, call.query_length, call.value_head_dim);
+    problem.sinks = read_sinks(call, operands.sinks);
+    operands.query.fill(setting.threads);
+    operands.key.fill(setting.threads);
+    operands.value.fill(setting.threads);
+    error = sage_cpu_attention(&problem, setting.threads.host(), workspace, workspace_bytes);
+    if (error != SAGE_CPU_OK) return refused(setting.api, error);
+    operands.output.give_back(setting.threads);
+    return nullptr;
+}
+
+// Until there is arithmetic on tensors as they lie.
+OrtStatus* attend_float(const Setting& setting, const Call& call) {
+    return attend_quantized(setting, call, SAGE_CPU_FLOAT);
+}
+
+}  // namespace sage_ort
