@@ -10,14 +10,15 @@ record a line, words separated by one space:
     attention ARCH DTYPE RECIPE LEAST MOST VALUE_LEAST VALUE_MOST WINDOW MASKED SOFTCAP
         STATISTICS QUERY KEY VALUE ATTEND SMOOTHS PADDED PADDED_VALUE
         QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES                      (all in one line)
-    end RECORDS
+    end SHA256
 
 An ``arch`` comes before what names it. RECIPES are separated by commas, the device's default first.
 ROWS to SINKS and STATISTICS to ATTEND are kernels, by their position among the ``kernel`` lines
 from 0 on; -1 is one that the pack does not have. An ``attention`` serves every head_dim from LEAST
 to MOST, of V from VALUE_LEAST to VALUE_MOST; WINDOW to SMOOTHS are 0 or 1, as of ``AttendSpec`` and
 whether Q is smoothed. PADDED are the channels of quantized operands, QUERY_BYTES the codes of a
-query block, the others are ``KeyValueTile``. RECORDS counts the lines before the last one.
+query block, the others are ``KeyValueTile``. The SHA256 in the last line is of all lines before it,
+that of a kernel of its image, both in hexadecimal.
 
 A kernel's image is ``ARCH/SYMBOL.cubin`` beside the table. FORMAT is raised whenever a kernel means
 something else by its parameters, or is launched otherwise.
@@ -29,7 +30,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from sage_compiler.kernels.cuda.manifest import Entry
+from sage_compiler.kernels.cuda.manifest import Entry, digest
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     ARCHS,
@@ -59,8 +60,12 @@ def launch_table(specs: Sequence[KernelSpec], entries: Sequence[Entry]) -> str:
         *(_kernel(spec, entry) for spec, entry in zip(specs, entries, strict=True)),
         *(record for arch in used for record in _attentions(arch, at)),
     ]
-    records.append(("end", len(records)))
-    return "".join(" ".join(map(str, record)) + "\n" for record in records)
+    return signed("".join(" ".join(map(str, record)) + "\n" for record in records))
+
+
+def signed(records: str) -> str:
+    """The lines before the last one, and the last one."""
+    return f"{records}end {digest(records.encode())}\n"
 
 
 def _arch(arch: Arch, at: Mapping[KernelSpec, int]) -> Sequence[_Word]:

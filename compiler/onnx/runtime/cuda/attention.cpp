@@ -14,7 +14,7 @@ constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kQueryScales = sage::kQueryBlock / 4;  // of a query block
+constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
 
 // What serves a recipe, the nearest first: nothing that is less accurate.
 struct Chain {
@@ -152,7 +152,7 @@ bool Work::lay_out(const Attention& a, Error& error) {
     sizes_[kKeySums] = heads * chunks_ * plan_->padded * 4;
     sizes_[kValueAmax] = heads * chunks_ * plan_->padded_value * 4;
     sizes_[kQueryCodes] = rows * plan_->query_tile_bytes;
-    sizes_[kQueryScales] = rows * kQueryScales * 4;
+    sizes_[kQueryScales] = rows * kScalesOfBlock * 4;
     sizes_[kMeans] = smooths ? rows * plan_->padded * 4 : 0;
     sizes_[kRowTerm] = needs_row_term ? a.batch * a.heads * a.query_length * 4 : 0;
     sizes_[kTiles] = heads * key_blocks_ * plan_->tile_bytes;

@@ -130,7 +130,10 @@ bool Device::open(int ordinal, Error& error) {
     }
     if (!loaded_.resize(pack_.kernels().size())) return error.set("no memory for kernels");
     for (size_t i = 0; i < loaded_.size(); i++) loaded_[i] = {nullptr, nullptr};
-    return SAGE_CUDA_CHECK(driver_, error, cuDevicePrimaryCtxRetain, &context_, device_);
+    CUcontext context = nullptr;
+    if (!SAGE_CUDA_CHECK(driver_, error, cuDevicePrimaryCtxRetain, &context, device_)) return false;
+    context_ = context;
+    return true;
 }
 
 bool Device::load(int64_t index, CUstream stream, Error& error) {

@@ -13,7 +13,10 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kFormat[] = "1";
+constexpr char kTitle[] = "sage-launches 1\n";  // with FORMAT of launch_table.py
+constexpr char kEnd[] = "end ";
+constexpr char kWordCharacters[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_";
 constexpr size_t kMostWords = 32;        // of a record
 constexpr size_t kMostBytes = 64 << 20;  // of a file: far above any
 
@@ -45,8 +48,8 @@ class Record {
     Record& text(char (&value)[kBytes]) {
         const char* const word = next();
         const size_t length = strlen(word);
-        // They become parts of paths.
-        if (length == 0 || length >= kBytes || strchr(word, '/') != nullptr || word[0] == '.') {
+        // They become parts of paths and of messages.
+        if (length == 0 || length >= kBytes || strspn(word, kWordCharacters) != length) {
             ok_ = false;
             value[0] = '\0';
         } else {
@@ -115,6 +118,21 @@ bool parse_recipes(char* list, Arch& arch) {
     return arch.recipe_count > 0;
 }
 
+// Checks the last line, and takes it off.
+bool check_end(char* text, size_t bytes, Error& error) {
+    constexpr size_t kEndBytes = sizeof kEnd - 1 + kDigestText + 1;
+    char* const end = bytes < kEndBytes ? nullptr : text + bytes - kEndBytes;
+    const bool is_whole = end != nullptr && strlen(text) == bytes && text[bytes - 1] == '\n' &&
+                          strncmp(end, kEnd, sizeof kEnd - 1) == 0;
+    if (!is_whole) return error.set("%s is cut off, or is no launch table", kTable);
+    char digest[kDigestText + 1];
+    sha256(text, size_t(end - text), digest);
+    if (strncmp(end + sizeof kEnd - 1, digest, kDigestText) != 0)
+        return error.set("%s: its checksum differs", kTable);
+    *end = '\0';
+    return true;
+}
+
 }  // namespace
 
 const char* name_of(Dtype dtype) { return kDtypeNames[int(dtype)]; }
@@ -136,42 +154,33 @@ bool Pack::open(const char* folder, Error& error) {
     snprintf(folder_, sizeof folder_, "%s", folder);
     snprintf(path, sizeof path, "%s/%s", folder_, kTable);
     Array<char> text;
-    if (check_safe(folder, reason) && read_file(path, text, reason) && parse(text.data(), reason))
+    if (check_safe(folder, reason) && read_file(path, text, reason) &&
+        parse(text.data(), text.size(), reason))
         return true;
     return error.set(
         "the kernel pack %s: %s; build it again with `sagec kernels build --standalone`", folder,
         reason.text);
 }
 
-bool Pack::parse(char* text, Error& error) {
-    int64_t records = 0;
-    bool ended = false;
+bool Pack::parse(char* text, size_t bytes, Error& error) {
+    if (!check_end(text, bytes, error)) return false;
+    if (strncmp(text, kTitle, sizeof kTitle - 1) != 0)
+        return error.set("%s is not a launch table of the format that this library reads", kTable);
+    int64_t line_number = 1;
     char* rest_of_text = nullptr;
-    for (char* line = strtok_r(text, "\n", &rest_of_text); line != nullptr;
+    for (char* line = strtok_r(text + sizeof kTitle - 1, "\n", &rest_of_text); line != nullptr;
          line = strtok_r(nullptr, "\n", &rest_of_text)) {
+        line_number++;
         char* words[kMostWords];
         size_t count = 0;
         char* rest = nullptr;
         for (char* word = strtok_r(line, " ", &rest); word != nullptr && count < kMostWords;
              word = strtok_r(nullptr, " ", &rest))
             words[count++] = word;
-        if (records == 0) {
-            if (count != 2 || strcmp(words[0], "sage-launches") != 0)
-                return error.set("%s is not a launch table", kTable);
-            if (strcmp(words[1], kFormat) != 0)
-                return error.set("%s is of format %s, and this library reads format %s", kTable,
-                                 words[1], kFormat);
-        } else if (count == 2 && strcmp(words[0], "end") == 0) {
-            ended = strtoll(words[1], nullptr, 10) == records &&
-                    strtok_r(nullptr, "\n", &rest_of_text) == nullptr;
-            break;
-        } else if (!parse_record(words, count)) {
+        if (!parse_record(words, count))
             return error.set("line %lld of %s is not as it must be",
-                             static_cast<long long>(records + 1), kTable);
-        }
-        records++;
+                             static_cast<long long>(line_number), kTable);
     }
-    if (!ended) return error.set("%s is cut off", kTable);
     const int64_t kernels = int64_t(kernels_.size());
     for (const Arch& arch : archs_)
         for (const int64_t kernel : {arch.mask_rows, arch.mask_keys, arch.mask_counts, arch.sinks})

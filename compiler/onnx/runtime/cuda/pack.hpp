@@ -83,7 +83,7 @@ class Pack {
     bool read_image(const Kernel& kernel, Array<char>& image, Error& error) const;
 
  private:
-    bool parse(char* text, Error& error);
+    bool parse(char* text, size_t bytes, Error& error);
     bool parse_record(char** words, size_t count);
 
     char folder_[512] = "";
