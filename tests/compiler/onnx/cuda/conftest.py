@@ -31,15 +31,21 @@ def _driver() -> TestDriver:
 
 
 @pytest.fixture
-def driver(_driver: TestDriver) -> Iterator[TestDriver]:
-    """A driver that executes; whatever it was asked for is given back at the end of a test."""
+def executing(_driver: TestDriver) -> Iterator[TestDriver]:
+    """A driver that executes."""
     the_host().reset()
     _driver.reset(executes=True)
-    held = _driver.held()
     yield _driver
-    assert _driver.held() == held
     _driver.reset()
     the_host().reset()
+
+
+@pytest.fixture
+def driver(executing: TestDriver) -> Iterator[TestDriver]:
+    """As ``executing``; whatever it was asked for is given back at the end of a test."""
+    held = executing.held()
+    yield executing
+    assert executing.held() == held
 
 
 @pytest.fixture
