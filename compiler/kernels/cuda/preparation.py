@@ -68,7 +68,7 @@ class MaskCountsSpec(PreparationSpec):
 
     @property
     def shared_bytes(self) -> int:
-        return 2 * _THREADS * _WORD_BYTES
+        return _THREADS * _WORD_BYTES
 
 
 @dataclass(frozen=True, slots=True)

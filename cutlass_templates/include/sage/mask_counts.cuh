@@ -1,4 +1,5 @@
-// How many keys of a head count in statistics; where none would, all that are seen do.
+// How many keys of a head count in statistics: some, if any is seen, since a query that sees one
+// with an ordinary bias makes that count, and another all that it sees.
 #pragma once
 
 #include <sage/visibility.cuh>
@@ -10,37 +11,24 @@ struct MaskCounts {
     using Params = MaskCountsParams;
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kMinBlocks = 1;
-    static constexpr int kSharedBytes = 2 * kThreads * sizeof(uint32_t);
+    static constexpr int kSharedBytes = kThreads * sizeof(uint32_t);
 
     SAGE_DEVICE static void run(Params const& p) {
         Split const head(arch::block_index(), p.heads);
-        uint8_t* const keys = p.keys + arch::block_index() * p.key_length;
-        uint32_t seen = 0, counted = 0;
+        uint8_t const* const keys = p.keys + arch::block_index() * p.key_length;
+        uint32_t counted = 0;
         for (int64_t key = arch::thread_index(); key < p.key_length; key += kThreads) {
-            uint8_t const found = arch::load_global(keys + key);
-            seen += (found & kSeen) != 0;
-            counted += (found & kCounts) != 0;
+            counted += (arch::load_global(keys + key) & kCounts) != 0;
         }
 
         uint32_t* const shared = reinterpret_cast<uint32_t*>(arch::shared_memory());
-        arch::store_shared(shared + arch::thread_index(), seen);
-        arch::store_shared(shared + kThreads + arch::thread_index(), counted);
+        arch::store_shared(shared + arch::thread_index(), counted);
         arch::barrier();
-        seen = counted = 0;
+        counted = 0;
         for (int thread = 0; thread < kThreads; ++thread) {
-            seen += arch::load_shared(shared + thread);
-            counted += arch::load_shared(shared + kThreads + thread);
+            counted += arch::load_shared(shared + thread);
         }
 
-        if (counted == 0) {
-            // A thread loads only what no thread stores, or what it stores itself later.
-            for (int64_t key = arch::thread_index(); key < p.key_length; key += kThreads) {
-                if (arch::load_global(keys + key) != 0) {
-                    arch::store_global(keys + key, static_cast<uint8_t>(kSeen | kCounts));
-                }
-            }
-            counted = seen;
-        }
         int64_t const repeats = p.batch_repeats * p.head_repeats;
         for (int64_t i = arch::thread_index(); i < repeats; i += kThreads) {
             Split const repeat(i, p.head_repeats);

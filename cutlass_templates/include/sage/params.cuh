@@ -168,9 +168,9 @@ struct MaskKeysParams {
 
 // One block per key/value head of the mask.
 struct MaskCountsParams {
-    uint8_t* keys;  // as above; where none counts, all that are seen begin to
-    float* counts;  // (B, Hkv): how many keys count
-    int64_t heads;  // MHkv
+    uint8_t const* keys;  // as above
+    float* counts;        // (B, Hkv): how many keys count
+    int64_t heads;        // MHkv
     int64_t key_length;
     int64_t batch_repeats, head_repeats;  // B / MB, Hkv / MHkv
 };

@@ -1,6 +1,7 @@
 // A CUDA driver for tests: it notes what is asked of it, fails where it is told to, and hands the
 // rest on to the look-alike of cutlass_templates/host, or pretends that it was done.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -137,6 +138,7 @@ API int cuCtxPopCurrent_v2(void** context) {
 
 API int cuModuleLoadData(void** module, void const* image) {
     *module = &state();
+    if (state().target == nullptr) usleep(1000);  // for other threads to come
     FORWARD(cuModuleLoadData, (void**, void const*), module, image);
     state().modules += result == 0;
     return result;

@@ -269,8 +269,9 @@ class Prepared:
         sizes = (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2])
         dims = (query.shape[3], value.shape[3])
         self.attention = a = describe((*sizes, *dims), query.dtype, call.semantics, recipe)
-        self.output = torch.full((*query.shape[:3], dims[1]), torch.nan, dtype=query.dtype)
-        self.lse = torch.full(query.shape[:3], torch.nan) if want_lse else None
+        self.output = query.new_full((*query.shape[:3], dims[1]), torch.nan)
+        lse = query.new_full(query.shape[:3], torch.nan, dtype=torch.float32)
+        self.lse = lse if want_lse else None
         a.query, a.key, a.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
         a.output, a.lse = self.output.data_ptr(), None if self.lse is None else self.lse.data_ptr()
         if mask is not None:
@@ -282,9 +283,11 @@ class Prepared:
             a.mask = Mask(mask.data_ptr(), (ctypes.c_int64 * 4)(*strides), KINDS[mask.dtype])
         if sinks is not None:
             a.sinks, a.sinks_kind = sinks.data_ptr(), KINDS[sinks.dtype]
-        self.scratch = torch.full((device.scratch_bytes(a),), 0xC5, dtype=torch.uint8)
+        self.scratch = query.new_full((device.scratch_bytes(a),), 0xC5, dtype=torch.uint8)
 
-    def launch(self, allow: Callable[..., None] = lambda *_, **__: None) -> None:
+    def launch(
+        self, allow: Callable[..., None] = lambda *_, **__: None, stream: int = STREAM
+    ) -> None:
         """Run it; ``allow`` is told of all memory that kernels may touch.
 
         Raises:
@@ -295,4 +298,4 @@ class Prepared:
         for written in (self.output, self.lse, self.scratch):
             if written is not None:
                 allow(written, writable=True)
-        self._device.launch(self.attention, self.scratch.data_ptr(), STREAM)
+        self._device.launch(self.attention, self.scratch.data_ptr(), stream)

@@ -51,7 +51,7 @@ def random_call(case: Case, seed: int) -> Call:
     if call.sinks is not None:
         dtype = rng.choice((torch.float32, torch.float16, torch.bfloat16))
         call = dataclasses.replace(call, sinks=call.sinks.to(dtype))
-    if case.masked and seed % 3 > 0:
+    if case.masked and (seed % 3 > 0 or not case.plain):
         mask = random_mask(rng, generator, (*call.query.shape[:3], call.key.shape[2]))
         call = dataclasses.replace(call, attn_mask=mask.clone())
     return call

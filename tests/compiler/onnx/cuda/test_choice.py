@@ -58,7 +58,7 @@ def random_problem(rng: random.Random) -> Problem:
     def length() -> int:
         return rng.choice((1, rng.randint(1, 300), rng.randint(1, 20_000), 64, 128, 4096))
 
-    kv_heads, group = rng.randint(1, 4), rng.choice((1, 1, 2, 4))
+    kv_heads, group = rng.choice((1, 2, 3, 4, 90)), rng.choice((1, 1, 2, 4))
     head_dim = rng.choice((64, 128, 32, 96, rng.randint(1, 256)))
     value_dim = head_dim if rng.random() < 0.9 else rng.choice((head_dim - head_dim % 7, 64, 256))
     sizes = (rng.randint(1, 3), kv_heads * group, kv_heads, length(), length(), head_dim)
@@ -272,6 +272,24 @@ def test_the_same_choice_and_the_same_launches(
                 assert ours == theirs, problem
     assert served > PROBLEMS / 4
     assert driver.held() == (0, 0, 0)
+
+
+def test_the_nearest_recipe_of_a_pack(tmp_path: Path) -> None:
+    """Products of Q and K of the same format come first: int4_fp16, not int8_fp8, for int4_fp8."""
+    driver = TestDriver()
+    for held, served in (
+        (("int8_fp16", "int8_fp8", "int4_fp16"), "int4_fp16"),
+        (("int8_fp16", "int8_fp8"), "int8_fp8"),
+        (("int8_fp16",), "int8_fp16"),
+    ):
+        specs = [spec for each in held for spec in variant("sm_89", "float16", 64, each).specs()]
+        pack = pack_of_names([*dict.fromkeys(specs)], tmp_path / "pack")
+        a = native.describe(
+            (1, 1, 1, 9, 9, 64, 64), torch.float16, Semantics(scale=0.1), "int4_fp8"
+        )
+        with native.opened(driver.path, pack) as device:
+            device.launch(a, SCRATCH, STREAM)
+        assert f"_{served}_" in driver.launches()[-1].symbol
 
 
 def test_a_recipe_is_never_served_by_a_less_accurate_one(pack: Path) -> None:
