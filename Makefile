@@ -31,6 +31,9 @@ DEMO := $(VENV)/.stamp-demo
 PLOTS := $(VENV)/.stamp-bench
 CUDA := $(VENV)/.stamp-cuda
 ONNX := $(VENV)/.stamp-onnx
+# The oldest ONNX Runtime that the operator library is tested with, where its test looks for it.
+OLD_ORT := 1.23.2
+ONNX_OLD := build/onnxruntime-$(OLD_ORT)/.stamp
 # The native libraries: what they are built from, and where in a build folder setup.py puts the one
 # of the CPU kernels.
 NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/* \
@@ -76,7 +79,7 @@ browser: ## install Chromium for the tests of pages: where it is missing, on Deb
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
 	    chromium fonts-dejavu-core fonts-liberation; }
 
-test: $(PACKAGE) $(DEMO) $(CUDA) $(ONNX) ## run the tests
+test: $(PACKAGE) $(DEMO) $(CUDA) $(ONNX) $(ONNX_OLD) ## run the tests
 	$(BIN)/pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 demo: $(PACKAGE) $(DEMO) ## compile a real model with the backend and compare
@@ -105,7 +108,10 @@ check-kernels: $(PACKAGE) $(CUDA) ## compile every CUDA kernel and look at its m
 	$(BIN)/sagec kernels check $(CHECK_ARGS)
 	$(BIN)/sagec kernels list
 
-sanitize: $(PACKAGE) $(patsubst %,build/fuzz/%/fuzz,installed address thread) ## fuzz the native library, with and without sanitizers
+sanitize: $(PACKAGE) $(foreach kind,installed address thread,$(addprefix build/fuzz/$(kind)/,fuzz fuzz-ort)) ## fuzz the native libraries, with and without sanitizers
+	build/fuzz/installed/fuzz-ort $(FUZZ_ARGS)
+	build/fuzz/address/fuzz-ort $(FUZZ_ARGS)
+	build/fuzz/thread/fuzz-ort $(FUZZ_ARGS)
 	build/fuzz/installed/fuzz $(FUZZ_ARGS)
 	build/fuzz/address/fuzz $(FUZZ_ARGS)
 	build/fuzz/thread/fuzz $(FUZZ_ARGS) --threads 2
@@ -163,6 +169,11 @@ $(ONNX): $(ENVIRONMENT) | $(PACKAGE)
 	$(PINNED_INSTALL) --requirement $(VENV)/requirements-onnx.txt
 	@touch $@
 
+$(ONNX_OLD): $(ENVIRONMENT)
+	@rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) onnxruntime==$(OLD_ORT)
+	@touch $@
+
 $(PLOTS): $(ENVIRONMENT) | $(PACKAGE)
 	@$(BIN)/python -c '$(REQUIREMENTS)' bench > $(VENV)/requirements-bench.txt
 	$(PINNED_INSTALL) --requirement $(VENV)/requirements-bench.txt
@@ -174,13 +185,26 @@ $(PACKAGE): $(ENVIRONMENT)
 	@touch $@
 
 FUZZ := $(wildcard tests/native/*)
+# That of ONNX Runtime's operator library has the same main.
+FUZZ_ORT := $(wildcard tests/native_ort/*)
+ORT_FOLDER := sage_compiler/onnx/runtime
+BUILD_FUZZ_ORT = $(CXX) -std=c++20 $(FLAGS_$*) -Icompiler/kernels/cpu -Icompiler/onnx/runtime \
+  $(filter %.cpp,$(FUZZ_ORT)) tests/native/fuzz_main.cpp -o $@ -pthread -lsage_ort
 BUILD_FUZZ = $(CXX) -std=c++20 $(FLAGS_$*) -Icompiler/kernels/cpu $(filter %.cpp,$(FUZZ)) -o $@ -pthread -lsage_cpu
 
 build/fuzz/installed/fuzz: $(FUZZ) $(PACKAGE)
 	@mkdir -p $(@D)
 	$(BUILD_FUZZ) -O1 -Lcompiler/kernels/cpu '-Wl,-rpath,$(CURDIR)/compiler/kernels/cpu'
 
-# With a library of its own beside it.
+build/fuzz/installed/fuzz-ort: $(FUZZ_ORT) $(FUZZ) $(PACKAGE)
+	@mkdir -p $(@D)
+	$(BUILD_FUZZ_ORT) -O1 -Lcompiler/onnx/runtime '-Wl,-rpath,$(CURDIR)/compiler/onnx/runtime'
+
+# Beside the libraries that fuzz has built.
+build/fuzz/%/fuzz-ort: $(FUZZ_ORT) build/fuzz/%/fuzz
+	$(BUILD_FUZZ_ORT) -L$(@D)/$(ORT_FOLDER) '-Wl,-rpath,$$ORIGIN/$(ORT_FOLDER)'
+
+# With libraries of its own beside it.
 build/fuzz/%/fuzz: $(FUZZ) $(NATIVE) Makefile | $(ENVIRONMENT)
 	@rm -rf $(@D)
 	CFLAGS="$(FLAGS_$*)" SAGE_CPU_REQUIRED=1 $(BIN)/python setup.py --quiet build_ext --build-lib $(@D) --build-temp $(@D)/objects

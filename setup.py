@@ -8,9 +8,9 @@ py3-none-<platform> serves every Python. They are compiled for the baseline of t
 except for one source for each instruction set, which runs where the machine has that. A source
 whose flags the compiler rejects is left out, and the others are told by its macro:
 
-    isa_avx512vnni.cpp  SAGE_CPU_WITHOUT_AVX512VNNI
-    isa_avxvnni.cpp     SAGE_CPU_WITHOUT_AVXVNNI
-    isa_avx2.cpp        SAGE_CPU_WITHOUT_AVX2
+    *_avx512vnni.cpp  SAGE_CPU_WITHOUT_AVX512VNNI
+    *_avxvnni.cpp     SAGE_CPU_WITHOUT_AVXVNNI
+    *_avx2.cpp        SAGE_CPU_WITHOUT_AVX2
 
 Environment: CXX compiles and CC links (C, so that no C++ runtime is needed); CPPFLAGS, CFLAGS,
 CXXFLAGS and LDFLAGS come after the flags below. Where the libraries cannot be built, the package is
@@ -65,16 +65,21 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 # GCC 12 warns of its own AVX-512 intrinsics; Clang does not know all of these warnings.
 QUIET = ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
-    "isa_avx2": AVX2,
-    "isa_avxvnni": [*AVX2, "-mavxvnni"],
-    "isa_avx512vnni": [*AVX2, *AVX512, *QUIET],
+    "avx2": AVX2,
+    "avxvnni": [*AVX2, "-mavxvnni"],
+    "avx512vnni": [*AVX2, *AVX512, *QUIET],
 }
 # An assembler may be older than its compiler: what it must know besides.
 PROBES = {
-    "isa_avx2": "vpmaddwd %ymm0, %ymm1, %ymm2",
-    "isa_avxvnni": "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
-    "isa_avx512vnni": "vpdpbusd %zmm0, %zmm1, %zmm2",
+    "avx2": "vpmaddwd %ymm0, %ymm1, %ymm2",
+    "avxvnni": "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
+    "avx512vnni": "vpdpbusd %zmm0, %zmm1, %zmm2",
 }
+
+
+def isa_of(source: str) -> str:
+    """The instruction set of a source, e.g. "avx2"; what follows the last underscore of others."""
+    return Path(source).stem.rpartition("_")[2]
 
 
 def from_environment(*names: str) -> list[str]:
@@ -140,16 +145,15 @@ class BuildLibrary(build_ext):
             return
         cc = compiler("CC", "cc", "gcc", "clang")
         cxx = [*compiler("CXX", "c++", "g++", "clang++"), *FLAGS]
-        flags_of = {source: ISA_FLAGS.get(Path(source).stem, []) for source in ext.sources}
+        flags_of = {source: ISA_FLAGS.get(isa_of(source), []) for source in ext.sources}
         rejected = [
             s
             for s, flags in flags_of.items()
-            if flags and not accepts(cxx, flags, PROBES[Path(s).stem])
+            if flags and not accepts(cxx, flags, PROBES[isa_of(s)])
         ]
         for source in rejected:
             del flags_of[source]
-            isa = Path(source).stem.removeprefix("isa_").upper()
-            cxx.append(f"-DSAGE_CPU_WITHOUT_{isa}")
+            cxx.append(f"-DSAGE_CPU_WITHOUT_{isa_of(source).upper()}")
 
         cxx += [f"-D{name}={value}" for name, value in ext.define_macros]
         cxx += from_environment("CPPFLAGS", "CFLAGS", "CXXFLAGS")

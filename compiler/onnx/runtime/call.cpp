@@ -10,6 +10,9 @@ namespace {
 constexpr size_t kRank = 4;
 constexpr size_t kMostDims = 8;  // of a tensor that is refused, as far as messages show them
 
+char nothing;  // stands for the memory of an empty tensor: it may have none, and is there all the
+               // same
+
 const char* const kInputNames[kInputs] = {"query", "key", "value", "attn_mask", "sinks"};
 
 struct Tensor {
@@ -67,8 +70,6 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, Input 
     if (status != nullptr) return status;
     void* data = nullptr;
     SAGE_ORT_TRY(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    // An empty tensor may have no memory; it is given all the same.
-    static char nothing;
     tensor->data = data == nullptr ? &nothing : data;
     return nullptr;
 }
@@ -153,7 +154,10 @@ OrtStatus* allocate(const OrtApi& api, OrtKernelContext* context, Output index, 
     *data = nullptr;
     OrtValue* value = nullptr;
     SAGE_ORT_TRY(api.KernelContext_GetOutput(context, index, dims, rank, &value));
-    return value == nullptr ? nullptr : api.GetTensorMutableData(value, data);
+    if (value == nullptr) return nullptr;
+    SAGE_ORT_TRY(api.GetTensorMutableData(value, data));
+    if (*data == nullptr) *data = &nothing;
+    return nullptr;
 }
 
 }  // namespace

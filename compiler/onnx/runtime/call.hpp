@@ -28,7 +28,7 @@ struct Call {
     float* lse;  // null: not asked for
 };
 
-constexpr int64_t element_size(ElementType dtype) {
+static constexpr int64_t element_size(ElementType dtype) {
     return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2;
 }
 

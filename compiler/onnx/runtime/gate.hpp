@@ -1,4 +1,4 @@
-// Where the quantized kernel begins to gain: the table of compiler/kernels/cpu/gate.py.
+// What `auto` gives the quantized kernel.
 #pragma once
 
 #include <stdint.h>
@@ -11,11 +11,20 @@ struct Gate {
     int64_t products;  // batch * heads * query length * key length * head_dim
 };
 
-// A test holds this against GATES of gate.py. An instruction set that is not here does not gain.
+// The table GATES of compiler/kernels/cpu/gate.py; a test holds one against the other. An
+// instruction set that is not here does not gain.
+//
+// Its rule for CPUs with AMX has no place here: it leaves half precision to PyTorch's kernel, whose
+// products use AMX, and what a call is left to here, float arithmetic, does not.
 constexpr Gate kGates[] = {
     {"avx512vnni", 32, 48, 1 << 19},
     {"avxvnni", 64, 64, 1 << 20},
     {"avx2", 64, 64, 1 << 20},
 };
+
+// With fewer, a head's keys are so few that float arithmetic, which packs nothing, is faster;
+// PyTorch's kernel, which the table was measured against, is not. docs/onnx-runtime.md has the
+// measurements.
+constexpr int64_t kLeastKeyElements = 4096;  // key length * head_dim
 
 }  // namespace sage_ort

@@ -108,46 +108,49 @@ Operator make_operator(const OrtApi* api, const Provider* provider, ElementType 
 }
 
 // The operators and their domain, made once for each runtime in this process. The runtime keeps
-// pointers to them as long as there are sessions, so they live as long as the library.
+// pointers to them as long as there are sessions, and unloads the library after the last of them:
+// so they are part of the library.
 struct Registration {
-    const OrtApi* api;
+    const OrtApi* api;  // null: free
     OrtCustomOpDomain* domain;
-    Registration* next;
     Operator operators[kMostOperators];
 };
 
-Registration* registrations = nullptr;
+constexpr size_t kMostRuntimes = 8;
+Registration registrations[kMostRuntimes];
 pthread_mutex_t registrations_lock = PTHREAD_MUTEX_INITIALIZER;
 
-OrtStatus* make_registration(const OrtApi* api, bool infers_shapes, Registration** result) {
-    Registration* made = static_cast<Registration*>(calloc(1, sizeof(Registration)));
-    if (made == nullptr) return refuse(*api, ORT_FAIL, "no memory for the operators");
-    made->api = api;
-    OrtStatus* status = api->CreateCustomOpDomain(kDomain, &made->domain);
+OrtStatus* fill(Registration* registration, const OrtApi* api, bool infers_shapes) {
+    OrtCustomOpDomain* domain;
+    SAGE_ORT_TRY(api->CreateCustomOpDomain(kDomain, &domain));
     size_t count = 0;
     for (const Provider* provider : kProviders)
-        for (size_t i = 0; i < provider->dtype_count && status == nullptr; i++) {
-            Operator& op = made->operators[count++];
+        for (size_t i = 0; i < provider->dtype_count; i++) {
+            Operator& op = registration->operators[count++];
             op = make_operator(api, provider, provider->dtypes[i], infers_shapes);
-            status = api->CustomOpDomain_Add(made->domain, &op.base);
+            OrtStatus* status = api->CustomOpDomain_Add(domain, &op.base);
+            if (status == nullptr) continue;
+            api->ReleaseCustomOpDomain(domain);
+            return status;
         }
-    if (status != nullptr) {
-        if (made->domain != nullptr) api->ReleaseCustomOpDomain(made->domain);
-        free(made);
-        return status;
-    }
-    made->next = registrations;
-    registrations = *result = made;
+    registration->domain = domain;
+    registration->api = api;
     return nullptr;
 }
 
-OrtStatus* find_or_make(const OrtApi* api, const char* runtime_version, Registration** result) {
+OrtStatus* find_or_fill(const OrtApi* api, const char* runtime_version,
+                        OrtCustomOpDomain** domain) {
     pthread_mutex_lock(&registrations_lock);
+    Registration* found = registrations;
+    Registration* end = registrations + kMostRuntimes;
+    while (found != end && found->api != api && found->api != nullptr) found++;
     OrtStatus* status = nullptr;
-    *result = registrations;
-    while (*result != nullptr && (*result)->api != api) *result = (*result)->next;
-    if (*result == nullptr)
-        status = make_registration(api, infers_shapes_safely(runtime_version), result);
+    if (found == end)
+        status = refuse(*api, ORT_FAIL, "there are already %zu ONNX Runtimes in this process",
+                        kMostRuntimes);
+    else if (found->api == nullptr)
+        status = fill(found, api, infers_shapes_safely(runtime_version));
+    if (status == nullptr) *domain = found->domain;
     pthread_mutex_unlock(&registrations_lock);
     return status;
 }
@@ -171,9 +174,9 @@ void* RegisterCustomOps(void* options, const void* api_base) {
                       "%s, which does not have it: ONNX Runtime 1.21 or newer is needed",
                       kApiVersion, base.GetVersionString());
     }
-    Registration* registration;
-    SAGE_ORT_TRY(find_or_make(api, base.GetVersionString(), &registration));
-    return api->AddCustomOpDomain(static_cast<OrtSessionOptions*>(options), registration->domain);
+    OrtCustomOpDomain* domain;
+    SAGE_ORT_TRY(find_or_fill(api, base.GetVersionString(), &domain));
+    return api->AddCustomOpDomain(static_cast<OrtSessionOptions*>(options), domain);
 }
 
 const char* sage_ort_version(void) { return SAGE_VERSION; }

@@ -66,6 +66,13 @@ class Attributes {
         return false;
     }
 
+    // The getters for lists do not tell one kind of list from another.
+    bool has_list(const char* name) const {
+        size_t floats = 0, integers = 0;
+        return succeeded(api_.KernelInfoGetAttributeArray_float(info_, name, nullptr, &floats)) ||
+               succeeded(api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &integers));
+    }
+
     OrtStatus* missing(const char* name, const char* needed, bool required) const {
         float number;
         int64_t integer;
@@ -77,12 +84,8 @@ class Attributes {
             found = "an int";
         else if (succeeded(api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size)))
             found = "a string";
-        else if (succeeded(
-                     api_.KernelInfoGetAttributeArray_float(info_, name, nullptr, &(size = 0))))
-            found = "a list of floats";
-        else if (succeeded(
-                     api_.KernelInfoGetAttributeArray_int64(info_, name, nullptr, &(size = 0))))
-            found = "a list of ints";
+        else if (has_list(name))
+            found = "a list";
         if (found != nullptr)
             return refuse(api_, ORT_INVALID_GRAPH, "attribute %s is %s; it must be %s", name, found,
                           needed);

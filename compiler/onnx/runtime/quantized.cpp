@@ -1,7 +1,7 @@
 #include <string.h>
 
+#include "elements.hpp"
 #include "kernels.hpp"
-#include "sinks.hpp"
 #include "status.hpp"
 
 namespace sage_ort {
@@ -15,19 +15,6 @@ constexpr int64_t kRowsOfTask = 256;
 
 int64_t fitting(int64_t head_dim) {
     return sage_cpu::round_up(sage_cpu::max(head_dim, kLeastHeadDim), kHeadDimStep);
-}
-
-int32_t cpu_dtype(ElementType dtype) {
-    switch (dtype) {
-        case kFloat16:
-            return SAGE_CPU_FLOAT16;
-        case kBFloat16:
-            return SAGE_CPU_BFLOAT16;
-        case kBool:
-            return SAGE_CPU_BOOL;
-        default:
-            return SAGE_CPU_FLOAT32;
-    }
 }
 
 // Rows that lie dense, of any width.
@@ -160,11 +147,6 @@ OrtStatus* attend_quantized(const Setting& setting, const Call& call, int32_t re
     if (error != SAGE_CPU_OK) return refused(setting.api, error);
     operands.output.give_back(setting.threads);
     return nullptr;
-}
-
-// Until there is arithmetic on tensors as they lie.
-OrtStatus* attend_float(const Setting& setting, const Call& call) {
-    return attend_quantized(setting, call, SAGE_CPU_FLOAT);
 }
 
 }  // namespace sage_ort

@@ -1,0 +1,7 @@
+#include "src/simd_portable.hpp"
+// What follows needs an instruction set.
+#include "float_attend.hpp"
+
+namespace sage_ort {
+constinit const FloatKernels kFloatPortable = make_float_kernels();
+}
