@@ -50,16 +50,28 @@ bool read_capturing(const Driver& driver, CUstream stream, bool* capturing, Erro
     return *capturing || driver.check("cuStreamIsCapturing", result, error);
 }
 
+// The path of this library, or null.
+const char* find_library() {
+    static char here;
+    Dl_info info;
+    return dladdr(&here, &info) == 0 ? nullptr : info.dli_fname;
+}
+
+// ONNX Runtime unloads a library with its last session. What is loaded on devices stays for the
+// next one, and so must the library, which alone knows of it.
+void stay_loaded() {
+    const char* const library = find_library();
+    if (library != nullptr) dlopen(library, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
 // The pack that the package carries beside this library; false if it carries none.
 template <size_t kBytes>
 bool find_shipped(char (&path)[kBytes]) {
-    static char here;
-    Dl_info info;
-    if (dladdr(&here, &info) == 0 || info.dli_fname == nullptr) return false;
-    const char* const slash = strrchr(info.dli_fname, '/');
-    const size_t folder = slash == nullptr ? 0 : size_t(slash - info.dli_fname);
+    const char* const library = find_library();
+    const char* const slash = library == nullptr ? nullptr : strrchr(library, '/');
+    const size_t folder = slash == nullptr ? 0 : size_t(slash - library);
     if (folder == 0 || folder + sizeof kShipped > kBytes) return false;
-    memcpy(path, info.dli_fname, folder);
+    memcpy(path, library, folder);
     memcpy(path + folder, kShipped, sizeof kShipped);
     struct stat status;
     return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
@@ -231,7 +243,7 @@ Device* Runtime::device(int ordinal, Error& error) {
 
 Runtime* Runtime::shared(Error& error) {
     static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
-    static Runtime* runtime = nullptr;  // never closed: sessions may live until the process ends
+    static Runtime* runtime = nullptr;  // never closed, see stay_loaded
     const Lock lock(lock_of_shared);
     if (runtime != nullptr) return runtime;
     char shipped[1024];
@@ -249,6 +261,7 @@ Runtime* Runtime::shared(Error& error) {
     } else if (!made->open(variable("SAGE_CUDA_DRIVER"), pack, error)) {
         destroy(made);
     } else {
+        stay_loaded();
         runtime = made;
     }
     return runtime;

@@ -220,6 +220,17 @@ API int fake_register(char const* path) {
     return static_cast<int>(domain->operators.size());
 }
 
+// Closes a library as often as fake_register has opened it; whether it is still loaded.
+API bool fake_unload(char const* path) {
+    void* const library = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (library == nullptr) return false;
+    dlclose(library);
+    dlclose(library);
+    void* const again = dlopen(path, RTLD_NOW | RTLD_NOLOAD);
+    if (again != nullptr) dlclose(again);
+    return again != nullptr;
+}
+
 // The operator of a provider and a type of query, or null.
 API OrtCustomOp const* fake_find(char const* provider, int dtype) {
     for (OrtCustomOp const* op : domain->operators)

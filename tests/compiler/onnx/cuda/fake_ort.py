@@ -47,6 +47,7 @@ def _runtime() -> ctypes.CDLL:
     library = ctypes.CDLL(str(host._build("libfake_ort.so", arguments, content)))
     for name in ("find", "info", "context"):
         getattr(library, f"fake_{name}").restype = ctypes.c_void_p
+    library.fake_unload.restype = ctypes.c_bool
     return library
 
 
@@ -69,6 +70,7 @@ class Library:
         """Copies the library to ``path``."""
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(LIBRARY, path)
+        self._path = path
         self.count: int = _runtime().fake_register(str(path).encode())
         assert self.count > 0
         self._found = {
@@ -76,6 +78,10 @@ class Library:
             for provider in (CUDA, CPU)
             for dtype, number in TYPES.items()
         }
+
+    def unload(self) -> bool:
+        """Close it, as after the last session; whether it stays loaded all the same."""
+        return bool(_runtime().fake_unload(str(self._path).encode()))
 
     def operator(self, dtype: torch.dtype, provider: str = CUDA) -> ctypes.c_void_p | None:
         """The operator of a provider for a type of query, if there is one."""

@@ -266,6 +266,18 @@ def test_failures_of_a_call(library: Library, pretending: TestDriver) -> None:
     node.close()
 
 
+def test_a_library_with_kernels_on_a_device_stays(
+    library: Library, tmp_path: Path, pretending: TestDriver
+) -> None:
+    """It alone knows of them; without any it goes with the last session."""
+    assert not Library(tmp_path / "idle.so").unload()
+    Node(library, torch.float16, SCALE).close()
+    held = pretending.held()
+    assert library.unload()
+    Node(library, torch.float16, SCALE).close()
+    assert pretending.held() == held
+
+
 def test_the_package_may_carry_a_pack(
     pretending: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
