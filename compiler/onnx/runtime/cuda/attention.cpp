@@ -101,6 +101,10 @@ bool Work::plan(const Device& device, const Attention& a, Error& error) {
                 "the kernel pack %s has no kernel for the LSE of no keys; build it again with "
                 "`sagec kernels build --standalone`",
                 device.pack().folder());
+        const int64_t rows = a.batch * a.heads * a.query_length;
+        if (a.lse != nullptr && rows > INT32_MAX)  // the kernel counts them in 32 bits
+            return error.set("%lld queries that see nothing; at most %d: split the batch",
+                             static_cast<long long>(rows), INT32_MAX);
         return true;
     }
     const Recipe first = wanted(device, a.automatic, a.recipe);

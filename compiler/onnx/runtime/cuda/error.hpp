@@ -1,9 +1,6 @@
 // Why something failed, in one sentence. No exceptions, and no C++ runtime.
 #pragma once
 
-#include <stdarg.h>
-#include <stdio.h>
-
 namespace sage_cuda {
 
 struct Error {
@@ -11,13 +8,7 @@ struct Error {
 
     // Formatted as by printf. Returns false, so that a function can fail by `return
     // error.set(...)`.
-    __attribute__((format(printf, 2, 3))) bool set(const char* format, ...) {
-        va_list arguments;
-        va_start(arguments, format);
-        vsnprintf(text, sizeof text, format, arguments);
-        va_end(arguments);
-        return false;
-    }
+    __attribute__((format(printf, 2, 3))) bool set(const char* format, ...);
 };
 
 }  // namespace sage_cuda

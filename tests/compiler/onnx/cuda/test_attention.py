@@ -142,8 +142,9 @@ def test_a_length_beyond_the_kernels_positions_is_refused(emulated: Device) -> N
         prepared.launch()
 
 
-def test_more_blocks_than_a_launch_has_are_refused(emulated: Device) -> None:
-    call = make_call(1, 1, 64, torch.float16)
+@pytest.mark.parametrize("key_length", [1, 0])
+def test_more_blocks_than_a_launch_has_are_refused(key_length: int, emulated: Device) -> None:
+    call = make_call(1, key_length, 64, torch.float16)
     prepared = Prepared(emulated, call, "int8_fp8")
     prepared.attention.batch = 1 << 31
     with pytest.raises(NativeError, match="split the batch"):
