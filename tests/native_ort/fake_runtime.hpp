@@ -38,7 +38,10 @@ struct OrtValue {
     }
     int64_t elements() const {
         int64_t count = 1;
-        for (int64_t dim : info.dims) count *= dim;
+        for (int64_t dim : info.dims) {
+            if (dim == 0) return 0;  // whatever the others are
+            count *= dim;
+        }
         return count;
     }
     int64_t bytes() const {

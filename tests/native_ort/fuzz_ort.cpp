@@ -229,7 +229,18 @@ void spoil_tensors(Case& c, Choices& choices, Random& random) {
     auto widen = [&](size_t count) {
         while (inputs.size() < count) inputs.push_back(nullptr);
     };
-    switch (choices.below(8)) {
+    switch (choices.below(9)) {
+        case 8: {  // no elements, so that other dims may be anything
+            static const int64_t kLarge[] = {1 << 18, 1 << 22, int64_t(1) << 40, int64_t(1) << 62};
+            int64_t large = choices.of(kLarge);
+            for (std::unique_ptr<OrtValue>& input : inputs) input.reset();
+            for (size_t i = 0; i < 3; ++i)
+                inputs[i] =
+                    std::make_unique<OrtValue>(c.dtype, std::vector<int64_t>{0, large, large, 8});
+            c.batch = 0;
+            c.wrong = large > 1 << 18 ? "sizes" : "";
+            break;
+        }
         case 0: {
             dims.resize(size_t(choices.below(10)), 2);
             if (dims.size() == 4) dims.push_back(1);

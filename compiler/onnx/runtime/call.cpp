@@ -74,6 +74,14 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, Input 
     return nullptr;
 }
 
+// Whether no product of some of a tensor's dims passes 64 bits. One that has no elements may have
+// other dims of any size.
+bool fits(const int64_t* dims) {
+    double product = 1;
+    for (size_t i = 0; i < kRank; i++) product *= dims[i] < 1 ? 1 : double(dims[i]);
+    return product < 0x1p60;
+}
+
 OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType dtype) {
     for (size_t i = kQuery; i <= kValue; i++) {
         const Tensor& x = inputs[i];
@@ -91,8 +99,6 @@ OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType d
     }
     const int64_t *query = inputs[kQuery].dims, *key = inputs[kKey].dims,
                   *value = inputs[kValue].dims;
-    Text shapes[3];
-    for (size_t i = 0; i < 3; i++) shapes[i] = in_words(inputs[i].dims, kRank);
     const char* wrong = nullptr;
     if (key[0] != query[0] || value[0] != query[0])
         wrong = "they must have the same batch";
@@ -104,9 +110,12 @@ OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType d
         wrong = "key and value must have the same length";
     else if (key[3] != query[3])
         wrong = "query and key must have the same head_dim";
+    else if (!fits(query) || !fits(key) || !fits(value))
+        wrong = "what they describe must fit in memory";
     if (wrong == nullptr) return nullptr;
-    return refuse(api, ORT_INVALID_ARGUMENT, "query %s, key %s, value %s; %s", shapes[0].text,
-                  shapes[1].text, shapes[2].text, wrong);
+    return refuse(api, ORT_INVALID_ARGUMENT, "query %s, key %s, value %s; %s",
+                  in_words(query, kRank).text, in_words(key, kRank).text,
+                  in_words(value, kRank).text, wrong);
 }
 
 OrtStatus* read_mask(const OrtApi& api, const Tensor& mask, const int64_t* full, Mask* result) {
@@ -179,6 +188,9 @@ OrtStatus* read_call(const OrtApi& api, OrtKernelContext* context, const Node& n
     call->key_length = value[2];
     call->value_head_dim = value[3];
     int64_t full[kRank] = {query[0], query[1], query[2], value[2]};
+    if (!fits(full))
+        return refuse(api, ORT_INVALID_ARGUMENT, "there are scores of shape %s; they are too many",
+                      in_words(full, kRank).text);
     SAGE_ORT_TRY(read_mask(api, inputs[kMask], full, &call->mask));
     SAGE_ORT_TRY(check_sinks(api, inputs[kSinks], call->heads));
     call->band = node.band(call->query_length, call->key_length);

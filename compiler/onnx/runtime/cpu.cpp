@@ -53,7 +53,7 @@ bool gains(const Gate& gate, const Call& call) {
     double products = double(call.batch) * double(call.heads) * double(call.query_length) *
                       double(call.key_length) * double(call.head_dim);
     return call.query_length >= gate.query_length && call.key_length >= gate.key_length &&
-           products >= double(gate.products) &&
+           products >= double(gate.products) && call.key_length >= kLeastKeys &&
            double(call.key_length) * double(call.head_dim) >= double(kLeastKeyElements);
 }
 

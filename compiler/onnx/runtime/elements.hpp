@@ -22,7 +22,12 @@ namespace sage_ort {
     }
 }
 
-// Converts the sinks of a call into `room`, which has a place for each head, unless they are floats
+// How many sinks of a call have to be converted.
+[[maybe_unused]] static int64_t sinks_to_convert(const Call& call) {
+    return call.sinks == nullptr || call.sinks_dtype == kFloat32 ? 0 : call.heads;
+}
+
+// Converts the sinks of a call into `room`, which has a place for each, unless they are floats
 // already; null without sinks.
 [[maybe_unused]] static const float* read_sinks(const Call& call, float* room) {
     if (call.sinks == nullptr || call.sinks_dtype == kFloat32)

@@ -61,8 +61,8 @@ struct Queue {
 }  // namespace
 
 OrtStatus* attend_float(const Setting& setting, const Call& call) {
+    if (call.batch == 0 || call.heads == 0 || call.query_length == 0) return nullptr;
     int64_t planes = call.batch * call.kv_heads;
-    if (planes == 0 || call.heads == 0 || call.query_length == 0) return nullptr;
     int64_t rows = call.heads / call.kv_heads * call.query_length;
     double products = double(planes) * double(rows) * double(call.key_length) *
                       double(call.head_dim + call.value_head_dim);
@@ -80,13 +80,13 @@ OrtStatus* attend_float(const Setting& setting, const Call& call) {
     const FloatKernels& kernels_here = kernels();
     int64_t scratch_bytes = kernels_here.scratch_bytes(call);
     Carver measured{nullptr};
-    measured.take<float>(call.heads);
+    measured.take<float>(sinks_to_convert(call));
     measured.take<char>(workers * scratch_bytes);
     Carver carver{memory.allocate(measured.used)};
     if (carver.base == nullptr)
         return refuse(setting.api, ORT_FAIL, "no memory for a workspace of %lld bytes",
                       static_cast<long long>(measured.used));
-    float* sinks = carver.take<float>(call.heads);
+    float* sinks = carver.take<float>(sinks_to_convert(call));
     char* scratch = carver.take<char>(workers * scratch_bytes);
 
     Queue queue{setting,       call,      kernels_here, read_sinks(call, sinks), scratch,

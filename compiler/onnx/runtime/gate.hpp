@@ -22,9 +22,10 @@ constexpr Gate kGates[] = {
     {"avx2", 64, 64, 1 << 20},
 };
 
-// With fewer, a head's keys are so few that float arithmetic, which packs nothing, is faster;
-// PyTorch's kernel, which the table was measured against, is not. docs/onnx-runtime.md has the
-// measurements.
+// With fewer keys, or fewer elements of them, float arithmetic is faster here, since it packs
+// nothing; PyTorch's kernel, which the table was measured against, is not. docs/onnx-runtime.md has
+// the measurements.
+constexpr int64_t kLeastKeys = 64;
 constexpr int64_t kLeastKeyElements = 4096;  // key length * head_dim
 
 }  // namespace sage_ort

@@ -81,7 +81,7 @@ struct Operands {
                 element_size(c.dtype)),
           output(carver, c.output, c.batch * c.heads * c.query_length, c.value_head_dim,
                  element_size(c.dtype)),
-          sinks(carver.take<float>(c.heads)) {}
+          sinks(carver.take<float>(sinks_to_convert(c))) {}
 };
 
 sage_cpu_problem describe(const Node& node, const Call& call, int32_t recipe) {
