@@ -42,7 +42,7 @@ class MaskRowsSpec(PreparationSpec):
 
     @property
     def shared_bytes(self) -> int:
-        return _THREADS // 32 * 2 * (TILE_MMA.q_block // 32) * _WORD_BYTES
+        return 2 * (TILE_MMA.q_block // 32) * _THREADS * _WORD_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@
 
 namespace sage {
 
-constexpr int kMaskThreads = 256;
 constexpr float kNegligibleBias = -5000.0f;  // such a key is padding in disguise
 
 // Written so that NaN is seen, and counts.
@@ -28,11 +27,13 @@ class HeadMask {
     int64_t base_;
 };
 
-// The bits that any lane of a warp has.
-SAGE_DEVICE uint32_t any_of_warp(uint32_t bits) {
+// The bits that any of some words in shared memory has.
+template <int kCount>
+SAGE_DEVICE uint32_t any_of(uint32_t const* words) {
+    uint32_t all = 0;
     SAGE_UNROLL
-    for (int mask = 1; mask < 32; mask *= 2) bits |= arch::shuffle_xor(bits, mask);
-    return bits;
+    for (int i = 0; i < kCount; ++i) all |= arch::load_shared(words + i);
+    return all;
 }
 
 }  // namespace sage
