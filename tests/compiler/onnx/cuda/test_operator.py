@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sage_compiler.kernels.cuda.spec import ARCHS
 from sage_compiler.kernels.cuda.variants import standalone_specs
+from sage_compiler.precision import PRECISIONS
 from sage_compiler.semantics import DeadRows, MaskClass
 from tests.compiler.kernels.cuda.emulation import ARCH
 from tests.compiler.kernels.cuda.test_attention import make_call
@@ -31,7 +33,7 @@ from tests.compiler.onnx.cuda.fake_ort import (
 )
 from tests.compiler.onnx.cuda.native import STREAM, TestDriver
 from tests.compiler.onnx.cuda.packs import MASKED, Case, pack_of_names
-from tests.compiler.onnx.runtime.models import attributes_of
+from tests.compiler.onnx.runtime.models import LIBRARY, attributes_of
 from tests.cutlass_templates import host as host_module
 from tests.tolerances import check, check_lse
 
@@ -152,6 +154,23 @@ def test_who_serves_a_recipe(
     symbol = pretending.launches()[-1].symbol
     assert symbol.startswith(f"sage_attend_{ARCH}_{name}_")
     assert f"_{served}_fp32_" in symbol
+
+
+def test_what_the_library_says_of_recipes() -> None:
+    """The same, without a device; of `auto` and `exact` it cannot."""
+    served = ctypes.CDLL(str(LIBRARY)).sage_ort_served
+    served.restype = ctypes.c_char_p
+    said = {recipe: served(CUDA.encode(), recipe.encode()) for recipe in PRECISIONS}
+    assert said == {
+        "auto": None,
+        "exact": None,
+        "int4_fp8": b"int4_fp8",
+        "int4_fp16": b"int4_fp16",
+        "int8_fp8": b"int8_fp8",
+        "int8_fp16": b"int8_fp16",
+        "int8_int8": b"int8_fp16",
+        "int8_int16": b"int8_fp16",
+    }
 
 
 @pytest.mark.parametrize("arch", ARCHS)
