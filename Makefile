@@ -37,7 +37,8 @@ ONNX_OLD := build/onnxruntime-$(OLD_ORT)/.stamp
 # The native libraries: what they are built from, and where in a build folder setup.py puts the one
 # of the CPU kernels.
 NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/* \
-  $(addprefix compiler/onnx/runtime/*.,h hpp cpp map))
+  $(addprefix compiler/onnx/runtime/*.,h hpp cpp map) compiler/onnx/runtime/cuda/* \
+  cutlass_templates/include/sage/params.cuh)
 NATIVE_FOLDER := sage_compiler/kernels/cpu
 # The strict editable install, which mypy needs, links the files that it finds, and the libraries are
 # compiled: both are redone when the set of file names or what they are built from changes,

@@ -37,15 +37,17 @@ from setuptools.modified import newer_group
 
 CPU = Path("compiler/kernels/cpu")
 ORT = Path("compiler/onnx/runtime")
+TEMPLATES = Path("cutlass_templates/include")  # of the CUDA kernels
 CPU_SOURCES = sorted(map(str, CPU.glob("src/*.cpp")))
-ORT_SOURCES = sorted(map(str, ORT.glob("*.cpp")))
+ORT_SOURCES = sorted(map(str, ORT.rglob("*.cpp")))
 CPU_HEADERS = sorted(map(str, [*CPU.glob("*.h"), *CPU.glob("src/*.hpp")]))
-ORT_HEADERS = sorted(map(str, [*ORT.glob("*.h"), *ORT.glob("*.hpp"), ORT / "exports.map"]))
+ORT_HEADERS = sorted(map(str, [*ORT.glob("*.h"), *ORT.rglob("*.hpp"), ORT / "exports.map"]))
+PARAMS = str(TEMPLATES / "sage/params.cuh")
 
 # -ffp-contract=fast and the two that assume no traps and no errno let the compiler use FMA and
 # vectors; unlike -ffast-math they keep NaN and infinity.
 FLAGS = f"""-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno
-  -fno-trapping-math -ffp-contract=fast -Wall -Wextra -I{CPU}""".split()
+  -fno-trapping-math -ffp-contract=fast -Wall -Wextra -I{CPU} -I{TEMPLATES}""".split()
 LINK_FLAGS = ["-shared", "-lm", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
 
 # libsage_ort exports nothing of sage_cpu.h, whose functions may be those of another libsage_cpu.
@@ -54,6 +56,9 @@ LINKER_SCRIPT = (
     if sys.platform == "darwin"
     else [f"-Wl,--version-script={ORT}/exports.map"]
 )
+
+# Libraries of their own where the C library is older than 2.34.
+THREADS_AND_LOADING = ["-pthread", "-ldl"] if sys.platform == "linux" else []
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
@@ -190,9 +195,9 @@ setup(
         Extension(
             "sage_compiler.onnx.runtime.libsage_ort",
             [*CPU_SOURCES, *ORT_SOURCES],
-            depends=[*CPU_HEADERS, *ORT_HEADERS, "setup.py", "pyproject.toml"],
+            depends=[*CPU_HEADERS, *ORT_HEADERS, PARAMS, "setup.py", "pyproject.toml"],
             define_macros=[("SAGE_VERSION", f'"{VERSION}"')],
-            extra_link_args=LINKER_SCRIPT,
+            extra_link_args=[*LINKER_SCRIPT, *THREADS_AND_LOADING],
             optional=OPTIONAL,
         ),
     ],

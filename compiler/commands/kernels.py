@@ -20,7 +20,7 @@ from sage_compiler.kernels.cuda.pack import build, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
 from sage_compiler.kernels.cuda.toolchain import NAMES, Compiler, find
-from sage_compiler.kernels.cuda.variants import all_specs
+from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs
 from sage_compiler.text import columns
 
 Item = TypeVar("Item")
@@ -36,7 +36,9 @@ _BUILD: Final = """\
 Compile every variant for some architectures into a kernel pack, which is found through the
 environment variable SAGE_KERNEL_PACK; then nothing is compiled where the model runs.
 
-    sagec kernels build --arch sm_89 --arch sm_90a --out pack"""
+    sagec kernels build --arch sm_89 --arch sm_90a --out pack
+
+With --standalone, the pack also serves a host that cannot compile: see docs/onnx-cuda.md."""
 _LIST: Final = """\
 List the kernels that are shipped in packs and those that are kept in the cache.
 
@@ -89,6 +91,12 @@ def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
     parser.add_argument(
         "--arch", action="append", default=[], metavar="NAME", help=f"{archs}: {known}"
     )
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="the kernels for a host that cannot compile, as ONNX Runtime: masks, windows, "
+        "softcap, head_dim 32 to 128",
+    )
     parser.add_argument("--compiler", choices=NAMES, help="default: nvcc where it is, else nvrtc")
     parser.add_argument(
         "--jobs",
@@ -100,7 +108,7 @@ def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    specs = _specs(arguments.arch or list(ARCHS))
+    specs = _specs(arguments.arch or list(ARCHS), arguments.standalone)
     disassembler = Disassembler.find()
     found = check(specs, _compiler(arguments), disassembler, _jobs(arguments))
     rows = list(_progress(found, len(specs)))
@@ -117,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     if not arguments.arch:
         raise UsageError(f"--arch is missing; known: {', '.join(ARCHS)}")
-    specs = _specs(arguments.arch)
+    specs = _specs(arguments.arch, arguments.standalone)
     entries = build(
         specs,
         arguments.out,
@@ -161,11 +169,12 @@ def _list(arguments: argparse.Namespace) -> int:
     return options.OK
 
 
-def _specs(archs: Sequence[str]) -> list[KernelSpec]:
+def _specs(archs: Sequence[str], standalone: bool) -> list[KernelSpec]:
     for arch in archs:
         if arch not in ARCHS:
             raise UsageError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
-    return [spec for arch in dict.fromkeys(archs) for spec in all_specs(arch)]
+    specs_of = standalone_specs if standalone else all_specs
+    return [spec for arch in dict.fromkeys(archs) for spec in specs_of(arch)]
 
 
 def _compiler(arguments: argparse.Namespace) -> Compiler:

@@ -28,6 +28,7 @@ using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
+using CUdeviceptr = unsigned long long;
 
 enum CUresult : int {
     CUDA_SUCCESS = 0,
@@ -474,6 +475,16 @@ SAGE_API CUresult cuStreamSynchronize(CUstream stream) {
     Lock const lock(driver().mutex);
     return driver().capturing.count(stream) != 0 ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
                                                  : CUDA_SUCCESS;
+}
+
+// At once, as launches.
+SAGE_API CUresult cuMemsetD8Async(CUdeviceptr memory, unsigned char value, size_t bytes,
+                                  CUstream stream) {
+    Lock const lock(driver().mutex);
+    if (current_context() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    if (driver().capturing.count(stream) != 0 || driver().dry_run) return CUDA_SUCCESS;
+    std::memset(reinterpret_cast<void*>(memory), value, bytes);
+    return CUDA_SUCCESS;
 }
 
 namespace {

@@ -15,6 +15,7 @@ from typing import Any, Final
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.parallel import each
+from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
 from sage_compiler.kernels.cuda.spec import (
@@ -22,6 +23,7 @@ from sage_compiler.kernels.cuda.spec import (
     AttendSpec,
     KernelSpec,
     KeySpec,
+    OperandSpec,
     QuerySpec,
     StatisticsSpec,
     ValueSpec,
@@ -144,7 +146,8 @@ def forbidden(spec: KernelSpec) -> tuple[str, ...]:
 
 def spill_budget(spec: KernelSpec) -> int:
     """The most bytes of registers that a thread may keep in local memory."""
-    return 0 if is_default(spec) and spec.head_dim <= _LARGEST_WITHOUT_SPILLS else SPILL_BUDGET
+    large = isinstance(spec, OperandSpec) and spec.head_dim > _LARGEST_WITHOUT_SPILLS
+    return 0 if is_default(spec) and not large else SPILL_BUDGET
 
 
 def is_default(spec: KernelSpec) -> bool:
@@ -157,7 +160,7 @@ def is_default(spec: KernelSpec) -> bool:
             return qk is recipe.qk
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec():
+        case StatisticsSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 

@@ -1,6 +1,7 @@
 """Kernel packs: kernels compiled ahead, in a folder that a wheel can carry.
 
     PACK/manifest.json
+    PACK/launches.txt, for hosts without Python: see launch_table.py
     PACK/<arch>/<symbol>.cubin, and its source beside it
 
 A pack serves the templates that it was compiled from, and no others.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sage_compiler.errors import UsageError
+from sage_compiler.kernels.cuda import launch_table
 from sage_compiler.kernels.cuda.binary import Binary
 from sage_compiler.kernels.cuda.cache import check_safe
 from sage_compiler.kernels.cuda.manifest import Entry, digest
@@ -63,6 +65,8 @@ def build(
         (folder / f"{spec.symbol}.cubin").write_bytes(binary.image)
         (folder / f"{spec.symbol}.cu").write_text(source, encoding="utf-8")
         entries.append(Entry.of(spec, source, compiler.identity, binary))
+    launches = launch_table.launch_table(specs, entries)
+    (out / launch_table.NAME).write_text(launches, encoding="utf-8")
     manifest = {
         "format": FORMAT,
         "templates": templates_digest(),
@@ -149,6 +153,7 @@ def _clear(out: Path) -> None:
             raise UsageError(f"{out} is neither empty nor a kernel pack; name another folder")
         # First, so that what remains of an interrupted build is not a pack.
         (out / MANIFEST).unlink()
+        (out / launch_table.NAME).unlink(missing_ok=True)
         for kernel in (*out.glob("sm_*/sage_*.cubin"), *out.glob("sm_*/sage_*.cu")):
             kernel.unlink()
     out.mkdir(parents=True, exist_ok=True)

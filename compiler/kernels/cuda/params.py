@@ -18,3 +18,9 @@ QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
 ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")
+
+# Of the kernels for hosts without torch; a library packs these, see launch_table.py.
+MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")
+MASK_KEYS: Final = struct.Struct(f"@{_MASK}2P7q")
+MASK_COUNTS: Final = struct.Struct("@2P4q")
+SINKS: Final = struct.Struct("@2P4q")

@@ -90,13 +90,9 @@ class KernelSpec(ABC):
 
     Attributes:
         arch: a key of ``ARCHS``.
-        dtype: a key of ``DTYPES``.
-        head_dim: of the attention kernel one of ``HEAD_DIMS``, of the quantizers a ``padded_dim``.
     """
 
     arch: str
-    dtype: str
-    head_dim: int
 
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
@@ -124,6 +120,19 @@ class KernelSpec(ABC):
         """The template arguments, in C++."""
 
 
+@dataclass(frozen=True, slots=True)
+class OperandSpec(KernelSpec, ABC):
+    """A kernel on Q, K or V.
+
+    Attributes:
+        dtype: a key of ``DTYPES``.
+        head_dim: of the attention kernel one of ``HEAD_DIMS``, of the quantizers a ``padded_dim``.
+    """
+
+    dtype: str
+    head_dim: int
+
+
 _CPP_FORMATS: Final[Mapping[Format, str]] = MappingProxyType(
     {
         Format.INT4: "sage::Int4",
@@ -145,7 +154,7 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 
 
 @dataclass(frozen=True, slots=True)
-class _QuantizerSpec(KernelSpec, ABC):
+class _QuantizerSpec(OperandSpec, ABC):
     """What prepares operands: its blocks read tokens in rows of threads, 8 channels a thread."""
 
     @property
@@ -245,7 +254,7 @@ class ValueSpec(_QuantizerSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class AttendSpec(KernelSpec):
+class AttendSpec(OperandSpec):
     """The fused attention over quantized operands.
 
     Attributes:

@@ -6,9 +6,11 @@ The choices of tiles stand here, with their reasons.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     ARCHS,
     HEAD_DIMS,
@@ -134,6 +136,29 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
+
+
+def standalone_variants(arch: str) -> Iterator[Variant]:
+    """What a host needs that cannot compile: every mask and softcap, and more dims."""
+    for dtype in ("float16", "bfloat16"):
+        for head_dim in (32, 64, 96, 128):
+            for recipe in ARCHS[arch].recipes:
+                for window, masked, softcap in itertools.product((False, True), repeat=3):
+                    yield variant(
+                        arch,
+                        dtype,
+                        head_dim,
+                        recipe,
+                        window=window,
+                        masked=masked,
+                        softcap=softcap,
+                    )
+
+
+def standalone_specs(arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of ``standalone_variants``, and those that prepare their operands."""
+    found = dict.fromkeys(spec for each in standalone_variants(arch) for spec in each.specs())
+    return (*found, *preparation_specs(arch))
 
 
 def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:

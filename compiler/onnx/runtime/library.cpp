@@ -14,7 +14,7 @@ namespace {
 
 constexpr char kDomain[] = "ai.sage";
 constexpr char kName[] = "Attention";
-const Provider* const kProviders[] = {&kCpuProvider};
+const Provider* const kProviders[] = {&kCpuProvider, &kCudaProvider};
 constexpr size_t kMostOperators = 8;
 
 // One name, one operator for each provider and type of query: the runtime takes the one whose

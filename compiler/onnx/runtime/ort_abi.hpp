@@ -52,6 +52,8 @@ struct OrtAllocator {
     uint32_t version;
     void* (*Alloc)(OrtAllocator*, size_t bytes);
     void (*Free)(OrtAllocator*, void* memory);
+    // Of the memory that it gives; belongs to the allocator.
+    const OrtMemoryInfo* (*Info)(const OrtAllocator*);
 };
 
 struct OrtApi {
@@ -75,7 +77,10 @@ struct OrtApi {
                                         size_t rank);
     void* unused_64;
     OrtStatus* (*GetTensorTypeAndShape)(const OrtValue*, OrtTensorTypeAndShapeInfo**);
-    void* unused_66[19];
+    void* unused_66[6];
+    // The ordinal of a device.
+    OrtStatus* (*MemoryInfoGetId)(const OrtMemoryInfo*, int* id);
+    void* unused_73[12];
     OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo*, const char* name, float*);
     OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t*);
     // Without memory it only tells the bytes, the terminating zero included.
@@ -100,7 +105,10 @@ struct OrtApi {
                                                     size_t* count);
     OrtStatus* (*KernelInfoGetAttributeArray_int64)(const OrtKernelInfo*, const char* name,
                                                     int64_t*, size_t* count);
-    void* unused_164[104];
+    void* unused_164[29];
+    // A cudaStream_t, which is a CUstream.
+    OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext*, void** stream);
+    void* unused_194[74];
     // The info belongs to the context.
     OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext*, size_t index,
                                                       OrtTensorTypeAndShapeInfo**);
@@ -115,7 +123,11 @@ struct OrtApi {
     OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*,
                                             void (*body)(void* argument, size_t index),
                                             size_t total, size_t batches, void* argument);
-    void* unused_275[3];
+    void* unused_275[2];
+    // Memory for what runs on the context's stream; whoever asked frees it, by an allocator of the
+    // same memory. Unlike the other entries it throws where there is none.
+    OrtStatus* (*KernelContext_GetScratchBuffer)(const OrtKernelContext*, const OrtMemoryInfo*,
+                                                 size_t bytes, void** memory);
     OrtStatus* (*KernelInfoGetAllocator)(const OrtKernelInfo*, OrtMemType, OrtAllocator**);
 };
 
@@ -135,6 +147,7 @@ SAGE_ORT_PLACE(GetDimensionsCount, 61);
 SAGE_ORT_PLACE(GetDimensions, 62);
 SAGE_ORT_PLACE(GetSymbolicDimensions, 63);
 SAGE_ORT_PLACE(GetTensorTypeAndShape, 65);
+SAGE_ORT_PLACE(MemoryInfoGetId, 72);
 SAGE_ORT_PLACE(KernelInfoGetAttribute_float, 85);
 SAGE_ORT_PLACE(KernelInfoGetAttribute_int64, 86);
 SAGE_ORT_PLACE(KernelInfoGetAttribute_string, 87);
@@ -146,10 +159,12 @@ SAGE_ORT_PLACE(ReleaseCustomOpDomain, 101);
 SAGE_ORT_PLACE(ReleaseAllocator, 132);
 SAGE_ORT_PLACE(KernelInfoGetAttributeArray_float, 162);
 SAGE_ORT_PLACE(KernelInfoGetAttributeArray_int64, 163);
+SAGE_ORT_PLACE(KernelContext_GetGPUComputeStream, 193);
 SAGE_ORT_PLACE(ShapeInferContext_GetInputTypeShape, 268);
 SAGE_ORT_PLACE(ShapeInferContext_SetOutputTypeShape, 270);
 SAGE_ORT_PLACE(SetSymbolicDimensions, 271);
 SAGE_ORT_PLACE(KernelContext_ParallelFor, 274);
+SAGE_ORT_PLACE(KernelContext_GetScratchBuffer, 277);
 SAGE_ORT_PLACE(KernelInfoGetAllocator, 278);
 #undef SAGE_ORT_PLACE
 

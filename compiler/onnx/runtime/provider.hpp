@@ -19,6 +19,6 @@ struct Provider {
     const char* (*served)(Recipe);
 };
 
-extern const Provider kCpuProvider;
+extern const Provider kCpuProvider, kCudaProvider;
 
 }  // namespace sage_ort

@@ -24,8 +24,9 @@ SAGE_ORT_EXPORT void* RegisterCustomOps(void* options, const void* api_base);
 SAGE_ORT_EXPORT const char* sage_ort_version(void);
 
 /* What serves a recipe on an execution provider ("CPUExecutionProvider"): the name of a recipe, or
- * "float" for float arithmetic; for "auto", what large calls get. NULL where the provider or the
- * recipe is unknown. */
+ * "float" for float arithmetic; for "auto", what large calls get. On "CUDAExecutionProvider" it is
+ * NULL for "auto", which depends on the device, and for "exact", which nothing serves. NULL where
+ * the provider or the recipe is unknown. */
 SAGE_ORT_EXPORT const char* sage_ort_served(const char* provider, const char* recipe);
 
 #ifdef __cplusplus

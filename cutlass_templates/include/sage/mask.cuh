@@ -6,28 +6,33 @@
 
 namespace sage {
 
+// An element of a 16-bit or 32-bit float type.
+SAGE_DEVICE float load_float(void const* data, int64_t index, MaskKind kind) {
+    switch (kind) {
+        case MaskKind::kHalf:
+            return arch::unpack_half(arch::load_global(static_cast<uint16_t const*>(data) + index))
+                .x;
+        case MaskKind::kBfloat16:
+            return arch::unpack_bfloat16(
+                       arch::load_global(static_cast<uint16_t const*>(data) + index))
+                .x;
+        default:
+            return arch::load_global(static_cast<float const*>(data) + index);
+    }
+}
+
+// What an element of a mask adds to a score, in natural units.
+SAGE_DEVICE float natural_bias(Mask const& mask, int64_t index) {
+    if (mask.kind == MaskKind::kBool) {
+        uint8_t const visible = arch::load_global(static_cast<uint8_t const*>(mask.data) + index);
+        return visible != 0 ? 0.0f : -infinity();
+    }
+    return load_float(mask.data, index, mask.kind);
+}
+
 // What an element of a mask adds to a score, in units of log 2: finite stays finite.
 SAGE_DEVICE float bias(Mask const& mask, int64_t index) {
-    float natural;
-    switch (mask.kind) {
-        case MaskKind::kBool: {
-            uint8_t const visible =
-                arch::load_global(static_cast<uint8_t const*>(mask.data) + index);
-            return visible != 0 ? 0.0f : -infinity();
-        }
-        case MaskKind::kHalf:
-            natural = arch::unpack_half(
-                          arch::load_global(static_cast<uint16_t const*>(mask.data) + index))
-                          .x;
-            break;
-        case MaskKind::kBfloat16:
-            natural = arch::unpack_bfloat16(
-                          arch::load_global(static_cast<uint16_t const*>(mask.data) + index))
-                          .x;
-            break;
-        default:
-            natural = arch::load_global(static_cast<float const*>(mask.data) + index);
-    }
+    float const natural = natural_bias(mask, index);
     if (natural == infinity() || natural == -infinity()) return natural;
     float const scaled = natural * kLog2E;
     return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;

@@ -140,4 +140,47 @@ struct AttendParams {
     float dead_value;  // the output of a row that sees no key: 0 or NaN
 };
 
+// The kernels below are for hosts without torch: what a mask shows, and sinks as floats. A mask has
+// MB batches, 1 or B, and MH heads, 1 or H; what its key/value heads are, MHkv, is 1 or Hkv.
+
+// One block per (query block, head of the mask).
+struct MaskRowsParams {
+    Mask mask;
+    uint8_t* tiles;       // (MB, MH, M, N): kHidesAll, kShowsAll or kMixed
+    uint8_t* live;        // (MB, MH, Lq): whether a query sees a key
+    uint8_t* discerning;  // (MB, MH, Lq): whether it sees one whose bias is not negligible
+    int64_t heads;        // MH
+    int64_t query_length, key_length;
+    int64_t query_blocks, key_blocks;
+    int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
+};
+
+// One block per (key block, key/value head of the mask).
+struct MaskKeysParams {
+    Mask mask;
+    uint8_t const* discerning;
+    uint8_t* keys;         // (MB, MHkv, Lk): kSeen and kCounts
+    int64_t heads, group;  // MHkv, and heads of the mask for each: 1 or G
+    int64_t query_length, key_length;
+    int64_t key_blocks;
+    int64_t lower, upper;
+};
+
+// One block per key/value head of the mask.
+struct MaskCountsParams {
+    uint8_t const* keys;  // as above
+    float* counts;        // (B, Hkv): how many keys count
+    int64_t heads;        // MHkv
+    int64_t key_length;
+    int64_t batch_repeats, head_repeats;  // B / MB, Hkv / MHkv
+};
+
+// One thread per element of the output: element i is sinks[i / repeats % heads].
+struct SinksParams {
+    void const* sinks;  // (H) of a float type; null: none, which is -infinity each
+    float* out;
+    MaskKind kind;
+    int64_t count, heads, repeats;
+};
+
 }  // namespace sage

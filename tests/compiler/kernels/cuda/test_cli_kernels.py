@@ -13,6 +13,7 @@ from sage_compiler import cli
 from sage_compiler.commands import kernels
 from sage_compiler.kernels.cuda import headers
 from sage_compiler.kernels.cuda.cache import Cache
+from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec, StatisticsSpec
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
@@ -101,6 +102,18 @@ def test_list_shows_what_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert len(lines) == 3
     assert lines[1].endswith(" 3 h") and lines[2].endswith(" 3 d")
     assert str(tmp_path / "cache") in lines[1]
+
+
+def test_standalone_kernels_are_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "standalone_specs", lambda arch: preparation_specs(arch))
+    arguments = ["--arch", "sm_80", "--standalone", "--jobs", "1"]
+    out = tmp_path / "pack"
+    assert cli.main(["kernels", "build", *arguments, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("4 kernels, ")
+    assert cli.main(["kernels", "check", *arguments]) == 0
+    assert "sage_mask_rows_sm_80" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

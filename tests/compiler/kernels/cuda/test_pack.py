@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sage_compiler.errors import KernelUnavailableError, UsageError
+from sage_compiler.kernels.cuda import launch_table
 from sage_compiler.kernels.cuda import pack as pack_module
 from sage_compiler.kernels.cuda.binary import Binary
 from sage_compiler.kernels.cuda.cache import Cache
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_pack_holds_images_sources_and_a_manifest(folder: Path) -> None:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
     kernels = {f"{spec.arch}/{spec.symbol}{end}" for spec in SPECS for end in (".cubin", ".cu")}
-    assert files == {MANIFEST, *kernels}
+    assert files == {MANIFEST, launch_table.NAME, *kernels}
     assert (folder / "sm_89" / f"{ADA.symbol}.cu").read_text() == render(ADA)
     pack = Pack(folder)
     assert pack.entries.keys() == {spec.symbol for spec in SPECS}

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda.binary import Binary, Resources
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import OperandSpec
 
 RESOURCES = Resources(registers=8, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
 
@@ -46,7 +46,7 @@ struct Toy {
 
 
 @dataclass(frozen=True, slots=True)
-class ToySpec(KernelSpec):
+class ToySpec(OperandSpec):
     """The kernel of ``SOURCE``; its shared memory is only there to be asked for."""
 
     bytes: int = 0

@@ -1,0 +1,54 @@
+#include "driver.hpp"
+
+#include <dlfcn.h>
+
+namespace sage_cuda {
+namespace {
+
+constexpr char kSystemDriver[] = "libcuda.so.1";
+
+struct Entry {
+    const char* name;
+    void** place;
+};
+
+}  // namespace
+
+Driver::~Driver() {
+    if (library_ != nullptr) dlclose(library_);
+}
+
+bool Driver::open(const char* path, Error& error) {
+    const char* const name = path == nullptr ? kSystemDriver : path;
+    library_ = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (library_ == nullptr)
+        return error.set(
+            "there is no CUDA driver: %s; install NVIDIA's driver, or run with "
+            "CPUExecutionProvider only",
+            dlerror());
+    const Entry entries[] = {
+#define SAGE_CUDA_ENTRY(name, arguments) {#name, reinterpret_cast<void**>(&name)},
+        SAGE_CUDA_ENTRIES(SAGE_CUDA_ENTRY)
+#undef SAGE_CUDA_ENTRY
+    };
+    for (const Entry& entry : entries) {
+        *entry.place = dlsym(library_, entry.name);
+        if (*entry.place == nullptr)
+            return error.set("the CUDA driver %s has no %s; update NVIDIA's driver", name,
+                             entry.name);
+    }
+    Error reason;
+    if (SAGE_CUDA_CHECK(*this, reason, cuInit, 0)) return true;
+    return error.set("the CUDA driver %s: %s", name, reason.text);
+}
+
+bool Driver::check(const char* call, CUresult status, Error& error) const {
+    if (status == CUDA_SUCCESS) return true;
+    const char *name = nullptr, *words = nullptr;
+    cuGetErrorName(status, &name);
+    cuGetErrorString(status, &words);
+    if (name == nullptr || words == nullptr) return error.set("%s: CUresult %d", call, status);
+    return error.set("%s: %s (%d), %s", call, name, status, words);
+}
+
+}  // namespace sage_cuda

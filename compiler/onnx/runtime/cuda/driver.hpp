@@ -1,0 +1,76 @@
+// The CUDA driver, opened at run time: nothing here is linked with CUDA. The functions and
+// constants are those of cuda.h, as far as they are used.
+#pragma once
+
+#include <stddef.h>
+
+#include "error.hpp"
+
+namespace sage_cuda {
+
+using CUresult = int;
+using CUdevice = int;
+using CUcontext = struct CUctx_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+using CUdeviceptr = unsigned long long;
+
+constexpr CUresult CUDA_SUCCESS = 0;
+constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906;
+constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
+constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
+constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
+constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
+
+// X(function, arguments): the entries that are used.
+#define SAGE_CUDA_ENTRIES(X)                                                          \
+    X(cuInit, (unsigned flags))                                                       \
+    X(cuDriverGetVersion, (int* version))                                             \
+    X(cuGetErrorName, (CUresult, const char** text))                                  \
+    X(cuGetErrorString, (CUresult, const char** text))                                \
+    X(cuDeviceGet, (CUdevice * device, int ordinal))                                  \
+    X(cuDeviceGetCount, (int* count))                                                 \
+    X(cuDeviceGetAttribute, (int* value, int attribute, CUdevice))                    \
+    X(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice))                      \
+    X(cuDevicePrimaryCtxRelease_v2, (CUdevice))                                       \
+    X(cuCtxPushCurrent_v2, (CUcontext))                                               \
+    X(cuCtxPopCurrent_v2, (CUcontext * context))                                      \
+    X(cuModuleLoadData, (CUmodule * module, const void* image))                       \
+    X(cuModuleUnload, (CUmodule))                                                     \
+    X(cuModuleGetFunction, (CUfunction * function, CUmodule, const char* name))       \
+    X(cuFuncSetAttribute, (CUfunction, int attribute, int value))                     \
+    X(cuStreamIsCapturing, (CUstream, int* status))                                   \
+    X(cuThreadExchangeStreamCaptureMode, (int* mode))                                 \
+    X(cuMemsetD8Async, (CUdeviceptr, unsigned char value, size_t bytes, CUstream))    \
+    X(cuLaunchKernel, (CUfunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, \
+                       unsigned block_x, unsigned block_y, unsigned block_z,          \
+                       unsigned shared_bytes, CUstream, void** params, void** extra))
+
+// A loaded and initialized driver; threads may share it.
+class Driver {
+ public:
+    Driver() = default;
+    Driver(const Driver&) = delete;
+    Driver& operator=(const Driver&) = delete;
+    ~Driver();
+
+    // Loads and initializes a driver library; with a null path the system's, libcuda.so.1.
+    bool open(const char* path, Error& error);
+
+    // Whether a call succeeded, and if not, why, in the driver's words.
+    bool check(const char* call, CUresult status, Error& error) const;
+
+#define SAGE_CUDA_MEMBER(name, arguments) CUresult(*name) arguments = nullptr;
+    SAGE_CUDA_ENTRIES(SAGE_CUDA_MEMBER)
+#undef SAGE_CUDA_MEMBER
+
+ private:
+    void* library_ = nullptr;
+};
+
+// check() of a call on a driver, with the call's name.
+#define SAGE_CUDA_CHECK(driver, error, function, ...) \
+    (driver).check(#function, (driver).function(__VA_ARGS__), error)
+
+}  // namespace sage_cuda

@@ -1,0 +1,70 @@
+"""Packs of host images, and the driver that executes them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.compiler.kernels.cuda.emulation import the_host
+from tests.compiler.onnx.cuda.native import Device, TestDriver, opened
+from tests.compiler.onnx.cuda.packs import MASKED, Case, pack_of_host_images
+from tests.cutlass_templates.host import Host
+
+
+@pytest.fixture(scope="session")
+def host_packs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """The pack with the kernels of a case, which is made when it is asked for."""
+
+    @functools.cache
+    def make(case: Case) -> Path:
+        return pack_of_host_images(case.specs(), tmp_path_factory.mktemp("host") / "pack")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _driver() -> TestDriver:
+    return TestDriver()
+
+
+@pytest.fixture
+def executing(_driver: TestDriver) -> Iterator[TestDriver]:
+    """A driver that executes."""
+    the_host().reset()
+    _driver.reset(executes=True)
+    yield _driver
+    _driver.reset()
+    the_host().reset()
+
+
+@pytest.fixture
+def driver(executing: TestDriver) -> Iterator[TestDriver]:
+    """As ``executing``; whatever it was asked for is given back at the end of a test."""
+    held = executing.held()
+    yield executing
+    assert executing.held() == held
+
+
+@pytest.fixture
+def emulated(
+    driver: TestDriver, host_packs: Callable[[Case], Path], request: pytest.FixtureRequest
+) -> Iterator[Device]:
+    """A device of the look-alike, with the kernels of the test's case."""
+    case: Case = request.getfixturevalue("case")
+    with opened(driver.path, host_packs(case)) as device:
+        yield device
+
+
+@pytest.fixture
+def case() -> Case:
+    """Of tests that do not name one: one with a mask, the same for all."""
+    return MASKED
+
+
+@pytest.fixture
+def host(driver: TestDriver) -> Host:
+    """The look-alike that ``driver`` hands launches to."""
+    return the_host()

@@ -1,0 +1,254 @@
+// A CUDA driver for tests: it notes what is asked of it, fails where it is told to, and hands the
+// rest on to the look-alike of cutlass_templates/host, or pretends that it was done.
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <sage/params.cuh>
+#include <string>
+#include <vector>
+
+namespace {
+
+struct Launch {
+    std::string symbol;
+    unsigned grid, block, shared_bytes;
+    void* stream;
+    std::string params;
+};
+
+struct State {
+    std::mutex mutex;
+    void* target = nullptr;  // null: pretend
+    int major = 8, minor = 9;
+    std::map<std::string, int> calls;
+    std::string failing;
+    int code = 0, after = 0;
+    long contexts = 0, modules = 0, handles = 0;
+    std::map<void*, std::string> functions;
+    std::vector<Launch> launches;
+};
+
+State& state() {
+    static State instance;
+    return instance;
+}
+
+thread_local int depth = 0;  // of contexts that are current
+
+// Whether a call is to fail, and with what.
+bool fails(char const* name, int* code) {
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    int const count = state().calls[name]++;
+    *code = state().code;
+    return state().failing == name && count >= state().after;
+}
+
+size_t params_bytes(std::string const& symbol) {
+    auto const is = [&](char const* kind) { return symbol.rfind(kind, 0) == 0; };
+    if (is("sage_statistics_")) return sizeof(sage::StatisticsParams);
+    if (is("sage_query_")) return sizeof(sage::QueryParams);
+    if (is("sage_key_")) return sizeof(sage::KeyParams);
+    if (is("sage_value_")) return sizeof(sage::ValueParams);
+    if (is("sage_attend_")) return sizeof(sage::AttendParams);
+    if (is("sage_mask_rows_")) return sizeof(sage::MaskRowsParams);
+    if (is("sage_mask_keys_")) return sizeof(sage::MaskKeysParams);
+    if (is("sage_mask_counts_")) return sizeof(sage::MaskCountsParams);
+    if (is("sage_sinks_")) return sizeof(sage::SinksParams);
+    return 0;
+}
+
+}  // namespace
+
+#define API extern "C" __attribute__((visibility("default")))
+
+// Calls the look-alike's function of this name, unless it is to fail or there is none.
+#define FORWARD(name, signature, ...)         \
+    int result = 0;                           \
+    if (fails(#name, &result)) return result; \
+    result = 0;                               \
+    if (state().target != nullptr)            \
+    result = reinterpret_cast<int(*) signature>(dlsym(state().target, #name))(__VA_ARGS__)
+
+API int cuInit(unsigned flags) {
+    FORWARD(cuInit, (unsigned), flags);
+    return result;
+}
+
+API int cuDriverGetVersion(int* version) {
+    *version = 12040;
+    return 0;
+}
+
+API int cuGetErrorName(int code, char const** text) {
+    *text = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_OF_A_TEST";
+    return code == 12345;  // a code that nobody knows
+}
+
+API int cuGetErrorString(int code, char const** text) {
+    *text = code == 12345 ? nullptr : "as a test wanted";
+    return 0;
+}
+
+API int cuDeviceGetCount(int* count) {
+    *count = 1;
+    FORWARD(cuDeviceGetCount, (int*), count);
+    return result;
+}
+
+API int cuDeviceGet(int* device, int ordinal) {
+    *device = ordinal;
+    FORWARD(cuDeviceGet, (int*, int), device, ordinal);
+    return result;
+}
+
+API int cuDeviceGetAttribute(int* value, int attribute, int device) {
+    *value = attribute == 75 ? state().major : state().minor;
+    FORWARD(cuDeviceGetAttribute, (int*, int, int), value, attribute, device);
+    return result;
+}
+
+API int cuDevicePrimaryCtxRetain(void** context, int device) {
+    *context = &state();
+    FORWARD(cuDevicePrimaryCtxRetain, (void**, int), context, device);
+    state().contexts += result == 0;
+    return result;
+}
+
+API int cuDevicePrimaryCtxRelease_v2(int device) {
+    state().contexts--;
+    FORWARD(cuDevicePrimaryCtxRelease_v2, (int), device);
+    return result;
+}
+
+API int cuCtxPushCurrent_v2(void* context) {
+    FORWARD(cuCtxPushCurrent_v2, (void*), context);
+    depth += result == 0;
+    return result;
+}
+
+API int cuCtxPopCurrent_v2(void** context) {
+    depth--;
+    FORWARD(cuCtxPopCurrent_v2, (void**), context);
+    return result;
+}
+
+API int cuModuleLoadData(void** module, void const* image) {
+    *module = &state();
+    if (state().target == nullptr) usleep(1000);  // for other threads to come
+    FORWARD(cuModuleLoadData, (void**, void const*), module, image);
+    state().modules += result == 0;
+    return result;
+}
+
+API int cuModuleUnload(void* module) {
+    state().modules--;
+    FORWARD(cuModuleUnload, (void*), module);
+    return result;
+}
+
+API int cuModuleGetFunction(void** function, void* module, char const* name) {
+    *function = reinterpret_cast<void*>(static_cast<uintptr_t>(++state().handles));
+    FORWARD(cuModuleGetFunction, (void**, void*, char const*), function, module, name);
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    state().functions[*function] = name;
+    return result;
+}
+
+API int cuFuncSetAttribute(void* function, int attribute, int value) {
+    FORWARD(cuFuncSetAttribute, (void*, int, int), function, attribute, value);
+    return result;
+}
+
+API int cuStreamIsCapturing(void* stream, int* status) {
+    *status = 0;
+    FORWARD(cuStreamIsCapturing, (void*, int*), stream, status);
+    return result;
+}
+
+API int cuThreadExchangeStreamCaptureMode(int* mode) {
+    FORWARD(cuThreadExchangeStreamCaptureMode, (int*), mode);
+    return result;
+}
+
+API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t bytes,
+                        void* stream) {
+    FORWARD(cuMemsetD8Async, (unsigned long long, unsigned char, size_t, void*), memory, value,
+            bytes, stream);
+    return result;
+}
+
+API int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                       unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                       void* stream, void** params, void** extra) {
+    {
+        std::lock_guard<std::mutex> const lock(state().mutex);
+        std::string const& symbol = state().functions[function];
+        std::string const packed(static_cast<char const*>(params[0]), params_bytes(symbol));
+        state().launches.push_back({symbol, grid_x, block_x, shared_bytes, stream, packed});
+    }
+    FORWARD(cuLaunchKernel,
+            (void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
+             void**, void**),
+            function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, stream,
+            params, extra);
+    return result;
+}
+
+// As at the start. `target` is the look-alike to hand on to; null: pretend.
+API void sage_test_reset(char const* target) {
+    State& s = state();
+    s.target = target == nullptr ? nullptr : dlopen(target, RTLD_NOW | RTLD_LOCAL);
+    s.major = 8;
+    s.minor = 9;
+    s.failing.clear();
+    s.calls.clear();
+    s.launches.clear();
+}
+
+API void sage_test_capability(int major, int minor) {
+    state().major = major;
+    state().minor = minor;
+}
+
+// Lets a function fail with a CUresult, after some calls that succeed.
+API void sage_test_fail(char const* function, int code, int after) {
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    state().failing = function;
+    state().code = code;
+    state().after = after;
+    state().calls.clear();
+}
+
+// How often a function was called since then.
+API int sage_test_calls(char const* function) {
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    return state().calls[function];
+}
+
+// What is held: contexts, modules, and this thread's current contexts.
+API void sage_test_held(long (*held)[3]) {
+    (*held)[0] = state().contexts;
+    (*held)[1] = state().modules;
+    (*held)[2] = depth;
+}
+
+API size_t sage_test_launches() { return state().launches.size(); }
+
+// One launch: its symbol, {grid, block, shared_bytes, stream}, and its parameters.
+API char const* sage_test_launch(size_t index, uint64_t (*numbers)[4], char const** params,
+                                 size_t* bytes) {
+    Launch const& launch = state().launches[index];
+    (*numbers)[0] = launch.grid;
+    (*numbers)[1] = launch.block;
+    (*numbers)[2] = launch.shared_bytes;
+    (*numbers)[3] = reinterpret_cast<uintptr_t>(launch.stream);
+    *params = launch.params.data();
+    *bytes = launch.params.size();
+    return launch.symbol.c_str();
+}
+
+API void sage_test_forget() { state().launches.clear(); }
