@@ -121,7 +121,7 @@ def _export(arguments: argparse.Namespace) -> int:
     told: dict[str, Any] = {"file": str(out)}
     with _saying_what_is_fixed(shapes):
         if to_onnx:
-            report, told["bytes"], told["rel_l1"] = export_onnx.write(
+            report, told["bytes"], comparison = export_onnx.write(
                 model,
                 built,
                 parsed,
@@ -131,13 +131,16 @@ def _export(arguments: argparse.Namespace) -> int:
                 standalone=arguments.standalone,
                 source_paths=arguments.source_paths,
             )
+            told |= comparison
         else:
             report, told["bytes"] = export_program.write(model, built, parsed, shapes, out)
     if arguments.json:
         options.print_json(told | {"report": report.to_dict()})
         return options.OK
     print(f"{report}\nwritten and checked: {out}, {told['bytes']} bytes")
-    if to_onnx:
+    if "not_run" in told:
+        print(f"not run here: {told['not_run']}")
+    elif to_onnx:
         print(
             f"its output in ONNX Runtime is that of the model but for {told['rel_l1']:.2g} (rel_l1)"
         )

@@ -35,7 +35,7 @@ _DIFFERENCE: Final = "  - "  # how the message of a PolicyError begins the line 
 # Options in Python, as messages have them, that are flags here.
 _STRICT_POLICY: Final = re.compile(r"(the option )?\bstrict_policy=False")
 _WITH_VALUE: Final = re.compile(
-    r"\b(precision|min_seq_len|fallback|target|timestep_ranges|margin|heads|queries)="
+    r"\b(precision|min_seq_len|fallback|target|timestep_ranges|margin|heads|queries|opset)="
     r"('?)(?P<value>[\w.+-]+)\2"
 )
 MODEL_HELP: Final = """\

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -23,26 +23,37 @@ def without_names(dynamic_shapes: Any) -> Any:
 def named_axes(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> Iterator[tuple[Tensor, int, str]]:
-    """Each dim of an input tensor that has a name, and the name."""
+    """Each dim of an input tensor that has a name, a string or that of a Dim, and the name."""
     if isinstance(dynamic_shapes, Mapping):
-        signature = inspect.signature(model.forward)
-        given: dict[str, Any] = {}
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            # As torch.export has it: what **kwargs takes is among the others.
-            variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-            given |= value if variadic else {name: value}
-        yield from _walk(given, dynamic_shapes)
+        yield from _walk(_by_name(model, args, kwargs), dynamic_shapes)
     else:
         yield from _walk([*args, *kwargs.values()], dynamic_shapes)
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InvalidOptionError(
+            f"the model does not take these args and kwargs: {error}"
+        ) from None
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        # As torch.export has it: what **kwargs takes is among the others.
+        variadic = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        given |= value if variadic else {name: value}
+    return given
 
 
 def check(named: Iterable[tuple[Tensor, int, str]]) -> None:
     """Raises InvalidOptionError for a dim that is not there, or whose example cannot vary."""
     for tensor, dim, name in named:
         shape = tuple(tensor.shape)
-        if not -tensor.dim() <= dim < tensor.dim():
+        if not 0 <= dim < tensor.dim():
             raise InvalidOptionError(
-                f"dynamic_shapes: {name!r} is dim {dim} of an input of shape {shape}"
+                f"dynamic_shapes: {name!r} is dim {dim} of an input of shape {shape}; dims are "
+                "counted from 0"
             )
         if shape[dim] < LEAST_EXAMPLE:
             raise InvalidOptionError(
@@ -52,15 +63,41 @@ def check(named: Iterable[tuple[Tensor, int, str]]) -> None:
             )
 
 
+def names_of_symbols(found: Iterable[tuple[str, str]], symbols: Collection[str]) -> dict[str, str]:
+    """The name of each symbol.
+
+    Args:
+        found: pairs of a symbol and a name that the user has for it; the first name counts.
+        symbols: all symbols of the model.
+
+    Raises:
+        InvalidOptionError: one name for two sizes, which runtimes would take for equal.
+    """
+    names: dict[str, str] = {}
+    for symbol, name in found:
+        names.setdefault(symbol, name)
+    owners = {symbol: symbol for symbol in symbols if symbol not in names}
+    for symbol, name in names.items():
+        other = owners.setdefault(name, symbol)
+        if other != symbol:
+            raise InvalidOptionError(
+                f"dynamic_shapes: the name {name!r} is of two sizes that the model does not take "
+                "to be equal; give each a name of its own"
+            )
+    return names
+
+
 def _walk(value: Any, shapes: Any) -> Iterator[tuple[Tensor, int, str]]:
     if isinstance(value, Tensor):
         dims = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes or ())
-        for dim, name in dims:
+        for dim, given in dims:
+            name = given.__name__ if isinstance(given, Dim) else given
             if isinstance(name, str):
                 yield value, dim, name
     elif isinstance(value, Mapping) and isinstance(shapes, Mapping):
-        for key in shapes.keys() & value.keys():
-            yield from _walk(value[key], shapes[key])
+        for key in value:
+            if key in shapes:
+                yield from _walk(value[key], shapes[key])
     elif isinstance(value, Sequence) and isinstance(shapes, Sequence):
         for each, its_shapes in zip(value, shapes, strict=False):
             yield from _walk(each, its_shapes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import glob
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +29,7 @@ from torch.utils import _pytree as pytree
 from sage_compiler.backend import transform
 from sage_compiler.config import Options, parse_options
 from sage_compiler.errors import InvalidOptionError, SageError
-from sage_compiler.onnx import axes, schema, translate
+from sage_compiler.onnx import axes, schema, training, translate
 from sage_compiler.onnx.body import function
 from sage_compiler.passes.pipeline import Decision
 from sage_compiler.passes.rewrite import LAYER_KEY
@@ -43,6 +46,7 @@ _LEAST_IR_VERSION: Final = 10  # the first with overloads of functions
 
 # A protobuf message stays below 2 GiB; what is no weight needs room too.
 LARGEST_IN_FILE: int = (2 << 30) - (64 << 20)
+_DIGEST_LENGTH: Final = 16  # of the name of a file of weights
 
 _STACK_TRACE: Final = "pkg.torch.onnx.stack_trace"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
@@ -79,7 +83,8 @@ def export_onnx(
     Args:
         model: in evaluation mode.
         args, kwargs: example inputs.
-        path: the file; weights of 2 GiB and more go to ``<path>.data`` beside it.
+        path: the file; weights of 2 GiB and more go to a file beside it, which is named after it
+            and what it holds.
         dynamic_shapes: the sizes that vary, as torch.onnx.export takes them: for each input a dict
             from dim to a name, such as ``{"x": {0: "batch", 1: "length"}}``, or to an
             torch.export.Dim.
@@ -105,8 +110,9 @@ def export_onnx(
         SageError: the file does not pass ONNX's checker.
         OSError: it cannot be written.
         torch._dynamo.exc.UserError, torch.onnx.OnnxExporterError: what torch cannot export.
-        Whatever is raised, there is no new file.
+        Whatever is raised, there is no new file, and an old one is what it was.
     """
+    path = _target(path)
     exported = build(
         model,
         args,
@@ -119,8 +125,20 @@ def export_onnx(
         standalone=standalone,
         source_paths=source_paths,
     )
-    save(exported.model, Path(path))
+    save(exported.model, path)
     return exported.report
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """Where the file will be; raises OSError, before the work, where it cannot be."""
+    target = Path(path).resolve()  # what a link leads to is replaced, not the link
+    if target.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "is a folder; give the name of a file", os.fspath(path)
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(target.parent))
+    return target
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +147,12 @@ class Exported:
 
     Attributes:
         model: what the file will hold.
-        program: what it was made from; its user inputs have the names of the file's.
+        inputs: the example of each of its inputs.
         report: what was rewritten, and what was kept.
     """
 
     model: ir.Model
-    program: ExportedProgram
+    inputs: Mapping[str, Tensor]
     report: Report
 
 
@@ -150,11 +168,20 @@ def build(
     source_paths: bool,
 ) -> Exported:
     """All of ``export_onnx``, which says what is what, but for the file."""
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     if not isinstance(model, nn.Module):
+        advice = "; its module() is one" if isinstance(model, ExportedProgram) else ""
         raise InvalidOptionError(
-            f"model is a {type(model).__name__}; torch.export takes a torch.nn.Module"
+            f"model is a {type(model).__name__}; torch.export takes a torch.nn.Module{advice}"
         )
-    _require_evaluation(model)
+    if not isinstance(args, tuple) or not isinstance(kwargs, Mapping):
+        raise InvalidOptionError(
+            f"args is a {type(args).__name__} and kwargs a {type(kwargs).__name__}; args must be a "
+            "tuple and kwargs a dict"
+        )
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if weight.is_meta:
+            raise InvalidOptionError(f"{name} is on the meta device: load the weights first")
     refuse_timesteps(options.policy)
     form, opset = _standalone(standalone), _opset(opset)
     names = list(axes.named_axes(model, args, kwargs, dynamic_shapes))
@@ -167,13 +194,17 @@ def build(
         functools.partial(_rewrite, options=options),
     )
     translate.check(program)
-    made = _to_onnx(program, names, opset)
+    exported = _to_onnx(program, opset)
+    made = exported.model
+    inputs = _inputs(made, program)
+    exported.rename_axes(_names_of_sizes(inputs, names))
     _finish(made, program, form, opset)
     _describe(made, report, options.policy, source_paths)
-    return Exported(made, program, report)
+    return Exported(made, {value.name or "": tensor for value, tensor in inputs}, report)
 
 
 def _rewrite(graph: fx.GraphModule, options: Options) -> Report:
+    training.refuse(graph)
     report = transform(graph, options, _decide)
     for node in graph.graph.nodes:
         if LAYER_KEY in node.meta and node.target in translate.OPERATORS:
@@ -198,16 +229,6 @@ def _decide(site: AttentionSite, options: Options) -> Decision:
     return Decision(choice.recipes[0], f"policy: {choice.reason}" if choice.reason else "policy")
 
 
-def _require_evaluation(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
-        if module.training and (drops or isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            raise InvalidOptionError(
-                f"{name or 'the model'} is a {type(module).__name__} in training mode, which a "
-                "file would repeat; call model.eval() first"
-            )
-
-
 def _standalone(value: object) -> Standalone:
     if value is None:
         return Standalone.FUNCTION
@@ -227,47 +248,66 @@ def _opset(value: object) -> int:
     )
 
 
-def _to_onnx(
-    program: ExportedProgram, names: list[tuple[Tensor, int, str]], opset: int
-) -> ir.Model:
+def _to_onnx(program: ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
     with _quiet():
         exported = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
+            output_names=_output_names(program),
             custom_translation_table=translate.table(),
             verbose=False,
         )
     assert exported is not None
-    model: ir.Model = exported.model
-    found = model.opset_imports[""]
+    found = exported.model.opset_imports[""]
     if found != opset:
         raise InvalidOptionError(
             f"opset={opset}; torch.onnx exports this model to opset {found} alone: take that"
         )
-    inputs = {each.name: each for each in model.graph.inputs}
-    tensors = {
-        id(value): inputs[name] for name, value in example_inputs(program).items() if name in inputs
-    }
-    renamed: dict[str | ir.SymbolicDim, str] = {}
-    for tensor, dim, name in names:
-        shape = tensors[id(tensor)].shape if id(tensor) in tensors else None
-        size = None if shape is None else shape[dim]
-        if isinstance(size, ir.SymbolicDim):
-            renamed.setdefault(str(size.value), name)
-    exported.rename_axes(renamed)
-    return model
+    return exported
 
 
-def example_inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """The tensors of a program's example inputs, by the names that a file has for them."""
-    names = program.graph_signature.user_inputs
-    values = pytree.tree_leaves(program.example_inputs)
-    return {
-        str(name): value
-        for name, value in zip(names, values, strict=True)
-        if isinstance(value, Tensor)
+def _output_names(program: ExportedProgram) -> list[str] | None:
+    """The keys of a model whose output is a dict of tensors, such as those of transformers."""
+    specification = program.call_spec.out_spec
+    assert specification is not None
+    numbers = list(range(specification.num_leaves))
+    structure = pytree.tree_unflatten(numbers, specification)
+    if not isinstance(structure, Mapping) or list(structure.values()) != numbers:
+        return None
+    names = [str(key) for key in structure]
+    return None if set(names) & set(program.graph_signature.user_inputs) else names
+
+
+def _inputs(model: ir.Model, program: ExportedProgram) -> list[tuple[ir.Value, Tensor]]:
+    """The inputs of a model with their examples."""
+    # By position: an input that is an output as well gets another name.
+    leaves = pytree.tree_leaves(program.example_inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return list(zip(model.graph.inputs, tensors, strict=True))
+
+
+def _names_of_sizes(
+    inputs: list[tuple[ir.Value, Tensor]], named: list[tuple[Tensor, int, str]]
+) -> dict[str | ir.SymbolicDim, str]:
+    """The user's names of the sizes that vary, by the symbols that the model has for them."""
+    of = {id(tensor): value for value, tensor in inputs}
+    found = [(_symbol(of[id(tensor)], dim), name) for tensor, dim, name in named]
+    symbols = {
+        symbol
+        for value, _ in inputs
+        for dim in range(len(value.shape or ()))
+        if (symbol := _symbol(value, dim)) is not None
     }
+    known = [(symbol, name) for symbol, name in found if symbol is not None]
+    return dict(axes.names_of_symbols(known, symbols).items())
+
+
+def _symbol(value: ir.Value, dim: int) -> str | None:
+    """The symbol of a dim of an input; None where it does not vary."""
+    assert value.shape is not None
+    size = value.shape[dim]
+    return str(size.value) if isinstance(size, ir.SymbolicDim) else None
 
 
 @contextmanager
@@ -302,11 +342,12 @@ def _finish(model: ir.Model, program: ExportedProgram, form: Standalone, opset: 
             node.overload = variant.overload
             body = ir.serde.deserialize_function(function(variant, opset))
             model.functions[body.identifier()] = body
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
-    model.opset_imports[schema.DOMAIN] = schema.VERSION
+    model.opset_imports.pop(schema.DOMAIN, None)
     if form is Standalone.STANDARD:
         InlinePass()(model)
-        del model.opset_imports[schema.DOMAIN]
+    elif nodes:
+        model.opset_imports[schema.DOMAIN] = schema.VERSION
+        model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
 
 
 def _variant(node: ir.Node) -> schema.Variant:
@@ -352,6 +393,7 @@ def save(model: ir.Model, path: Path, accept: Callable[[Path], None] = lambda fi
     """Write a file, and its weights beside it if they are large, once ONNX's checker has passed.
 
     Args:
+        path: as ``_target`` has it.
         accept: sees the file before it takes its name, and may raise to refuse it.
 
     Returns:
@@ -361,9 +403,7 @@ def save(model: ir.Model, path: Path, accept: Callable[[Path], None] = lambda fi
         SageError: it does not pass.
         OSError: it cannot be written.
     """
-    weights = (value.const_value for value in model.graph.initializers.values())
-    size = sum(weight.nbytes for weight in weights if weight is not None)
-    data = f"{path.name}.data" if size > LARGEST_IN_FILE else None
+    data = _name_of_weights(model, path)
     # Beside it, for a rename within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / path.name
@@ -374,8 +414,30 @@ def save(model: ir.Model, path: Path, accept: Callable[[Path], None] = lambda fi
             first = str(error).strip().splitlines()[0]
             raise SageError(f"the exported model does not pass ONNX's checker: {first}") from error
         accept(file)
-        names = [name for name in (data, path.name) if name is not None]  # the weights first
-        written = sum((Path(folder) / name).stat().st_size for name in names)
-        for name in names:
-            os.replace(Path(folder) / name, path.parent / name)
+        written = sum(each.stat().st_size for each in Path(folder).iterdir())
+        # Other weights have another name, so at no moment does a model have those of another.
+        if data is not None:
+            os.replace(Path(folder) / data, path.parent / data)
+        try:
+            os.replace(file, path)
+        except OSError:
+            if data is not None:
+                (path.parent / data).unlink()
+            raise
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * _DIGEST_LENGTH}.data"):
+        if old.name != data:
+            old.unlink()
     return written
+
+
+def _name_of_weights(model: ir.Model, path: Path) -> str | None:
+    """The name of the file that weights go to, by what they are; None where they stay inside."""
+    values = (value.const_value for value in model.graph.initializers.values())
+    weights = [weight for weight in values if weight is not None]
+    if sum(weight.nbytes for weight in weights) <= LARGEST_IN_FILE:
+        return None
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(f"{weight.name} {weight.dtype} {weight.shape}".encode())
+        digest.update(weight.tobytes())
+    return f"{path.name}.{digest.hexdigest()[:_DIGEST_LENGTH]}.data"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+from weakref import WeakSet
 
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.onnx.extra import require
@@ -17,6 +18,9 @@ _FOLDER: Final = "runtime"
 
 # In order of preference, where the build of ONNX Runtime has them.
 _PROVIDERS: Final = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+# The options that have the library: registering it again is an error.
+_with_library: WeakSet[Any] = WeakSet()
 
 
 def ort_library() -> str:
@@ -52,8 +56,8 @@ def onnx_session(
         path: the ONNX file.
         providers: as InferenceSession takes them; None: CUDA, where this ONNX Runtime has it, then
             the CPU.
-        session_options: an onnxruntime.SessionOptions, which is given the library too; register
-            none of the same name in it before. None: the defaults.
+        session_options: an onnxruntime.SessionOptions, which is given the library too, and can
+            serve again. None: the defaults.
 
     Raises:
         KernelUnavailableError: there is no library.
@@ -67,6 +71,8 @@ def onnx_session(
     if not Path(path).is_file():
         raise InvalidOptionError(f"path={os.fspath(path)!r} is not a file")
     available = onnxruntime.get_available_providers()
+    if isinstance(providers, str):
+        raise InvalidOptionError(f"providers={providers!r}; it must be a list: [{providers!r}]")
     chosen = [name for name in _PROVIDERS if name in available] if providers is None else providers
     for provider in chosen:
         name = provider if isinstance(provider, str) else provider[0]
@@ -76,5 +82,7 @@ def onnx_session(
                 f"{', '.join(available)}"
             )
     options = onnxruntime.SessionOptions() if session_options is None else session_options
-    options.register_custom_ops_library(ort_library())
+    if options not in _with_library:
+        options.register_custom_ops_library(ort_library())
+        _with_library.add(options)
     return onnxruntime.InferenceSession(os.fspath(path), options, providers=list(chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,20 +12,26 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 from torch import Tensor
 
+NO_KERNEL: Final = state.NotImplemented  # no kernel for an operator, or none for its types
 # What ONNX Runtime raises of a file; it has no common base.
 ERRORS: Final = (
     state.EPFail,
+    state.EngineError,
     state.Fail,
     state.InvalidArgument,
     state.InvalidGraph,
     state.InvalidProtobuf,
+    state.ModelLoaded,
+    state.NoModel,
+    state.NoSuchFile,
+    state.NotFound,
     state.NotImplemented,
     state.RuntimeException,
 )
 _WITHOUT_NUMPY: Final = {torch.bfloat16: (torch.int16, np.uint16, 16)}  # its number in ONNX
 
 
-def run(session: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+def run(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """The outputs of a session on the CPU; inputs that it does not have are left out."""
     wanted = {each.name for each in session.get_inputs()}
     given = {name: _to_ort(value) for name, value in inputs.items() if name in wanted}

@@ -175,7 +175,7 @@ def test_an_onnx_file_for_programs(models: str, capsys: pytest.CaptureFixture[st
     [
         (["--min-seq-len", "0"], "--min-seq-len is about kernels on this machine"),
         (["--fallback", "error"], "--fallback is about kernels on this machine"),
-        (["--opset", "7"], "opset 7; it must be an integer from 20"),
+        (["--opset", "7"], "--opset 7; it must be an integer from 20"),
         (["--dynamic", "x:9=length"], "--dynamic x:9=length; the input 'x' has shape"),
         (["--dynamic", "x:0"], "--dynamic x:0; that size of the input 'x' is 1"),
         (["--policy", "{steps}"], "has recipes by timestep (int8_int8/exact)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim
 
 import sage_compiler as sage
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError, PolicyError, SageError
-from sage_compiler.onnx import export, schema, verify
+from sage_compiler.onnx import axes, export, schema, verify
 from sage_compiler.policy import LayerPolicy, Policy
 from tests.tolerances import cosine, rel_l1
 
@@ -235,10 +237,15 @@ def test_narrow_models(tmp_path: Path, dtype: torch.dtype) -> None:
     x = example().to(dtype)
     path = tmp_path / "narrow.onnx"
     sage.export_onnx(attention, (x,), path, precision="int8_int8")
-    # Only the attention: ONNX Runtime's CPU provider has no MatMul of bfloat16.
     loaded = onnx.load(path)
     assert [words(node)["recipe"] for node in ours(loaded)] == [b"int8_int8"]
-    onnx.checker.check_model(loaded, full_check=True)
+    if dtype is torch.bfloat16:  # ONNX Runtime's CPU provider has no MatMul of it
+        return
+    with torch.no_grad():
+        expected = attention(x)
+    for session in (verify.open_plain(path), sage.onnx_session(path)):
+        (output,) = verify.run(session, {"x": x})
+        assert output.dtype == dtype and rel_l1(output, expected) < 0.02
 
 
 def test_large_weights_lie_beside_the_file(
@@ -247,10 +254,50 @@ def test_large_weights_lie_beside_the_file(
     monkeypatch.setattr(export, "LARGEST_IN_FILE", 1000)
     path = tmp_path / "model.onnx"
     sage.export_onnx(model, (example(),), path)
-    assert {each.name for each in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
-    assert path.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
+    (data,) = tmp_path.glob("model.onnx.*.data")
+    assert set(tmp_path.iterdir()) == {path, data}
+    assert path.stat().st_size < data.stat().st_size
     (output,) = verify.run(sage.onnx_session(path), {"x": example()})
     assert rel_l1(output, model(example()).detach()) < 0.02
+
+
+def test_weights_are_never_those_of_another_model(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "LARGEST_IN_FILE", 1000)
+    path, x = tmp_path / "model.onnx", example()
+    sage.export_onnx(model, (x,), path)
+    before = verify.run(sage.onnx_session(path), {"x": x})[0]
+    torch.manual_seed(1)
+    other = Attention().eval()
+    replace, calls = os.replace, []
+
+    def fail_at_the_model(source: Any, target: Any) -> None:
+        calls.append(target)
+        if Path(target) == path:
+            raise OSError("no more today")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_at_the_model)
+        with pytest.raises(OSError, match="no more today"):
+            sage.export_onnx(other, (x,), path)
+    assert calls[-1] == path and len(list(tmp_path.iterdir())) == 2
+    assert torch.equal(verify.run(sage.onnx_session(path), {"x": x})[0], before)
+
+    sage.export_onnx(other, (x,), path)
+    assert len(list(tmp_path.iterdir())) == 2  # the weights of the first have gone
+    monkeypatch.setattr(export, "LARGEST_IN_FILE", 1 << 30)
+    sage.export_onnx(other, (x,), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_leads_to_the_file(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.onnx"
+    link.symlink_to(tmp_path / "real" / "model.onnx")
+    sage.export_onnx(model, (example(),), link)
+    assert link.is_symlink() and (tmp_path / "real" / "model.onnx").is_file()
 
 
 class WithDropout(nn.Module):
@@ -261,6 +308,35 @@ class WithDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.inside(x)
         return y
+
+
+class Functional(nn.Module):
+    """Dropout without a module that says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.3 if self.training else 0.0)
+
+
+class Normalized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.BatchNorm1d(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inside(x)
+        return y
+
+
+class Echo(nn.Module):
+    """An input that is an output, and a size that no attention has."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, F.scaled_dot_product_attention(x, x, x) + y.sum()
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"hidden": F.scaled_dot_product_attention(x, x, x), "twice": x + x}
 
 
 class Packed(nn.Module):
@@ -278,9 +354,27 @@ class Packed(nn.Module):
         (Model(), {"opset": True}, InvalidOptionError, "opset=True"),
         (Model(), {"policy": "absent.json"}, PolicyError, "absent.json"),
         (F.relu, {}, InvalidOptionError, "torch.export takes a torch.nn.Module"),
-        (WithDropout(), {}, InvalidOptionError, r"inside.0 is a Dropout in training mode"),
+        (WithDropout(), {}, InvalidOptionError, "dropout in training mode.*call model.eval"),
+        (Functional(), {}, InvalidOptionError, "dropout of attention in training mode"),
+        (Normalized(), {}, InvalidOptionError, "batch normalization in training mode"),
+        (
+            nn.MultiheadAttention(8, 2, dropout=0.5),
+            {"kwargs": [1]},
+            InvalidOptionError,
+            "kwargs a list",
+        ),
+        (
+            Model(),
+            {"kwargs": {"y": 1}, "dynamic_shapes": LENGTHS},
+            InvalidOptionError,
+            "does not take",
+        ),
+        (Model().to("meta"), {}, InvalidOptionError, "weight is on the meta device: load"),
     ],
-    ids=["precision", "standalone", "opset", "bool", "policy", "function", "training"],
+    ids=[
+        *("precision", "standalone", "opset", "bool", "policy", "function", "dropout"),
+        *("functional", "batch", "kwargs", "unknown", "meta"),
+    ],
 )
 def test_what_is_refused(
     given: Any, options: dict[str, Any], error: type[SageError], message: str, tmp_path: Path
@@ -298,7 +392,68 @@ def test_sizes_whose_example_cannot_vary(model: nn.Module, tmp_path: Path) -> No
         sage.export_onnx(model, (example(1),), path, dynamic_shapes=LENGTHS)
     with pytest.raises(InvalidOptionError, match="'depth' is dim 5 of an input of shape"):
         sage.export_onnx(model, (example(),), path, dynamic_shapes=({5: "depth"},))
+    with pytest.raises(InvalidOptionError, match=r"'width' is dim -1 .* counted from 0"):
+        sage.export_onnx(model, (example(),), path, dynamic_shapes=({-1: "width"},))
     assert not any(tmp_path.iterdir())
+
+
+class Cross(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k)
+
+
+def test_two_sizes_need_two_names(tmp_path: Path) -> None:
+    inputs = (torch.randn(2, 4, 20, 16), torch.randn(2, 4, 30, 16))
+    with pytest.raises(InvalidOptionError, match=r"'l' is of two sizes .* a name of its own"):
+        sage.export_onnx(
+            Cross(),
+            inputs,
+            tmp_path / "model.onnx",
+            dynamic_shapes={"q": {2: "l"}, "k": {2: "l"}},
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_name_is_no_symbol_of_another_size() -> None:
+    assert axes.names_of_symbols([("s1", "s0"), ("s1", "x")], ["s1", "s2"]) == {"s1": "s0"}
+    with pytest.raises(InvalidOptionError, match="'s2' is of two sizes"):
+        axes.names_of_symbols([("s1", "s2")], ["s1", "s2"])
+
+
+def test_sizes_have_the_first_of_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    sizes = {"q": {0: "batch", 2: Dim("queries")}, "k": {0: "also", 2: "keys"}}
+    inputs = (torch.randn(2, 4, 20, 16), torch.randn(2, 4, 30, 16))
+    sage.export_onnx(Cross(), inputs, path, dynamic_shapes=sizes)
+    shapes = [each.shape for each in verify.open_plain(path).get_inputs()]
+    assert shapes == [["batch", 4, "queries", 16], ["batch", 4, "keys", 16]]
+
+
+def test_an_input_that_is_an_output(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    inputs = (torch.randn(2, 4, 20, 16), torch.randn(3))
+    sage.export_onnx(Echo(), inputs, path, dynamic_shapes={"x": {0: "batch"}, "y": {0: "n"}})
+    session = sage.onnx_session(path)
+    assert [each.shape for each in session.get_inputs()] == [["batch", 4, 20, 16], ["n"]]
+
+
+def test_outputs_have_the_keys_of_a_dict(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    sage.export_onnx(Named(), (torch.randn(2, 4, 20, 16),), path)
+    assert [each.name for each in verify.open_plain(path).get_outputs()] == ["hidden", "twice"]
+
+
+def test_a_compiled_model_is_the_model(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    compiled = torch.compile(model, backend="sage")
+    report = sage.export_onnx(compiled, (example(),), path, dynamic_shapes=LENGTHS)
+    assert len(report.rewritten) == 2
+
+
+def test_a_file_without_attention_needs_nothing_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    sage.export_onnx(nn.Linear(4, 4), (torch.randn(2, 4),), path)
+    assert [each.domain for each in onnx.load(path).opset_import] == [""]
 
 
 def test_recipes_by_timestep_are_refused(model: nn.Module, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cpu.gate import GATES
 from sage_compiler.kernels.cpu.kernel import need
 from sage_compiler.onnx import inspect as inspecting
+from sage_compiler.onnx import schema
 from sage_compiler.onnx.inspect import WITHOUT_LIBRARY, inspect
 from sage_compiler.precision import PRECISIONS
 from tests.compiler.calls import gaussian, make_call
@@ -103,17 +105,91 @@ def test_what_is_no_file(tmp_path: Path) -> None:
 
 def test_altered_files_are_told_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    write(path, "int8_int8")
-    data = path.read_bytes()
+    model = write(path, "int8_int8")
+    report = {"rewritten": 1, "kept": 0, "sites": [{"layer": "layer#0", "decision": "rewrite"}]}
+    helper.set_model_props(model, {schema.REPORT_KEY: json.dumps(report)})
+    data = model.SerializeToString()
     rng = random.Random(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(600):
         altered = bytearray(data)
         for _ in range(rng.randint(1, 4)):
             altered[rng.randrange(len(altered))] = rng.randrange(256)
         path.write_bytes(altered)
         try:
-            str(inspect(path))
+            found = inspect(path)
         except UsageError:
             refused += 1
+        else:
+            assert json.dumps(found.to_dict()) and str(found)
     assert refused
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "1", "NaN", "{}", "{", '{"rewritten": 1, "kept": 0}', "[" * 100_000]
+)
+def test_metadata_that_is_no_report(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = write(path, "auto")
+    helper.set_model_props(model, {schema.REPORT_KEY: text})
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UsageError, match=r"is damaged: its ai\.sage\.report"):
+        inspect(path)
+
+
+def test_the_ending_of_the_name_says_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "model.json", "auto")
+    assert len(inspect(tmp_path / "model.json").nodes) == 1
+
+
+@pytest.mark.parametrize(
+    "attribute, value, words",
+    [
+        ("recipe", "int3", "attribute recipe is 'int3'; known: auto"),
+        ("recipe", "", "attribute recipe is ''"),
+        ("mask_class", "diagonal", "attribute mask_class is 'diagonal'"),
+        ("dead_rows", "one", "attribute dead_rows is 'one'"),
+        ("scale", float("nan"), "attribute scale is missing, or is no finite number"),
+        ("scale", None, "attribute scale is missing"),
+    ],
+)
+def test_nodes_that_nobody_takes(attribute: str, value: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = write(path, "int8_int8")
+    (node,) = model.graph.node
+    kept = [each for each in node.attribute if each.name != attribute]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if value is not None:
+        node.attribute.append(helper.make_attribute(attribute, value))
+    path.write_bytes(model.SerializeToString())
+    (found,) = inspect(path).nodes
+    assert set(found.serves) == {WITHOUT_LIBRARY, "CPU", "CUDA"}
+    assert all(what.startswith(f"nothing: {words}") for what in found.serves.values())
+
+
+def test_wide_heads_are_computed_exactly(tmp_path: Path) -> None:
+    write(tmp_path / "model.onnx", "int8_fp16", make_call(8, head_dim=300))
+    assert inspect(tmp_path / "model.onnx").nodes[0].serves["CPU"] == "exact attention"
+
+
+def test_nodes_within_functions_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = write(path, "auto")
+    inner = helper.make_function(
+        "user",
+        "Layer",
+        list(model.graph.node[0].input),
+        list(model.graph.node[0].output),
+        list(model.graph.node),
+        list(model.opset_import),
+    )
+    outer = helper.make_node(
+        "Layer", model.graph.node[0].input, model.graph.node[0].output, domain="user"
+    )
+    model.functions.append(inner)
+    del model.graph.node[:]
+    model.graph.node.append(outer)
+    model.opset_import.append(helper.make_opsetid("user", 1))
+    path.write_bytes(model.SerializeToString())
+    assert [node.name for node in inspect(path).nodes] == ["layer#0"]

@@ -52,6 +52,17 @@ def test_options_of_the_users(file: Path) -> None:
     assert opened.get_session_options().intra_op_num_threads == 1
 
 
+def test_options_serve_again(file: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    for _ in range(2):
+        sage.onnx_session(file, session_options=options)
+
+
+def test_a_provider_that_is_not_in_a_list(file: Path) -> None:
+    with pytest.raises(InvalidOptionError, match=r"must be a list: \['CPUExecutionProvider'\]"):
+        sage.onnx_session(file, "CPUExecutionProvider")
+
+
 def test_a_provider_that_is_not_there(file: Path) -> None:
     with pytest.raises(InvalidOptionError, match=r"'AbsentProvider'; onnxruntime .* has .*CPU"):
         sage.onnx_session(file, ["AbsentProvider", "CPUExecutionProvider"])
