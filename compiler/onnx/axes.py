@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -63,26 +63,29 @@ def check(named: Iterable[tuple[Tensor, int, str]]) -> None:
             )
 
 
-def names_of_symbols(found: Iterable[tuple[str, str]], symbols: Collection[str]) -> dict[str, str]:
+def names_of_symbols(
+    found: Iterable[tuple[str, str]], examples: Mapping[str, int]
+) -> dict[str, str]:
     """The name of each symbol.
 
     Args:
         found: pairs of a symbol and a name that the user has for it; the first name counts.
-        symbols: all symbols of the model.
+        examples: the size in the example of every symbol of the model.
 
     Raises:
-        InvalidOptionError: one name for two sizes, which runtimes would take for equal.
+        InvalidOptionError: one name for two sizes, which runtimes would take for equal. Sizes that
+            are equal in the example may share a name: the user knows more than the model.
     """
     names: dict[str, str] = {}
     for symbol, name in found:
         names.setdefault(symbol, name)
-    owners = {symbol: symbol for symbol in symbols if symbol not in names}
+    owners = {symbol: symbol for symbol in examples if symbol not in names}
     for symbol, name in names.items():
         other = owners.setdefault(name, symbol)
-        if other != symbol:
+        if examples[other] != examples[symbol]:
             raise InvalidOptionError(
-                f"dynamic_shapes: the name {name!r} is of two sizes that the model does not take "
-                "to be equal; give each a name of its own"
+                f"dynamic_shapes: the name {name!r} is of two sizes, which are {examples[other]} "
+                f"and {examples[symbol]} in the example; give each a name of its own"
             )
     return names
 

@@ -293,14 +293,14 @@ def _names_of_sizes(
     """The user's names of the sizes that vary, by the symbols that the model has for them."""
     of = {id(tensor): value for value, tensor in inputs}
     found = [(_symbol(of[id(tensor)], dim), name) for tensor, dim, name in named]
-    symbols = {
-        symbol
-        for value, _ in inputs
-        for dim in range(len(value.shape or ()))
+    examples = {
+        symbol: size
+        for value, tensor in inputs
+        for dim, size in enumerate(tensor.shape)
         if (symbol := _symbol(value, dim)) is not None
     }
     known = [(symbol, name) for symbol, name in found if symbol is not None]
-    return dict(axes.names_of_symbols(known, symbols).items())
+    return dict(axes.names_of_symbols(known, examples).items())
 
 
 def _symbol(value: ir.Value, dim: int) -> str | None:

@@ -96,7 +96,7 @@ def test_the_cost_of_a_calibration_is_counted_in_runs():
 
 def test_files_of_onnx_are_timed_and_compared():
     (row,) = onnx.measure(onnx.vision(64, 2, 1, 66, adaptive=True), "int8_int8", 1, 0.01)
-    assert row["tokens"] == 66 and row["stock"] in onnx.STOCK
+    assert row["tokens"] == 66 and row["ratio"] > 0 and row["ratio_opset_23"] > 0
     assert row["microseconds"].keys() == row["cosine"].keys() == row["rel_l1"].keys()
-    assert row["rel_l1"][row["stock"]] < 1e-5 < row["rel_l1"][onnx.LIBRARY] < 0.02
+    assert row["rel_l1"][onnx.STOCK] < 1e-5 < row["rel_l1"][onnx.LIBRARY] < 0.02
     assert row["least_cosine"] > 0.999

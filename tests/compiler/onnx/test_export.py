@@ -404,7 +404,9 @@ class Cross(nn.Module):
 
 def test_two_sizes_need_two_names(tmp_path: Path) -> None:
     inputs = (torch.randn(2, 4, 20, 16), torch.randn(2, 4, 30, 16))
-    with pytest.raises(InvalidOptionError, match=r"'l' is of two sizes .* a name of its own"):
+    with pytest.raises(
+        InvalidOptionError, match=r"'l' is of two sizes, which are 20 and 30 .* own"
+    ):
         sage.export_onnx(
             Cross(),
             inputs,
@@ -415,9 +417,12 @@ def test_two_sizes_need_two_names(tmp_path: Path) -> None:
 
 
 def test_a_name_is_no_symbol_of_another_size() -> None:
-    assert axes.names_of_symbols([("s1", "s0"), ("s1", "x")], ["s1", "s2"]) == {"s1": "s0"}
-    with pytest.raises(InvalidOptionError, match="'s2' is of two sizes"):
-        axes.names_of_symbols([("s1", "s2")], ["s1", "s2"])
+    examples = {"s1": 5, "s2": 6, "s3": 5}
+    assert axes.names_of_symbols([("s1", "s0"), ("s1", "x")], examples) == {"s1": "s0"}
+    same = [("s1", "n"), ("s3", "n")]  # the user says that they are equal
+    assert axes.names_of_symbols(same, examples) == {"s1": "n", "s3": "n"}
+    with pytest.raises(InvalidOptionError, match="'s2' is of two sizes, which are 6 and 5"):
+        axes.names_of_symbols([("s1", "s2")], examples)
 
 
 def test_sizes_have_the_first_of_their_names(tmp_path: Path) -> None:
