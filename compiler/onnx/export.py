@@ -313,15 +313,17 @@ def _symbol(value: ir.Value, dim: int) -> str | None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch.onnx says of packages that are not installed, and of its own insides."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _finish(model: ir.Model, program: ExportedProgram, form: Standalone, opset: int) -> None:
