@@ -143,13 +143,16 @@ void spoil_node(Case& c, Choices& choices) {
     static const double kBad[] = {NAN, INFINITY, -INFINITY};
     c.wrong_node = true;
     const char* name;
-    switch (choices.below(9)) {
+    switch (choices.below(10)) {
         case 0:
             set_word(c, name = choices.of(kWords), "sideways");
             break;
         case 1:
             set_word(c, name = choices.of(kWords),
                      std::string(size_t(1 + choices.below(2000)), 'x'));
+            break;
+        case 9:
+            set_word(c, name = "recipe", c.recipe + std::string("\0junk", 5));
             break;
         case 2:
             set_number(c, name = choices.of(kWords),
@@ -229,15 +232,35 @@ void spoil_tensors(Case& c, Choices& choices, Random& random) {
     auto widen = [&](size_t count) {
         while (inputs.size() < count) inputs.push_back(nullptr);
     };
-    switch (choices.below(9)) {
+    auto give = [&](std::vector<int64_t> query, std::vector<int64_t> key,
+                    std::vector<int64_t> value) {
+        for (std::unique_ptr<OrtValue>& input : inputs) input.reset();
+        inputs[0] = std::make_unique<OrtValue>(c.dtype, query);
+        inputs[1] = std::make_unique<OrtValue>(c.dtype, key);
+        inputs[2] = std::make_unique<OrtValue>(c.dtype, value);
+        c.batch = 0;  // of numbers to compare
+    };
+    constexpr int64_t kVast = int64_t(1) << 40;
+    switch (choices.below(12)) {
+        case 11:  // rows without number, and nothing to write
+            give({1, 1, kVast, 0}, {1, 1, 3, 0}, {1, 1, 3, 0});
+            c.context.output_count = 1;
+            break;
+        case 10:  // an output of more than memory from inputs of nothing
+            give({1, 1, kVast, 0}, {1, 1, 0, 0}, {1, 1, 0, kVast});
+            c.wrong = "sizes";
+            break;
+        case 9:
+            give({0, 1, 1, 8}, {0, 1, 8, 8}, {0, 1, 8, 8});
+            widen(4);
+            inputs[3] =
+                std::make_unique<OrtValue>(kBool, std::vector<int64_t>{0, int64_t(1) << 61, 1, 8});
+            c.wrong = "mask";
+            break;
         case 8: {  // no elements, so that other dims may be anything
             static const int64_t kLarge[] = {1 << 18, 1 << 22, int64_t(1) << 40, int64_t(1) << 62};
             int64_t large = choices.of(kLarge);
-            for (std::unique_ptr<OrtValue>& input : inputs) input.reset();
-            for (size_t i = 0; i < 3; ++i)
-                inputs[i] =
-                    std::make_unique<OrtValue>(c.dtype, std::vector<int64_t>{0, large, large, 8});
-            c.batch = 0;
+            give({0, large, large, 8}, {0, large, large, 8}, {0, large, large, 8});
             c.wrong = large > 1 << 18 ? "sizes" : "";
             break;
         }
@@ -466,8 +489,11 @@ void run_case(Choices& choices, const OrtCustomOp* op, ElementType dtype) {
         return;
     }
     expect(message.empty() && (!c.wrong_node || fails), "a wrong node passes: " + c.wrong);
+    bool is_to_fail = runtime.calls_until_failure >= 0;
     message = take(op->KernelComputeV2(kernel, &c.context));
     op->KernelDestroy(kernel);
+    if (is_to_fail && runtime.calls_until_failure < 0)
+        expect(message == "injected", "a call that fails ends with status: " + message);
     if (fails) {
         expect(message.empty() || message == "injected" || is_sentence(message), message);
         return;
