@@ -517,13 +517,18 @@ void check_old_runtime(uint32_t version) {
     runtime.newest_version = version;
     runtime.version = "1.17.0";
     OrtSessionOptions options;
-    std::string message = take(static_cast<OrtStatus*>(RegisterCustomOps(&options, api_base())));
-    expect(options.domains.empty(), "operators for an old runtime");
-    // Version 0: not even a status can be made.
-    if (version > 0)
+    void* status = RegisterCustomOps(&options, api_base());
+    expect(options.domains.empty() && status != nullptr, "operators for an old runtime");
+    // Version 0: not even a status of the runtime can be made.
+    if (version == 0)
+        expect(is_sentence(static_cast<char*>(status) + sizeof(OrtErrorCode)),
+               "a failure in words");
+    else {
+        std::string message = take(static_cast<OrtStatus*>(status));
         expect(is_sentence(message) && message.find("1.17.0") != std::string::npos &&
                    message.find("1.21") != std::string::npos,
                "an old runtime is refused with: " + message);
+    }
     runtime.newest_version = kApiVersion;
     runtime.version = "1.32.0";
 }
@@ -550,6 +555,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ElementType dtype = choices.of(kFloats);
     const OrtCustomOp* op = find_operator(dtype, options);
     expect(op != nullptr, "no operator for a dtype");
+    expect(op->GetStartVersion(op) == 1 && op->GetEndVersion(op) == 1, "other versions");
     if (choices.one_in(4)) {
         runtime.calls_until_failure = choices.one_in(3) ? choices.below(12) : -1;
         check_shapes(op, choices);
