@@ -38,7 +38,7 @@ ONNX_OLD := build/onnxruntime-$(OLD_ORT)/.stamp
 # of the CPU kernels.
 NATIVE := setup.py $(wildcard compiler/kernels/cpu/*.h compiler/kernels/cpu/src/* \
   $(addprefix compiler/onnx/runtime/*.,h hpp cpp map) compiler/onnx/runtime/cuda/* \
-  cutlass_templates/include/sage/params.cuh)
+  $(shell find cutlass_templates/include -type f | LC_ALL=C sort))
 NATIVE_FOLDER := sage_compiler/kernels/cpu
 # The strict editable install, which mypy needs, links the files that it finds, and the libraries are
 # compiled: both are redone when the set of file names or what they are built from changes,

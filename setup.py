@@ -19,6 +19,7 @@ installed without them, with a warning; with SAGE_CPU_REQUIRED=1 that is an erro
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shlex
@@ -42,7 +43,7 @@ CPU_SOURCES = sorted(map(str, CPU.glob("src/*.cpp")))
 ORT_SOURCES = sorted(map(str, ORT.rglob("*.cpp")))
 CPU_HEADERS = sorted(map(str, [*CPU.glob("*.h"), *CPU.glob("src/*.hpp")]))
 ORT_HEADERS = sorted(map(str, [*ORT.glob("*.h"), *ORT.rglob("*.hpp"), ORT / "exports.map"]))
-PARAMS = str(TEMPLATES / "sage/params.cuh")
+TEMPLATE_FILES = sorted(str(path) for path in TEMPLATES.rglob("*") if path.is_file())
 
 # -ffp-contract=fast and the two that assume no traps and no errno let the compiler use FMA and
 # vectors; unlike -ffast-math they keep NaN and infinity.
@@ -75,6 +76,16 @@ PROBES = {
     "avxvnni": "{vex} vpdpbusd %ymm0, %ymm1, %ymm2",
     "avx512vnni": "vpdpbusd %zmm0, %zmm1, %zmm2",
 }
+
+
+def templates_digest() -> str:
+    """As kernels/cuda/render.py computes it, which cannot be imported before it is installed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in TEMPLATES.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(TEMPLATES).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def isa_of(source: str) -> str:
@@ -195,8 +206,11 @@ setup(
         Extension(
             "sage_compiler.onnx.runtime.libsage_ort",
             [*CPU_SOURCES, *ORT_SOURCES],
-            depends=[*CPU_HEADERS, *ORT_HEADERS, PARAMS, "setup.py", "pyproject.toml"],
-            define_macros=[("SAGE_VERSION", f'"{VERSION}"')],
+            depends=[*CPU_HEADERS, *ORT_HEADERS, *TEMPLATE_FILES, "setup.py", "pyproject.toml"],
+            define_macros=[
+                ("SAGE_VERSION", f'"{VERSION}"'),
+                ("SAGE_TEMPLATES_DIGEST", f'"{templates_digest()}"'),
+            ],
             extra_link_args=[*LINKER_SCRIPT, *THREADS_AND_LOADING],
             optional=OPTIONAL,
         ),

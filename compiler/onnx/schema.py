@@ -2,6 +2,11 @@
 
 The node carries the same words as ``sage::attention`` (see ``semantics`` and docs/numerics.md),
 less what only training, variable lengths and timesteps need. docs/onnx.md is its reference.
+
+A new attribute, or another meaning of one, raises ``VERSION`` and takes another ``NAME``. The
+version alone does not keep an older library from a newer file: ONNX Runtime resolves a node to the
+newest version that is registered and not above the file's, and then runs its kernel, which cannot
+see what it does not ask for.
 """
 
 from __future__ import annotations

@@ -205,6 +205,12 @@ inline OrtApi make_api() {
         --Runtime::get().infos;
         delete info;
     };
+    api.SetTensorElementType = [](OrtTensorTypeAndShapeInfo* info,
+                                  ElementType dtype) -> OrtStatus* {
+        FAKE_TRY();
+        info->dtype = dtype;
+        return nullptr;
+    };
     api.SetDimensions = [](OrtTensorTypeAndShapeInfo* info, const int64_t* dims,
                            size_t rank) -> OrtStatus* {
         FAKE_TRY();
@@ -316,6 +322,7 @@ inline OrtApi make_api() {
     api.KernelContext_ParallelFor = [](const OrtKernelContext*, void (*body)(void*, size_t),
                                        size_t total, size_t batches, void* argument) -> OrtStatus* {
         if (batches != 0) std::abort();
+        FAKE_TRY();
         switch (Runtime::get().parallel) {
             case Runtime::kInOrder:
                 for (size_t i = 0; i < total; ++i) body(argument, i);

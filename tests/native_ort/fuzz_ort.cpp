@@ -143,13 +143,16 @@ void spoil_node(Case& c, Choices& choices) {
     static const double kBad[] = {NAN, INFINITY, -INFINITY};
     c.wrong_node = true;
     const char* name;
-    switch (choices.below(9)) {
+    switch (choices.below(10)) {
         case 0:
             set_word(c, name = choices.of(kWords), "sideways");
             break;
         case 1:
             set_word(c, name = choices.of(kWords),
                      std::string(size_t(1 + choices.below(2000)), 'x'));
+            break;
+        case 9:
+            set_word(c, name = "recipe", c.recipe + std::string("\0junk", 5));
             break;
         case 2:
             set_number(c, name = choices.of(kWords),
@@ -229,15 +232,35 @@ void spoil_tensors(Case& c, Choices& choices, Random& random) {
     auto widen = [&](size_t count) {
         while (inputs.size() < count) inputs.push_back(nullptr);
     };
-    switch (choices.below(9)) {
+    auto give = [&](std::vector<int64_t> query, std::vector<int64_t> key,
+                    std::vector<int64_t> value) {
+        for (std::unique_ptr<OrtValue>& input : inputs) input.reset();
+        inputs[0] = std::make_unique<OrtValue>(c.dtype, query);
+        inputs[1] = std::make_unique<OrtValue>(c.dtype, key);
+        inputs[2] = std::make_unique<OrtValue>(c.dtype, value);
+        c.batch = 0;  // of numbers to compare
+    };
+    constexpr int64_t kVast = int64_t(1) << 40;
+    switch (choices.below(12)) {
+        case 11:  // rows without number, and nothing to write
+            give({1, 1, kVast, 0}, {1, 1, 3, 0}, {1, 1, 3, 0});
+            c.context.output_count = 1;
+            break;
+        case 10:  // an output of more than memory from inputs of nothing
+            give({1, 1, kVast, 0}, {1, 1, 0, 0}, {1, 1, 0, kVast});
+            c.wrong = "sizes";
+            break;
+        case 9:
+            give({0, 1, 1, 8}, {0, 1, 8, 8}, {0, 1, 8, 8});
+            widen(4);
+            inputs[3] =
+                std::make_unique<OrtValue>(kBool, std::vector<int64_t>{0, int64_t(1) << 61, 1, 8});
+            c.wrong = "mask";
+            break;
         case 8: {  // no elements, so that other dims may be anything
             static const int64_t kLarge[] = {1 << 18, 1 << 22, int64_t(1) << 40, int64_t(1) << 62};
             int64_t large = choices.of(kLarge);
-            for (std::unique_ptr<OrtValue>& input : inputs) input.reset();
-            for (size_t i = 0; i < 3; ++i)
-                inputs[i] =
-                    std::make_unique<OrtValue>(c.dtype, std::vector<int64_t>{0, large, large, 8});
-            c.batch = 0;
+            give({0, large, large, 8}, {0, large, large, 8}, {0, large, large, 8});
             c.wrong = large > 1 << 18 ? "sizes" : "";
             break;
         }
@@ -466,8 +489,11 @@ void run_case(Choices& choices, const OrtCustomOp* op, ElementType dtype) {
         return;
     }
     expect(message.empty() && (!c.wrong_node || fails), "a wrong node passes: " + c.wrong);
+    bool is_to_fail = runtime.calls_until_failure >= 0;
     message = take(op->KernelComputeV2(kernel, &c.context));
     op->KernelDestroy(kernel);
+    if (is_to_fail && runtime.calls_until_failure < 0)
+        expect(message == "injected", "a call that fails ends with status: " + message);
     if (fails) {
         expect(message.empty() || message == "injected" || is_sentence(message), message);
         return;
@@ -491,13 +517,18 @@ void check_old_runtime(uint32_t version) {
     runtime.newest_version = version;
     runtime.version = "1.17.0";
     OrtSessionOptions options;
-    std::string message = take(static_cast<OrtStatus*>(RegisterCustomOps(&options, api_base())));
-    expect(options.domains.empty(), "operators for an old runtime");
-    // Version 0: not even a status can be made.
-    if (version > 0)
+    void* status = RegisterCustomOps(&options, api_base());
+    expect(options.domains.empty() && status != nullptr, "operators for an old runtime");
+    // Version 0: not even a status of the runtime can be made.
+    if (version == 0)
+        expect(is_sentence(static_cast<char*>(status) + sizeof(OrtErrorCode)),
+               "a failure in words");
+    else {
+        std::string message = take(static_cast<OrtStatus*>(status));
         expect(is_sentence(message) && message.find("1.17.0") != std::string::npos &&
                    message.find("1.21") != std::string::npos,
                "an old runtime is refused with: " + message);
+    }
     runtime.newest_version = kApiVersion;
     runtime.version = "1.32.0";
 }
@@ -524,6 +555,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     ElementType dtype = choices.of(kFloats);
     const OrtCustomOp* op = find_operator(dtype, options);
     expect(op != nullptr, "no operator for a dtype");
+    expect(op->GetStartVersion(op) == 1 && op->GetEndVersion(op) == 1, "other versions");
     if (choices.one_in(4)) {
         runtime.calls_until_failure = choices.one_in(3) ? choices.below(12) : -1;
         check_shapes(op, choices);

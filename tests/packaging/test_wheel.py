@@ -32,7 +32,8 @@ READS_ELF = pytest.mark.skipif(sys.platform != "linux", reason="reads the librar
 
 def expected_contents() -> set[str]:
     """The wheel's files, outside its dist-info, as the tree says."""
-    return {NATIVE_LIBRARY, ORT_LIBRARY} | {
+    header = "sage_compiler/onnx/runtime/sage_ort.h"  # the others are beside their sources
+    return {NATIVE_LIBRARY, ORT_LIBRARY, header} | {
         f"{package.replace('.', '/')}/{file.as_posix()}"
         for package, folder in PACKAGE_DIRS.items()
         for file in source_files(ROOT / folder)
@@ -124,6 +125,7 @@ def test_the_tree_has_what_a_wheel_cannot_miss() -> None:
         "sage_compiler/py.typed",
         "sage_compiler/kernels/__init__.py",
         "sage_compiler/kernels/cpu/sage_cpu.h",
+        "sage_compiler/onnx/runtime/sage_ort.h",
         "sage_compiler/cutlass_templates/__init__.py",
     ):
         assert needed in expected

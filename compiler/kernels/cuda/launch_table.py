@@ -4,13 +4,16 @@ Which kernels serve an attention, and how they are laid out, is decided by ``var
 alone. The table holds their answers, so that a library in C++ only looks them up. It is text, one
 record a line, words separated by one space:
 
-    sage-launches FORMAT
+    sage-launches FORMAT TEMPLATES
     arch NAME MAJOR MINOR RECIPES ROWS KEYS COUNTS SINKS
     kernel ARCH SYMBOL THREADS SHARED_BYTES PARAMS_BYTES IMAGE_BYTES SHA256
     attention ARCH DTYPE RECIPE LEAST MOST VALUE_LEAST VALUE_MOST WINDOW MASKED SOFTCAP
         STATISTICS QUERY KEY VALUE ATTEND SMOOTHS PADDED PADDED_VALUE
         QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES                      (all in one line)
     end SHA256
+
+TEMPLATES is ``templates_digest()`` of the templates that the kernels are made of; a library reads
+the packs of those that it was built beside.
 
 An ``arch`` comes before what names it. RECIPES are separated by commas, the device's default first.
 ROWS to SINKS and STATISTICS to ATTEND are kernels, by their position among the ``kernel`` lines
@@ -32,6 +35,7 @@ from typing import Final
 
 from sage_compiler.kernels.cuda.manifest import Entry, digest
 from sage_compiler.kernels.cuda.preparation import preparation_specs
+from sage_compiler.kernels.cuda.render import templates_digest
 from sage_compiler.kernels.cuda.spec import (
     ARCHS,
     DTYPES,
@@ -44,7 +48,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -55,7 +59,7 @@ def launch_table(specs: Sequence[KernelSpec], entries: Sequence[Entry]) -> str:
     at = {spec: position for position, spec in enumerate(specs)}
     used = [arch for arch in ARCHS.values() if any(spec.arch == arch.name for spec in specs)]
     records: list[Sequence[_Word]] = [
-        ("sage-launches", FORMAT),
+        ("sage-launches", FORMAT, templates_digest()),
         *(_arch(arch, at) for arch in used),
         *(_kernel(spec, entry) for spec, entry in zip(specs, entries, strict=True)),
         *(record for arch in used for record in _attentions(arch, at)),

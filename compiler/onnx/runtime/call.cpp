@@ -74,12 +74,14 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, Input 
     return nullptr;
 }
 
-// Whether no product of some of a tensor's dims passes 64 bits. One that has no elements may have
+// Whether no product of some of a tensor's dims passes 64 bits, in bytes either, and also where its
+// rows are filled up for a kernel that takes no narrow ones. A tensor that has no elements may have
 // other dims of any size.
 bool fits(const int64_t* dims) {
-    double product = 1;
-    for (size_t i = 0; i < kRank; i++) product *= dims[i] < 1 ? 1 : double(dims[i]);
-    return product < 0x1p60;
+    constexpr double kNarrow = 16;
+    double product = double(dims[kRank - 1]) < kNarrow ? kNarrow : double(dims[kRank - 1]);
+    for (size_t i = 0; i < kRank - 1; i++) product *= dims[i] < 1 ? 1 : double(dims[i]);
+    return product < 0x1p56;
 }
 
 OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType dtype) {
@@ -99,6 +101,7 @@ OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType d
     }
     const int64_t *query = inputs[kQuery].dims, *key = inputs[kKey].dims,
                   *value = inputs[kValue].dims;
+    const int64_t output[kRank] = {query[0], query[1], query[2], value[3]};
     const char* wrong = nullptr;
     if (key[0] != query[0] || value[0] != query[0])
         wrong = "they must have the same batch";
@@ -110,7 +113,7 @@ OrtStatus* check_operands(const OrtApi& api, const Tensor* inputs, ElementType d
         wrong = "key and value must have the same length";
     else if (key[3] != query[3])
         wrong = "query and key must have the same head_dim";
-    else if (!fits(query) || !fits(key) || !fits(value))
+    else if (!fits(query) || !fits(key) || !fits(value) || !fits(output))
         wrong = "what they describe must fit in memory";
     if (wrong == nullptr) return nullptr;
     return refuse(api, ORT_INVALID_ARGUMENT, "query %s, key %s, value %s; %s",
@@ -133,7 +136,7 @@ OrtStatus* read_mask(const OrtApi& api, const Tensor& mask, const int64_t* full,
         size_t dim = kRank - 1 - i;
         broadcasts = size == full[dim] || size == 1;
         result->stride[dim] = size == 1 ? 0 : stride;
-        stride *= size;
+        if (broadcasts) stride *= size;  // others may be of any size
     }
     if (!broadcasts)
         return refuse(api, ORT_INVALID_ARGUMENT,

@@ -28,6 +28,13 @@ struct Call {
     float* lse;  // null: not asked for
 };
 
+// Whether its outputs have no elements. Its inputs may then have dims of any size, that no loop
+// should run over.
+static constexpr bool writes_nothing(const Call& call) {
+    const bool has_rows = call.batch > 0 && call.heads > 0 && call.query_length > 0;
+    return !has_rows || (call.value_head_dim == 0 && call.lse == nullptr);
+}
+
 static constexpr int64_t element_size(ElementType dtype) {
     return dtype == kFloat32 ? 4 : dtype == kBool ? 1 : 2;
 }

@@ -61,7 +61,7 @@ struct Queue {
 }  // namespace
 
 OrtStatus* attend_float(const Setting& setting, const Call& call) {
-    if (call.batch == 0 || call.heads == 0 || call.query_length == 0) return nullptr;
+    if (writes_nothing(call)) return nullptr;
     int64_t planes = call.batch * call.kv_heads;
     int64_t rows = call.heads / call.kv_heads * call.query_length;
     double products = double(planes) * double(rows) * double(call.key_length) *
@@ -96,7 +96,7 @@ OrtStatus* attend_float(const Setting& setting, const Call& call) {
         queue.work(0);
     else
         setting.threads.run(workers, work, &queue);
-    return nullptr;
+    return setting.threads.take_failure();
 }
 
 }  // namespace sage_ort

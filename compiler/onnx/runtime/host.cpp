@@ -31,13 +31,17 @@ int64_t cpu_count() {
     return count;
 }
 
+Threads::~Threads() {
+    if (failure_ != nullptr) api_.ReleaseStatus(failure_);
+}
+
 void Threads::parallel_for(void* threads, int64_t count,
                            void (*body)(void* argument, int64_t index), void* argument) {
     static_cast<Threads*>(threads)->run(count, body, argument);
 }
 
-void Threads::run(int64_t count, void (*body)(void* argument, int64_t index),
-                  void* argument) const {
+void Threads::run(int64_t count, void (*body)(void* argument, int64_t index), void* argument) {
+    if (failure_ != nullptr) return;
     struct Work {
         void (*body)(void* argument, int64_t index);
         void* argument;
@@ -46,9 +50,13 @@ void Threads::run(int64_t count, void (*body)(void* argument, int64_t index),
         const Work& w = *static_cast<Work*>(context);
         w.body(w.argument, int64_t(index));
     };
-    // It fails only where nothing of ours throws: when it is given no function.
-    OrtStatus* status = api_.KernelContext_ParallelFor(context_, run_one, size_t(count), 0, &work);
-    if (status != nullptr) api_.ReleaseStatus(status);
+    failure_ = api_.KernelContext_ParallelFor(context_, run_one, size_t(count), 0, &work);
+}
+
+OrtStatus* Threads::take_failure() {
+    OrtStatus* taken = failure_;
+    failure_ = nullptr;
+    return taken;
 }
 
 Scratch::~Scratch() {

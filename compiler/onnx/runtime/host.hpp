@@ -17,12 +17,17 @@ class Threads {
         : api_(api), context_(context), host_{this, parallel_for, workers} {}
     Threads(const Threads&) = delete;
     Threads& operator=(const Threads&) = delete;
+    ~Threads();
 
     const sage_cpu_host* host() const { return &host_; }
     int64_t workers() const { return host_.workers; }
 
-    // body(argument, index) once for every index below count, on these threads.
-    void run(int64_t count, void (*body)(void* argument, int64_t index), void* argument) const;
+    // body(argument, index) once for every index below count, on these threads. Once the runtime
+    // has failed to run something, this does nothing: take_failure says so.
+    void run(int64_t count, void (*body)(void* argument, int64_t index), void* argument);
+
+    // Why something was not run, handed over; null if all was.
+    OrtStatus* take_failure();
 
  private:
     static void parallel_for(void* threads, int64_t count,
@@ -31,6 +36,7 @@ class Threads {
     const OrtApi& api_;
     const OrtKernelContext* context_;
     sage_cpu_host host_;
+    OrtStatus* failure_ = nullptr;
 };
 
 // Memory of a call, aligned to 64 bytes, returned at its end. The CPU allocator of a session is an

@@ -10,7 +10,7 @@ namespace sage_ort {
 struct Setting {
     const OrtApi& api;
     const Node& node;
-    const Threads& threads;
+    Threads& threads;
     OrtAllocator* allocator;
 };
 

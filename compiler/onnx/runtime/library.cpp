@@ -1,10 +1,12 @@
 // The library as the runtime sees it: RegisterCustomOps, and the operators that it registers.
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "call.hpp"
+#include "cuda/device.hpp"
 #include "provider.hpp"
 #include "sage_ort.h"
 #include "status.hpp"
@@ -103,57 +105,94 @@ Operator make_operator(const OrtApi* api, const Provider* provider, ElementType 
             return infer_shapes(*of(o).api, context);
         };
     base.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-    base.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
+    // A later version may mean something else. What a runtime makes of this, schema.py says.
+    base.GetEndVersion = [](const OrtCustomOp*) { return 1; };
     return op;
 }
 
-// The operators and their domain, made once for each runtime in this process. The runtime keeps
-// pointers to them as long as there are sessions, and unloads the library after the last of them:
-// so they are part of the library.
+// The operators and their domain, made once for each runtime in this process, and once more if CUDA
+// can be opened later. The runtime keeps pointers to them as long as there are sessions, and closes
+// the library after the last of them; it stays loaded, with what is kept here and on devices.
+//
+// A runtime is known by its table. One that is unloaded, and another version loaded at the same
+// address, would get the domain of the first: that is not served.
 struct Registration {
     const OrtApi* api;  // null: free
+    bool has_cuda;
     OrtCustomOpDomain* domain;
     Operator operators[kMostOperators];
 };
 
-constexpr size_t kMostRuntimes = 8;
-Registration registrations[kMostRuntimes];
+constexpr size_t kMostRegistrations = 16;
+Registration registrations[kMostRegistrations];
 pthread_mutex_t registrations_lock = PTHREAD_MUTEX_INITIALIZER;
 
-OrtStatus* fill(Registration* registration, const OrtApi* api, bool infers_shapes) {
+void stay_loaded() {
+    Dl_info info;
+    if (dladdr(registrations, &info) != 0)
+        dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+OrtStatus* add_operators(const OrtApi* api, bool has_cuda, bool infers_shapes,
+                         OrtCustomOpDomain* domain, Operator (&operators)[kMostOperators]) {
+    size_t count = 0;
+    for (const Provider* provider : kProviders) {
+        if (provider == &kCudaProvider && !has_cuda) continue;
+        for (size_t i = 0; i < provider->dtype_count; i++) {
+            if (count == kMostOperators)
+                return refuse(*api, ORT_FAIL, "there is room for %zu operators", kMostOperators);
+            Operator& op = operators[count++];
+            op = make_operator(api, provider, provider->dtypes[i], infers_shapes);
+            SAGE_ORT_TRY(api->CustomOpDomain_Add(domain, &op.base));
+        }
+    }
+    return nullptr;
+}
+
+OrtStatus* fill(Registration* registration, const OrtApi* api, bool has_cuda, bool infers_shapes) {
     OrtCustomOpDomain* domain;
     SAGE_ORT_TRY(api->CreateCustomOpDomain(kDomain, &domain));
-    size_t count = 0;
-    for (const Provider* provider : kProviders)
-        for (size_t i = 0; i < provider->dtype_count; i++) {
-            Operator& op = registration->operators[count++];
-            op = make_operator(api, provider, provider->dtypes[i], infers_shapes);
-            OrtStatus* status = api->CustomOpDomain_Add(domain, &op.base);
-            if (status == nullptr) continue;
-            api->ReleaseCustomOpDomain(domain);
-            return status;
-        }
+    OrtStatus* status =
+        add_operators(api, has_cuda, infers_shapes, domain, registration->operators);
+    if (status != nullptr) {
+        api->ReleaseCustomOpDomain(domain);
+        return status;
+    }
+    stay_loaded();
     registration->domain = domain;
+    registration->has_cuda = has_cuda;
     registration->api = api;
     return nullptr;
 }
 
 OrtStatus* find_or_fill(const OrtApi* api, const char* runtime_version,
                         OrtCustomOpDomain** domain) {
+    // Without a driver or a pack there are no operators for CUDA: the runtime assigns nodes by name
+    // and type alone, and could not turn to a CPU, or to the model's own body, afterwards.
+    sage_cuda::Error ignored;
+    bool has_cuda = sage_cuda::Runtime::shared(ignored) != nullptr;
     pthread_mutex_lock(&registrations_lock);
     Registration* found = registrations;
-    Registration* end = registrations + kMostRuntimes;
-    while (found != end && found->api != api && found->api != nullptr) found++;
+    Registration* end = registrations + kMostRegistrations;
+    while (found != end && found->api != nullptr &&
+           !(found->api == api && found->has_cuda == has_cuda))
+        found++;
     OrtStatus* status = nullptr;
     if (found == end)
-        status = refuse(*api, ORT_FAIL, "there are already %zu ONNX Runtimes in this process",
-                        kMostRuntimes);
+        status = refuse(*api, ORT_FAIL, "there are too many ONNX Runtimes in this process");
     else if (found->api == nullptr)
-        status = fill(found, api, infers_shapes_safely(runtime_version));
+        status = fill(found, api, has_cuda, infers_shapes_safely(runtime_version));
     if (status == nullptr) *domain = found->domain;
     pthread_mutex_unlock(&registrations_lock);
     return status;
 }
+
+// What a runtime gets that has no table to make a status with: one laid out as its own are. To give
+// it back takes that table too.
+struct {
+    OrtErrorCode code = ORT_NOT_IMPLEMENTED;
+    char message[96] = "ai.sage::Attention: this ONNX Runtime has no API of version 1";
+} no_table;
 
 }  // namespace
 }  // namespace sage_ort
@@ -168,7 +207,7 @@ void* RegisterCustomOps(void* options, const void* api_base) {
     if (api == nullptr) {
         // The first entries of the table are those of its first version.
         const OrtApi* oldest = base.GetApi(1);
-        if (oldest == nullptr) return nullptr;
+        if (oldest == nullptr) return &no_table;
         return refuse(*oldest, ORT_NOT_IMPLEMENTED,
                       "this library needs version %u of ONNX Runtime's API; this is ONNX Runtime "
                       "%s, which does not have it: ONNX Runtime 1.21 or newer is needed",
@@ -187,6 +226,13 @@ const char* sage_ort_served(const char* provider, const char* recipe) {
     for (const Provider* known : kProviders)
         if (strcmp(known->name, provider) == 0) return known->served(parsed);
     return nullptr;
+}
+
+const char* sage_ort_cuda_state(void) {
+    static thread_local sage_cuda::Error error;
+    error.text[0] = '\0';
+    sage_cuda::Runtime::shared(error);
+    return error.text;
 }
 
 }  // extern "C"

@@ -53,6 +53,7 @@ class Attributes {
             return missing(name, "a string", false);
         if (bytes > sizeof text) return unknown(name, "a longer word", words, Count);
         SAGE_ORT_TRY(api_.KernelInfoGetAttribute_string(info_, name, text, &bytes));
+        if (strlen(text) + 1 != bytes) return unknown(name, "a word and a zero", words, Count);
         int found = find(words, text);
         if (found < 0) return unknown(name, text, words, Count);
         *value = Enum(found);

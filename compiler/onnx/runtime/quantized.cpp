@@ -2,6 +2,7 @@
 
 #include "elements.hpp"
 #include "kernels.hpp"
+#include "src/plan.hpp"
 #include "status.hpp"
 
 namespace sage_ort {
@@ -24,7 +25,7 @@ struct Rows {
 };
 
 // Copies rows to rows of another width: cut, or filled up with zeros.
-void copy_rows(const Threads& threads, const Rows& from, const Rows& to) {
+void copy_rows(Threads& threads, const Rows& from, const Rows& to) {
     struct Copy {
         Rows from, to;
     } copy{from, to};
@@ -54,10 +55,10 @@ struct Operand {
 
     bool is_copy() const { return given.bytes != used.bytes; }
 
-    void fill(const Threads& threads) const {
+    void fill(Threads& threads) const {
         if (is_copy()) copy_rows(threads, given, used);
     }
-    void give_back(const Threads& threads) const {
+    void give_back(Threads& threads) const {
         if (is_copy()) copy_rows(threads, used, given);
     }
 
@@ -112,6 +113,15 @@ sage_cpu_problem describe(const Node& node, const Call& call, int32_t recipe) {
     return p;
 }
 
+// The tasks that the library makes of a call at most: a worker without one would only take memory.
+// Those that look through a mask are not counted, since few of them are worth a worker.
+int64_t most_tasks(const Call& call) {
+    int64_t rows = call.heads / call.kv_heads * call.query_length;
+    return call.batch * call.kv_heads *
+           (sage_cpu::ceil_div(call.key_length, sage_cpu::kBlockKeys) +
+            sage_cpu::ceil_div(rows, sage_cpu::kGroupRows));
+}
+
 OrtStatus* refused(const OrtApi& api, int32_t error) {
     return refuse(api, ORT_INVALID_ARGUMENT, "%s", sage_cpu_describe(error));
 }
@@ -119,9 +129,12 @@ OrtStatus* refused(const OrtApi& api, int32_t error) {
 }  // namespace
 
 OrtStatus* attend_quantized(const Setting& setting, const Call& call, int32_t recipe) {
+    if (writes_nothing(call)) return nullptr;
     sage_cpu_problem problem = describe(setting.node, call, recipe);
+    sage_cpu_host host = *setting.threads.host();
+    host.workers = sage_cpu::min(host.workers, most_tasks(call));
     int64_t workspace_bytes;
-    int32_t error = sage_cpu_workspace_size(&problem, setting.threads.workers(), &workspace_bytes);
+    int32_t error = sage_cpu_workspace_size(&problem, host.workers, &workspace_bytes);
     if (error != SAGE_CPU_OK) return refused(setting.api, error);
 
     Carver measured{nullptr};
@@ -143,10 +156,12 @@ OrtStatus* attend_quantized(const Setting& setting, const Call& call, int32_t re
     operands.query.fill(setting.threads);
     operands.key.fill(setting.threads);
     operands.value.fill(setting.threads);
-    error = sage_cpu_attention(&problem, setting.threads.host(), workspace, workspace_bytes);
+    SAGE_ORT_TRY(setting.threads.take_failure());
+    error = sage_cpu_attention(&problem, &host, workspace, workspace_bytes);
     if (error != SAGE_CPU_OK) return refused(setting.api, error);
+    SAGE_ORT_TRY(setting.threads.take_failure());
     operands.output.give_back(setting.threads);
-    return nullptr;
+    return setting.threads.take_failure();
 }
 
 }  // namespace sage_ort

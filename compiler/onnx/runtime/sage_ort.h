@@ -29,6 +29,11 @@ SAGE_ORT_EXPORT const char* sage_ort_version(void);
  * the provider or the recipe is unknown. */
 SAGE_ORT_EXPORT const char* sage_ort_served(const char* provider, const char* recipe);
 
+/* "" where there are operators for CUDAExecutionProvider; else why there are none, in a sentence
+ * that says what to do: no driver, or no kernel pack that can be used. Looks for both as
+ * registration does. The text is the thread's, until it asks again. */
+SAGE_ORT_EXPORT const char* sage_ort_cuda_state(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -57,13 +57,6 @@ const char* find_library() {
     return dladdr(&here, &info) == 0 ? nullptr : info.dli_fname;
 }
 
-// ONNX Runtime unloads a library with its last session. What is loaded on devices stays for the
-// next one, and so must the library, which alone knows of it.
-void stay_loaded() {
-    const char* const library = find_library();
-    if (library != nullptr) dlopen(library, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
-}
-
 // The pack that the package carries beside this library; false if it carries none.
 template <size_t kBytes>
 bool find_shipped(char (&path)[kBytes]) {
@@ -243,7 +236,7 @@ Device* Runtime::device(int ordinal, Error& error) {
 
 Runtime* Runtime::shared(Error& error) {
     static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
-    static Runtime* runtime = nullptr;  // never closed, see stay_loaded
+    static Runtime* runtime = nullptr;  // never closed: this library stays loaded
     const Lock lock(lock_of_shared);
     if (runtime != nullptr) return runtime;
     char shipped[1024];
@@ -261,7 +254,6 @@ Runtime* Runtime::shared(Error& error) {
     } else if (!made->open(variable("SAGE_CUDA_DRIVER"), pack, error)) {
         destroy(made);
     } else {
-        stay_loaded();
         runtime = made;
     }
     return runtime;

@@ -13,7 +13,8 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kTitle[] = "sage-launches 1\n";  // with FORMAT of launch_table.py
+constexpr char kTitle[] = "sage-launches 2 ";              // with FORMAT of launch_table.py
+constexpr char kTemplates[] = SAGE_TEMPLATES_DIGEST "\n";  // by setup.py
 constexpr char kEnd[] = "end ";
 constexpr char kWordCharacters[] =
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_";
@@ -166,9 +167,12 @@ bool Pack::parse(char* text, size_t bytes, Error& error) {
     if (!check_end(text, bytes, error)) return false;
     if (strncmp(text, kTitle, sizeof kTitle - 1) != 0)
         return error.set("%s is not a launch table of the format that this library reads", kTable);
+    text += sizeof kTitle - 1;
+    if (strncmp(text, kTemplates, sizeof kTemplates - 1) != 0)
+        return error.set("its kernels were built from other templates than this library knows");
     int64_t line_number = 1;
     char* rest_of_text = nullptr;
-    for (char* line = strtok_r(text + sizeof kTitle - 1, "\n", &rest_of_text); line != nullptr;
+    for (char* line = strtok_r(text + sizeof kTemplates - 1, "\n", &rest_of_text); line != nullptr;
          line = strtok_r(nullptr, "\n", &rest_of_text)) {
         line_number++;
         char* words[kMostWords];

@@ -11,6 +11,7 @@ from sage_compiler.kernels.cuda.launch_table import FORMAT, NAME
 from sage_compiler.kernels.cuda.manifest import digest
 from sage_compiler.kernels.cuda.pack import build
 from sage_compiler.kernels.cuda.preparation import preparation_specs
+from sage_compiler.kernels.cuda.render import templates_digest
 from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
 from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs, variant
 from tests.compiler.kernels.cuda.toy import FakeCompiler, ToySpec
@@ -23,7 +24,7 @@ def records_of(specs: list[KernelSpec], out: Path) -> list[list[str]]:
     content = "".join(lines).encode()
     assert last == f"end {hashlib.sha256(content).hexdigest()}\n"
     first, *records = (line.rstrip("\n").split(" ") for line in lines)
-    assert first == ["sage-launches", str(FORMAT)]
+    assert first == ["sage-launches", str(FORMAT), templates_digest()]
     return records
 
 

@@ -53,7 +53,8 @@ struct Lent {
 } lent;
 
 OrtMemoryInfo memory_info = {0};
-OrtCustomOpDomain* domain = nullptr;
+OrtCustomOpDomain* domain = nullptr;  // of the library that was registered last
+long domains = 0;
 
 OrtStatus* make_status(OrtErrorCode code, char const* message) {
     lent.statuses++;
@@ -76,14 +77,16 @@ OrtApi make_api() {
         delete status;
     };
     api.CreateCustomOpDomain = [](char const*, OrtCustomOpDomain** made) -> OrtStatus* {
-        domain = *made = new OrtCustomOpDomain;
+        domains++;
+        *made = new OrtCustomOpDomain;
         return nullptr;
     };
     api.CustomOpDomain_Add = [](OrtCustomOpDomain* to, OrtCustomOp const* op) -> OrtStatus* {
         to->operators.push_back(op);
         return nullptr;
     };
-    api.AddCustomOpDomain = [](OrtSessionOptions*, OrtCustomOpDomain*) -> OrtStatus* {
+    api.AddCustomOpDomain = [](OrtSessionOptions*, OrtCustomOpDomain* added) -> OrtStatus* {
+        domain = added;
         return nullptr;
     };
     api.GetTensorMutableData = [](OrtValue* value, void** data) -> OrtStatus* {
@@ -230,6 +233,9 @@ API bool fake_unload(char const* path) {
     if (again != nullptr) dlclose(again);
     return again != nullptr;
 }
+
+// The domains that were ever made.
+API long fake_domains() { return domains; }
 
 // The operator of a provider and a type of query, or null.
 API OrtCustomOp const* fake_find(char const* provider, int dtype) {

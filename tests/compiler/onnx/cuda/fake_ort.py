@@ -48,6 +48,7 @@ def _runtime() -> ctypes.CDLL:
     for name in ("find", "info", "context"):
         getattr(library, f"fake_{name}").restype = ctypes.c_void_p
     library.fake_unload.restype = ctypes.c_bool
+    library.fake_domains.restype = ctypes.c_long
     return library
 
 
@@ -56,6 +57,11 @@ def lent() -> tuple[int, ...]:
     counts = (ctypes.c_long * 4)()
     _runtime().fake_lent(ctypes.byref(counts))
     return tuple(counts)
+
+
+def domains() -> int:
+    """Domains that were ever made."""
+    return int(_runtime().fake_domains())
 
 
 def set_device(ordinal: int) -> None:
@@ -71,6 +77,11 @@ class Library:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(LIBRARY, path)
         self._path = path
+        self.register()
+
+    def register(self) -> None:
+        """As a session that loads it; its operators are those that it has now."""
+        path = self._path
         self.count: int = _runtime().fake_register(str(path).encode())
         assert self.count > 0
         self._found = {
@@ -78,6 +89,13 @@ class Library:
             for provider in (CUDA, CPU)
             for dtype, number in TYPES.items()
         }
+
+    def cuda_state(self) -> str:
+        """What the library says of CUDA."""
+        state = ctypes.CDLL(str(self._path)).sage_ort_cuda_state
+        state.restype = ctypes.c_char_p
+        said: bytes = state()
+        return said.decode()
 
     def unload(self) -> bool:
         """Close it, as after the last session; whether it stays loaded all the same."""

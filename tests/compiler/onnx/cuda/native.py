@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 
+from sage_compiler.kernels.cuda.render import templates_digest
 from sage_compiler.semantics import UNBOUNDED, DeadRows, Semantics
 from tests.compiler.kernels.dense import Call
 from tests.cutlass_templates import host
@@ -99,8 +100,10 @@ def driver_path() -> Path:
 def _harness() -> ctypes.CDLL:
     sources = [HERE / "harness.cpp", *(p for p in sorted(CORE.glob("*.cpp")) if p.stem != "cuda")]
     content = [p.read_bytes() for p in [*sources, *sorted(CORE.glob("*.hpp")), _PARAMS]]
+    flags = [*_FLAGS, f'-DSAGE_TEMPLATES_DIGEST="{templates_digest()}"']
     libraries = ("-pthread", "-ldl")
-    built = host._build("libharness.so", [*_FLAGS, *map(str, sources), *libraries], content)
+    content.append(templates_digest().encode())
+    built = host._build("libharness.so", [*flags, *map(str, sources), *libraries], content)
     library = ctypes.CDLL(str(built))
     for name in ("open", "shared", "device"):
         getattr(library, f"harness_{name}").restype = ctypes.c_void_p

@@ -232,15 +232,28 @@ def test_tensors_are_checked_as_on_a_cpu(library: Library, pretending: TestDrive
         ({"SAGE_CUDA_DRIVER": "/nowhere.so"}, "there is no CUDA driver: /nowhere.so"),
     ],
 )
-def test_a_session_is_refused_with_what_to_do(
-    variables: dict[str, str], words: str, library: Library, monkeypatch: pytest.MonkeyPatch
+def test_without_driver_or_pack_there_are_no_operators_for_cuda(
+    variables: dict[str, str],
+    words: str,
+    pretending: TestDriver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    code, said = refused(library, SCALE)
-    assert code == NOT_IMPLEMENTED
-    assert words in said
-    monkeypatch.undo()
+    """So that the runtime gives nodes to the CPU; once there are both, there are operators."""
+    pack = pack_of_names(MASKED.specs(), tmp_path / "pack")
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
+    with monkeypatch.context() as without:
+        for name, value in variables.items():
+            without.setenv(name, value)
+        library = Library(tmp_path / "libsage_ort.so")
+        assert words in library.cuda_state()
+        assert library.count == 3
+        assert library.operator(torch.float16) is None
+        assert library.operator(torch.float16, CPU) is not None
+    library.register()
+    assert library.cuda_state() == ""
+    assert library.count == 5
+    Node(library, torch.float16, SCALE).close()
 
 
 def test_a_device_without_kernels(library: Library, pretending: TestDriver) -> None:
@@ -288,13 +301,23 @@ def test_failures_of_a_call(library: Library, pretending: TestDriver) -> None:
 def test_a_library_with_kernels_on_a_device_stays(
     library: Library, tmp_path: Path, pretending: TestDriver
 ) -> None:
-    """It alone knows of them; without any it goes with the last session."""
-    assert not Library(tmp_path / "idle.so").unload()
+    """It alone knows of them."""
     Node(library, torch.float16, SCALE).close()
     held = pretending.held()
     assert library.unload()
     Node(library, torch.float16, SCALE).close()
     assert pretending.held() == held
+
+
+def test_a_library_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operators and their domain too, however often sessions come and go."""
+    monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
+    library = Library(tmp_path / "idle.so")
+    made = fake_ort.domains()
+    for _ in range(3):
+        assert library.unload()
+        library.register()
+    assert fake_ort.domains() == made
 
 
 def test_the_package_may_carry_a_pack(
@@ -312,4 +335,4 @@ def test_the_package_may_carry_a_pack(
     assert len(pretending.launches()) == 5
     shutil.rmtree(shipped)
     library = Library(tmp_path / "package" / "onnx" / "runtime" / "other.so")
-    assert "there is no kernel pack" in refused(library, SCALE)[1]
+    assert "there is no kernel pack" in library.cuda_state()

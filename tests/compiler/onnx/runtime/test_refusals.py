@@ -34,6 +34,7 @@ CLASSES = "none, causal, causal_bottom_right, window, window_bottom_right"
         ({"recipe": "int3"}, f'attribute recipe is "int3"; known: {RECIPES}'),
         ({"recipe": ""}, f'attribute recipe is ""; known: {RECIPES}'),
         ({"recipe": "x" * 1000}, f'attribute recipe is "a longer word"; known: {RECIPES}'),
+        ({"recipe": b"exact\0junk"}, f'attribute recipe is "a word and a zero"; known: {RECIPES}'),
         ({"recipe": 3}, "attribute recipe is an int; it must be a string"),
         ({"recipe": [3, 4]}, "attribute recipe is a list; it must be a string"),
         ({"mask_class": "diagonal"}, f'attribute mask_class is "diagonal"; known: {CLASSES}'),
