@@ -128,9 +128,10 @@ _INT4_IS_EMULATED: Final = (
 
 # --- geometries -----------------------------------------------------------------------------
 
-# Registers and spills are those of the cubins in bfloat16 without window and softcap (NVRTC 13.0).
-# A multiprocessor has 65536 registers and at least 100 KiB of shared memory for all of its blocks:
-# two blocks of 4 warps have up to 255 registers a thread, two of 8 warps 128. Nothing was timed.
+# Registers and spills are those of the cubins in bfloat16 without window and softcap, and without
+# a mask where none is named (NVRTC 13.0). A multiprocessor has 65536 registers and at least 100 KiB
+# of shared memory for all of its blocks: two blocks of 4 warps have up to 255 registers a thread,
+# two of 8 warps 128. Nothing was timed.
 _UP_TO_SM_89: Final = (
     Geometry(
         longest=64,

@@ -5,6 +5,7 @@ A spec is plain data. It knows nothing of torch, of a compiler or of a device.
 
 from __future__ import annotations
 
+import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -276,6 +277,7 @@ class KeyValueTile:
     bytes: int
 
     @classmethod
+    @functools.cache  # of every call, and of a few dims
     def of(cls, head_dim: int, value_head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
         """The tile for these dims, padded or not."""
         key = TILE_MMA.kv_block * padded_dim(head_dim) * _BITS[qk] // 8
