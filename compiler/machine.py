@@ -10,7 +10,7 @@ import torch
 
 from sage_compiler.errors import InvalidOptionError
 from sage_compiler.kernels.cpu.kernel import KERNELS
-from sage_compiler.kernels.cuda.spec import arch_of
+from sage_compiler.kernels.cuda.arch import arch_of
 from sage_compiler.text import count
 
 

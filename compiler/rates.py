@@ -13,9 +13,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final
 
+from torch import Tensor
+
 from sage_compiler.errors import InvalidOptionError
-from sage_compiler.kernels.cuda.spec import ARCHS, HEAD_DIMS, KeyValueTile
+from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, KeyValueTile
 from sage_compiler.precision import EXACT, RECIPES, TILE_MMA, Format
+from sage_compiler.semantics import Semantics
 
 CPU: Final = "cpu"
 TARGETS: Final[tuple[str, ...]] = tuple(ARCHS)
@@ -48,6 +52,34 @@ class Work:
     itemsize: int
     visible: float
     mask_bytes: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        attn_mask: Tensor | None = None,
+    ) -> Work:
+        """That of a call of ``sage::attention``; only shapes and dtypes are looked at."""
+        batch, heads, query_length, head_dim = query.shape
+        key_length = key.shape[2]
+        band, visible = semantics.band(query_length, key_length), 1.0
+        if band is not None and query_length * key_length:
+            visible = band.pairs(query_length, key_length) / (query_length * key_length)
+        return cls(
+            batch=batch,
+            heads=heads,
+            kv_heads=key.shape[1],
+            query_length=query_length,
+            key_length=key_length,
+            head_dim=head_dim,
+            value_head_dim=value.shape[3],
+            itemsize=query.element_size(),
+            visible=visible,
+            mask_bytes=0 if attn_mask is None else attn_mask.element_size(),  # each head reads it
+        )
 
     @property
     def pairs(self) -> int:

@@ -19,12 +19,13 @@ from torch import Tensor
 from benchmarks.gpu.presence import missing
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
+from sage_compiler.kernels.cuda.arch import arch_of
 from sage_compiler.kernels.cuda.driver import system_driver
 from sage_compiler.kernels.cuda.images import default_images
 from sage_compiler.kernels.cuda.kernel import Allocate, Target, allocate
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.parallel import each
-from sage_compiler.kernels.cuda.spec import KernelSpec, arch_of
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from tests.compiler.kernels.dense import Call
 
 Result = TypeVar("Result")
@@ -38,7 +39,7 @@ class Device(Protocol):
     """A GPU that runs the kernels of an architecture.
 
     Attributes:
-        arch: a key of ``spec.ARCHS``.
+        arch: a key of ``arch.ARCHS``.
         index: the number of the device.
         place: where its tensors are.
         loader: where its kernels come from.

@@ -214,24 +214,7 @@ def _shape(call: Call) -> str:
 
 
 def _work(call: Call) -> rates.Work:
-    batch, heads, query_length, head_dim = call.query.shape
-    kv_heads, key_length, value_head_dim = call.key.shape[1], call.key.shape[2], call.value.shape[3]
-    mask, band = call.attn_mask, call.semantics.band(query_length, key_length)
-    visible = 1.0
-    if band is not None and query_length * key_length:
-        visible = band.pairs(query_length, key_length) / (query_length * key_length)
-    return rates.Work(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        query_length=query_length,
-        key_length=key_length,
-        head_dim=head_dim,
-        value_head_dim=value_head_dim,
-        itemsize=call.query.element_size(),
-        visible=visible,
-        mask_bytes=0 if mask is None else mask.element_size(),  # each head reads it
-    )
+    return rates.Work.of(call.query, call.key, call.value, call.semantics, call.attn_mask)
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

@@ -1,4 +1,7 @@
-"""The command ``sagec kernels``: build CUDA kernels ahead, check their code, list what is here."""
+"""The command ``sagec kernels``: build CUDA kernels ahead, check their code, list what is here.
+
+And explain which of them an attention gets: see kernels_explain.py.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 
-from sage_compiler.commands import options
+from sage_compiler.commands import kernels_explain, options
 from sage_compiler.errors import SageError, UsageError
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
 from sage_compiler.kernels.cuda.check import check, table
 from sage_compiler.kernels.cuda.manifest import Entry
 from sage_compiler.kernels.cuda.pack import build, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.toolchain import NAMES, Compiler, find
 from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs
 from sage_compiler.text import columns
@@ -52,9 +56,10 @@ def add_command(commands: options.Commands) -> None:
     actions = options.add_group(
         commands,
         "kernels",
-        summary="CUDA kernels: check their code, build packs, list what is here",
+        summary="CUDA kernels: which an attention gets; check their code, build packs, list them",
         example="sagec kernels build --arch sm_89 --out pack",
     )
+    kernels_explain.add_command(actions)
     checking = options.add_command(
         actions,
         "check",

@@ -35,7 +35,11 @@ class Run(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a kernel needs to know of a call to accept or refuse it; lengths may be unknown."""
+    """What a kernel needs to know of a call to accept or refuse it; lengths may be unknown.
+
+    Attributes:
+        capability: the compute capability of a GPU that need not be here; None: that of the device.
+    """
 
     device_type: str
     dtype: torch.dtype
@@ -46,6 +50,7 @@ class Problem:
     mask_class: MaskClass
     has_mask: bool
     device_index: int = 0
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,12 @@ on every device, but it emulates: it is never a device's default.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
+from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cpu import kernel as cpu_kernel
 from sage_compiler.kernels.cuda import kernel as cuda_kernel
 from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
@@ -16,9 +19,11 @@ from sage_compiler.precision import AUTO, EXACT
 
 KERNELS: Final[list[Kernel]] = [*cpu_kernel.KERNELS, *cuda_kernel.KERNELS]  # in order of preference
 
-# What `auto` means on a device that has a kernel for it. On a GPU that depends on its architecture,
-# and follows from measurements on it, which there are none of yet.
-DEFAULT_RECIPES: Final[dict[str, str]] = {"cpu": "int8_int8"}
+# What `auto` means on a device that has a kernel for it, by its type. Whether it gains there, the
+# gate of the kernel says; on GPUs that nobody has measured, no gate opens.
+DEFAULT_RECIPES: Final[Mapping[str, Callable[[Problem], str]]] = MappingProxyType(
+    {"cpu": lambda problem: "int8_int8", "cuda": cuda_kernel.default_recipe}
+)
 
 
 def too_small(
@@ -76,9 +81,13 @@ def default(problem: Problem) -> Default:
 
     Never picks a recipe that would be emulated, nor one whose kernel does not gain here.
     """
-    recipe = DEFAULT_RECIPES.get(problem.device_type)
-    if recipe is None:
+    recipe_for = DEFAULT_RECIPES.get(problem.device_type)
+    if recipe_for is None:
         return Default(EXACT, f"no default recipe for device {problem.device_type!r}")
+    try:
+        recipe = recipe_for(problem)
+    except KernelUnavailableError as error:
+        return Default(EXACT, str(error))
     found = find(recipe, problem)
     if isinstance(found, Unavailable):
         return Default(EXACT, found.reason)

@@ -33,9 +33,10 @@ from benchmarks.gpu.trial import Plan, Trial, distance
 from benchmarks.measure import RESULTS
 from sage_compiler.errors import KernelUnavailableError, UsageError
 from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import Driver, DriverError, Launch
 from sage_compiler.kernels.cuda.loader import Loader
-from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import further_variants, variant, variants
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sage_compiler.errors import InvalidOptionError
-from sage_compiler.kernels.cuda.spec import ARCHS
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.precision import EXACT, RECIPES
 from sage_compiler.rates import (
     TARGETS,

@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any, Final
 
 from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.binary import Resources
+from sage_compiler.kernels.cuda.dispatch import default_recipe
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
 from sage_compiler.kernels.cuda.spec import (
-    ARCHS,
     AttendSpec,
     KernelSpec,
     KeySpec,
@@ -152,7 +153,7 @@ def spill_budget(spec: KernelSpec) -> int:
 
 def is_default(spec: KernelSpec) -> bool:
     """Whether the default recipe of the spec's architecture uses it."""
-    recipe = RECIPES[ARCHS[spec.arch].recipes[0]]
+    recipe = RECIPES[default_recipe(spec.arch)]
     match spec:
         case AttendSpec(qk=qk, pv=pv, accumulator=accumulator):
             return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)

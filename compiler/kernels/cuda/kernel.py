@@ -15,41 +15,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
-from sage_compiler.kernels.cuda import params
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda import dispatch, params
+from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.spec import (
-    ARCHS,
-    HEAD_DIMS,
-    KernelSpec,
-    KeyValueTile,
-    arch_of,
-    padded_dim,
-)
-from sage_compiler.kernels.cuda.variants import Variant, variant
-from sage_compiler.kernels.kernel import CLOSED, Kernel, Problem
+from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
+from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
+from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
-from sage_compiler.precision import TILE_MMA, Accumulator, Format
+from sage_compiler.precision import Accumulator
 from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
-_FAR: Final = 1 << 30  # beyond any length, and twice of it within 32 bits
-
 _LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
-_DTYPE_NAMES: Final = {
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-}
-
-# Chunks of tokens whose statistics are taken apart: enough blocks for a GPU with few heads, few
-# enough to add up again in every block of the quantizers.
-_MOST_CHUNKS: Final = 32
-_LEAST_CHUNK: Final = 256
-_QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
-_ALIGNMENT: Final = 256
 
 Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
 """Sizes in bytes to addresses, aligned to 256, and what keeps them alive."""
@@ -57,12 +38,9 @@ Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
 
 def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
     """Scratch memory on a device, in one piece."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
-    arena = torch.empty(end + _ALIGNMENT, dtype=torch.uint8, device=device)
-    start = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    offsets, size = arrange(sizes)
+    arena = torch.empty(size, dtype=torch.uint8, device=device)
+    start = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
     return [start + offset for offset in offsets], arena
 
 
@@ -71,7 +49,7 @@ class Target:
     """Where the kernels run.
 
     Attributes:
-        arch: a key of ``spec.ARCHS``.
+        arch: a key of ``arch.ARCHS``.
         device: the index of the device.
         stream: a CUstream of it, as torch gives it.
         loader: where the kernels come from.
@@ -106,11 +84,12 @@ def attention(
         query, key, value: float16, bfloat16 or float32, any strides.
         attn_mask: any strides; read as it lies.
         want_lse: without it the LSE is empty.
-        recipe: one of those of the device's ``spec.Arch``.
+        recipe: one of those of the device's ``arch.Arch``.
 
     Raises:
-        KernelUnavailableError: the kernels can be neither found nor compiled here, or would have
-            to be loaded while a CUDA graph is captured.
+        KernelUnavailableError: ``dispatch.decide`` has none for the call; or the kernels can be
+            neither found nor compiled here, or would have to be loaded while a CUDA graph is
+            captured.
     """
     with torch.cuda.device(query.device):
         index = query.device.index or 0
@@ -146,7 +125,7 @@ def run(
     sinks: Tensor | None = None,
     accumulator: Accumulator = Accumulator.FP32,
 ) -> tuple[Tensor, Tensor]:
-    """As ``attention``, on a target; ``accumulator`` as for ``variant``."""
+    """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
     if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
@@ -154,17 +133,19 @@ def run(
         if sinks is not None and want_lse:
             lse.copy_(sinks[:, None])
         return output.zero_(), lse
-    kernels = variant(
+    kernels = dispatch.decide(
         target.arch,
-        _DTYPE_NAMES[query.dtype],
-        query.shape[3],
         recipe,
-        accumulator,
-        value_head_dim=value.shape[3],
+        _dtype_name(query.dtype),
+        query.shape[3],
+        value.shape[3],
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
+        accumulator=accumulator,
     )
+    if isinstance(kernels, str):
+        raise KernelUnavailableError(f"{kernels}; use precision='exact'")
     wanted = lse if want_lse else None
     Call(target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask).run()
     return output, lse
@@ -207,15 +188,21 @@ class Call:
         self.output, self.lse = output, lse
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.semantics = semantics
-        self.batch, self.heads, self.query_length, self.head_dim = query.shape
-        self.kv_heads, self.key_length = key.shape[1], key.shape[2]
+        batch, heads, query_length, head_dim = query.shape
+        sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        (
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.query_length,
+            self.key_length,
+            self.query_blocks,
+            self.key_blocks,
+            self.chunks,
+            self.chunk_tokens,
+        ) = sizes
         self.group = self.heads // self.kv_heads
-        if max(self.query_length, self.key_length) >= _FAR:
-            raise InvalidAttentionError(
-                f"{self.query_length} queries and {self.key_length} keys; the CUDA kernels take "
-                f"fewer than {_FAR} of each; split the sequence"
-            )
-        self.scale = semantics.scale_for(self.head_dim)
+        self.scale = semantics.scale_for(head_dim)
 
         # Query i sees the keys i + lower to i + upper; all keys that one sees count.
         visible = semantics.band(self.query_length, self.key_length)
@@ -231,40 +218,19 @@ class Call:
                 self.key_length,
             )
         band = visible or Band(None, None, 0)
-        self.lower = -_FAR if band.left is None else max(-_FAR, band.offset - band.left)
-        self.upper = _FAR if band.right is None else min(_FAR, band.offset + band.right)
+        self.lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
+        self.upper = FAR if band.right is None else min(FAR, band.offset + band.right)
         self.first_key = min(self.key_length, max(0, self.lower))
         self.end_key = max(self.first_key, min(self.key_length, self.query_length + self.upper))
         self.first_live = min(self.query_length, max(0, -self.upper))
         self.end_live = max(self.first_live, min(self.query_length, self.key_length - self.lower))
-        self.query_blocks = -(-self.query_length // TILE_MMA.q_block)
-        self.key_blocks = -(-self.key_length // TILE_MMA.kv_block)
-        self.chunk_tokens = max(_LEAST_CHUNK, -(-self.key_length // _MOST_CHUNKS))
-        self.chunks = -(-self.key_length // self.chunk_tokens)
+        self._blocks = sizes.blocks()
 
-        attend = kernels.attend
-        self.smooths_query = attend.qk is Format.INT4
-        needs_row_term = lse is not None or sinks is not None or attend.softcap
-        padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
-        self.tile: KeyValueTile = attend.tile
-        rows = self.batch * self.heads * self.query_blocks
-        heads = self.batch * self.kv_heads
-        sums = heads * self.chunks * padded * 4
-        largest = heads * self.chunks * padded_value * 4
-        delta = rows * self.key_blocks * TILE_MMA.kv_block * 4
-        sizes = (
-            sums,
-            largest,
-            rows * attend.query_tile_bytes,
-            rows * _QUERY_SCALES * 4,
-            rows * padded * 4 if self.smooths_query else 0,
-            self.batch * self.heads * self.query_length * 4 if needs_row_term else 0,
-            heads * self.key_blocks * self.tile.bytes,
-            heads * padded_value * 4,
-            delta if self.smooths_query else 0,
-        )
-        addresses, self._scratch = target.allocate(sizes, query.device)
-        present = [address if size else 0 for address, size in zip(addresses, sizes, strict=True)]
+        self.tile: KeyValueTile = kernels.attend.tile
+        row_term = lse is not None or sinks is not None or kernels.attend.softcap
+        parts = sizes.scratch(kernels, row_term=row_term)
+        addresses, self._scratch = target.allocate(parts, query.device)
+        present = [address if size else 0 for address, size in zip(addresses, parts, strict=True)]
         (
             self.key_sums,
             self.value_amax,
@@ -287,7 +253,6 @@ class Call:
         return (self._statistics, self._query, self._key, self._value, self._attend)
 
     def _statistics(self) -> None:
-        key_tasks = self.batch * self.kv_heads * self.chunks
         packed = params.STATISTICS.pack(
             *_tensor(self.key),
             *_tensor(self.value),
@@ -299,9 +264,9 @@ class Call:
             self.end_key,
             self.chunks,
             self.chunk_tokens,
-            key_tasks,
+            self.batch * self.kv_heads * self.chunks,
         )
-        self.target.launch(self.kernels.statistics, 2 * key_tasks, packed)
+        self.target.launch(self.kernels.statistics, self._blocks[0], packed)
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
@@ -325,7 +290,7 @@ class Call:
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
-        self.target.launch(self.kernels.query, self.batch * self.heads * self.query_blocks, packed)
+        self.target.launch(self.kernels.query, self._blocks[1], packed)
 
     def _key(self) -> None:
         packed = params.KEY.pack(
@@ -345,7 +310,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
-        self.target.launch(self.kernels.key, self.batch * self.kv_heads * self.key_blocks, packed)
+        self.target.launch(self.kernels.key, self._blocks[2], packed)
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
@@ -361,7 +326,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
-        self.target.launch(self.kernels.value, self.batch * self.kv_heads * self.key_blocks, packed)
+        self.target.launch(self.kernels.value, self._blocks[3], packed)
 
     def _attend(self) -> None:
         packed = params.ATTEND.pack(
@@ -390,7 +355,7 @@ class Call:
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
-        self.target.launch(self.kernels.attend, self.batch * self.heads * self.query_blocks, packed)
+        self.target.launch(self.kernels.attend, self._blocks[4], packed)
 
     def _key_flags(self) -> tuple[int, ...]:
         return NO_FLAGS if self.mask is None else flags(self.mask.keys)
@@ -410,9 +375,30 @@ def _arch(device: int) -> str:
     return arch_of(torch.cuda.get_device_capability(device)).name
 
 
+def _arch_of(problem: Problem) -> str:
+    """As ``_arch``, of the GPU that a problem is about."""
+    if problem.capability is not None:
+        return arch_of(problem.capability).name
+    return _arch(problem.device_index)
+
+
+@functools.cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def default_recipe(problem: Problem) -> str:
+    """What `auto` means on the GPU of a problem.
+
+    Raises:
+        KernelUnavailableError: there are no kernels for it.
+    """
+    return dispatch.default_recipe(_arch_of(problem))
+
+
 def _refuse(recipe: str, problem: Problem) -> str | None:
     try:
-        arch = _arch(problem.device_index)
+        arch = _arch_of(problem)
     except KernelUnavailableError as error:
         return str(error)
     return refuse(recipe, problem, arch)
@@ -420,18 +406,19 @@ def _refuse(recipe: str, problem: Problem) -> str | None:
 
 def refuse(recipe: str, problem: Problem, arch: str) -> str | None:
     """Why the kernels of an architecture do not take a problem, in one sentence, or None."""
-    if recipe not in ARCHS[arch].recipes:
-        return f"{arch} has no instructions for it, but for {', '.join(ARCHS[arch].recipes)}"
-    if problem.dtype not in _DTYPE_NAMES:
-        return f"{problem.dtype} is none of {', '.join(map(str, _DTYPE_NAMES))}"
-    for name, size in (("head_dim", problem.head_dim), ("value head_dim", problem.value_head_dim)):
-        if not 1 <= size <= HEAD_DIMS[-1]:
-            return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
-    return None
+    kernels = dispatch.decide(
+        arch,
+        recipe,
+        _dtype_name(problem.dtype),
+        problem.head_dim,
+        problem.value_head_dim,
+        masked=problem.has_mask,
+    )
+    return kernels if isinstance(kernels, str) else None
 
 
-def _gate(problem: Problem) -> str:
-    return f"nobody has measured yet where it gains on {_arch(problem.device_index)}"
+def _gate(recipe: str, problem: Problem) -> Gate | str:
+    return dispatch.gate(_arch_of(problem), recipe)
 
 
 KERNELS: Final = tuple(
@@ -440,9 +427,9 @@ KERNELS: Final = tuple(
         device_type="cuda",
         recipe=recipe,
         refuse=functools.partial(_refuse, recipe),
-        gate=_gate,
+        gate=functools.partial(_gate, recipe),
         run=functools.partial(attention, recipe=recipe),
-        smallest=lambda: CLOSED,
+        smallest=functools.partial(dispatch.smallest, recipe),
     )
     for recipe in dict.fromkeys(recipe for arch in ARCHS.values() for recipe in arch.recipes)
 )

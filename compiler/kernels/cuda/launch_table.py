@@ -33,14 +33,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
+from sage_compiler.kernels.cuda.arch import ARCHS, Arch
 from sage_compiler.kernels.cuda.manifest import Entry, digest
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.render import templates_digest
 from sage_compiler.kernels.cuda.spec import (
-    ARCHS,
     DTYPES,
     HEAD_DIMS,
-    Arch,
     KernelSpec,
     padded_dim,
 )

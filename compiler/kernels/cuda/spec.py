@@ -5,6 +5,7 @@ A spec is plain data. It knows nothing of torch, of a compiler or of a device.
 
 from __future__ import annotations
 
+import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +13,6 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import ClassVar, Final
 
-from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import params
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
 
@@ -25,60 +25,6 @@ DTYPES: Final[Mapping[str, str]] = MappingProxyType(
 """The dtypes of Q, K, V and the output, as torch and as C++ name them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arch:
-    """What a GPU architecture offers to these kernels.
-
-    Attributes:
-        capability: major and minor.
-        recipes: those whose matrix products are single instructions here, the default one first.
-        shared_bytes: shared memory that a block can have.
-    """
-
-    name: str
-    capability: tuple[int, int]
-    recipes: tuple[str, ...]
-    shared_bytes: int
-
-
-_16_BIT_PV: Final = ("int8_fp16", "int4_fp16")
-_ALL: Final = ("int8_fp8", "int4_fp8", *_16_BIT_PV)
-
-# s4 products are single instructions up to sm_89 and emulated from sm_90 on, where they would be
-# slower than s8. e4m3 products of mma.sync exist on sm_89 and sm_120; on sm_90 and sm_100 they are
-# converted to half first, and these GPUs have wgmma and tcgen05 for them instead.
-ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
-    {
-        arch.name: arch
-        for arch in (
-            Arch("sm_80", (8, 0), _16_BIT_PV, 163 << 10),
-            Arch("sm_86", (8, 6), _16_BIT_PV, 99 << 10),
-            Arch("sm_89", (8, 9), _ALL, 99 << 10),
-            Arch("sm_90a", (9, 0), ("int8_fp16",), 227 << 10),
-            Arch("sm_100a", (10, 0), ("int8_fp16",), 227 << 10),
-            Arch("sm_120a", (12, 0), ("int8_fp8", "int8_fp16"), 99 << 10),
-        )
-    }
-)
-
-
-def arch_of(capability: tuple[int, int]) -> Arch:
-    """The architecture whose kernels a device of this compute capability runs.
-
-    Raises:
-        KernelUnavailableError: there is none.
-    """
-    for arch in ARCHS.values():
-        if arch.capability == capability:
-            return arch
-    major, minor = capability
-    known = ", ".join(f"{a}.{b}" for a, b in (arch.capability for arch in ARCHS.values()))
-    raise KernelUnavailableError(
-        f"compute capability {major}.{minor}: there are kernels for {known}; "
-        "use precision='exact' on this device"
-    )
-
-
 def padded_dim(head_dim: int) -> int:
     """The channels that quantized operands have: rows are a power of two in bytes."""
     return max(64, 1 << (head_dim - 1).bit_length())
@@ -89,7 +35,7 @@ class KernelSpec(ABC):
     """One kernel, compiled for one architecture.
 
     Attributes:
-        arch: a key of ``ARCHS``.
+        arch: a key of ``arch.ARCHS``.
     """
 
     arch: str
@@ -331,6 +277,7 @@ class KeyValueTile:
     bytes: int
 
     @classmethod
+    @functools.cache  # of every call, and of a few dims
     def of(cls, head_dim: int, value_head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
         """The tile for these dims, padded or not."""
         key = TILE_MMA.kv_block * padded_dim(head_dim) * _BITS[qk] // 8

@@ -1,6 +1,6 @@
 """Which kernels exist: what one attention launches, and what a kernel pack ships.
 
-The choices of tiles stand here, with their reasons.
+Whether an attention gets any is for ``dispatch.decide`` to say.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
-    ARCHS,
     HEAD_DIMS,
     AttendSpec,
     KernelSpec,
@@ -23,6 +24,13 @@ from sage_compiler.kernels.cuda.spec import (
     padded_dim,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format
+
+# What a kernel pack has, of all recipes: what most models ask for, at some 40 kB a kernel. Masks,
+# windows, softcap and float32 would be eight times as many and more, and compile in a second.
+PACKED_DTYPES: Final = ("float16", "bfloat16")
+PACKED_HEAD_DIMS: Final = (64, 128)
+# A host that cannot compile needs masks, windows and softcap too, and pays for them in bytes.
+STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,7 @@ def variant(
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
-    longest = max(key_dim, value_dim)
+    geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
     return Variant(
         statistics=StatisticsSpec(arch, dtype, padded, padded_value),
         query=QuerySpec(arch, dtype, padded, qk),
@@ -82,29 +90,14 @@ def variant(
             qk,
             pv,
             accumulator,
-            warp_rows=_warp_rows(longest, masked),
-            stages=_stages(longest),
+            warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
+            stages=geometry.stages,
         ),
     )
 
 
 def _least_dim(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
-
-
-def _warp_rows(head_dim: int, masked: bool) -> int:
-    """32 where the registers last, else 16.
-
-    With 32 rows a warp reads K and V from shared memory half as often, but at head_dim 128 its
-    output takes 128 of 255 registers, and the compiler spills some of the others. Reading a mask
-    takes registers too.
-    """
-    return 32 if head_dim <= 64 and not masked else 16
-
-
-def _stages(head_dim: int) -> int:
-    """Tiles of K and V in shared memory; at head_dim 128 a third would cost a block of two."""
-    return 3 if head_dim <= 64 else 2
 
 
 def accumulators(recipe: str) -> tuple[Accumulator, ...]:
@@ -116,8 +109,8 @@ def accumulators(recipe: str) -> tuple[Accumulator, ...]:
 
 def variants(arch: str) -> Iterator[Variant]:
     """What a kernel pack has for an architecture: the dims and dtypes of most models."""
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in (64, 128):
+    for dtype in PACKED_DTYPES:
+        for head_dim in PACKED_HEAD_DIMS:
             for recipe in ARCHS[arch].recipes:
                 for accumulator in accumulators(recipe):
                     yield variant(arch, dtype, head_dim, recipe, accumulator)
@@ -127,7 +120,7 @@ def further_variants(arch: str) -> Iterator[Variant]:
     """What is compiled on first use, one of each kind: the other dims, float32, softcap."""
     for recipe in ARCHS[arch].recipes:
         for head_dim in HEAD_DIMS:
-            if head_dim not in (64, 128):
+            if head_dim not in PACKED_HEAD_DIMS:
                 yield variant(arch, "bfloat16", head_dim, recipe)
         yield variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
         yield variant(arch, "float32", 128, recipe)
@@ -140,8 +133,8 @@ def further_variants(arch: str) -> Iterator[Variant]:
 
 def standalone_variants(arch: str) -> Iterator[Variant]:
     """What a host needs that cannot compile: every mask and softcap, and more dims."""
-    for dtype in ("float16", "bfloat16"):
-        for head_dim in (32, 64, 96, 128):
+    for dtype in PACKED_DTYPES:
+        for head_dim in STANDALONE_HEAD_DIMS:
             for recipe in ARCHS[arch].recipes:
                 for window, masked, softcap in itertools.product((False, True), repeat=3):
                     yield variant(

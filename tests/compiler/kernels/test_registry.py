@@ -1,9 +1,12 @@
 """Who serves a call, and why nobody does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.registry import Default, Unavailable, choose, default, find
@@ -59,7 +62,7 @@ def test_every_refusal_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_default_has_a_kernel_or_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": "int8_int8"})
+    monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": lambda problem: "int8_int8"})
     native = kernel("native")
     monkeypatch.setattr(registry, "KERNELS", [native])
     found = default(PROBLEM)
@@ -76,12 +79,21 @@ def test_the_default_has_a_kernel_or_is_exact(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(registry, "KERNELS", [])
     assert default(PROBLEM) == Default("exact", "no int8_int8 kernel for device 'cpu'")
 
+    def unknown(problem: Problem) -> str:
+        raise KernelUnavailableError("an old device")
+
+    monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": unknown})
+    assert default(PROBLEM) == Default("exact", "an old device")
+
     monkeypatch.setattr(registry, "DEFAULT_RECIPES", {})
     assert default(PROBLEM) == Default("exact", "no default recipe for device 'cpu'")
 
 
 def test_what_is_registered_is_known() -> None:
-    assert set(registry.DEFAULT_RECIPES.values()) <= set(RECIPES)
+    assert registry.DEFAULT_RECIPES["cpu"](PROBLEM) in RECIPES
+    on_gpu = replace(PROBLEM, device_type="cuda", capability=(8, 9))
+    assert registry.DEFAULT_RECIPES["cuda"](on_gpu) == "int8_fp8"
+    assert set(registry.DEFAULT_RECIPES) == {"cpu", "cuda"}
     assert {kernel.recipe for kernel in registry.KERNELS} <= set(RECIPES)
     of_device: dict[str, set[str]] = {}
     for each in registry.KERNELS:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.binary import Binary, Resources
 from sage_compiler.kernels.cuda.check import (
     Row,
@@ -18,7 +19,6 @@ from sage_compiler.kernels.cuda.check import (
 )
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import (
-    ARCHS,
     AttendSpec,
     KernelSpec,
     KeySpec,

@@ -12,10 +12,11 @@ import pytest
 from sage_compiler import cli
 from sage_compiler.commands import kernels
 from sage_compiler.kernels.cuda import headers
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cache import Cache
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec, StatisticsSpec
+from sage_compiler.kernels.cuda.spec import KernelSpec, StatisticsSpec
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 
 

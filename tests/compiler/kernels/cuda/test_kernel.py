@@ -16,10 +16,11 @@ import sage_compiler as sage
 from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import kernel
-from sage_compiler.kernels.cuda.spec import ARCHS, AttendSpec, arch_of
+from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
+from sage_compiler.kernels.cuda.spec import AttendSpec
 from sage_compiler.kernels.cuda.variants import all_specs
 from sage_compiler.kernels.kernel import OPEN, Kernel, Problem
-from sage_compiler.kernels.registry import Unavailable, default, find
+from sage_compiler.kernels.registry import Default, Unavailable, default, find
 from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda.emulation import ARCH, loader, the_host
@@ -43,7 +44,7 @@ PROBLEM = Problem(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dtype": torch.float64}, "torch.float64 is none of torch.float16, torch.bfloat16"),
+        ({"dtype": torch.float64}, "float64 is none of float16, bfloat16, float32"),
         ({"head_dim": 257}, "head_dim 257 is not from 1 to 256"),
         ({"value_head_dim": 0}, "value head_dim 0 is not from 1 to 256"),
     ],
@@ -65,14 +66,20 @@ def test_the_registry_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         refused = find("int8_fp8", on[0])
         assert isinstance(refused, Unavailable)
         assert refused.reason == (
-            "cuda-mma: sm_80 has no instructions for it, but for int8_fp16, int4_fp16"
+            "cuda-mma: no int8_fp8 on sm_80, but int8_fp16, int4_fp16: "
+            "tensor cores multiply FP8 from sm_89 on"
         )
         assert isinstance(find("int8_fp8", on[1]), Kernel)
         old = find("int8_fp16", on[2])
         assert isinstance(old, Unavailable)
         assert "compute capability 7.5" in old.reason
         assert isinstance(find("int8_fp16", on[3]), Kernel)
-        assert default(on[1]).recipe == "exact"  # not measured on any GPU
+        assert default(on[1]) == Default(
+            "exact", "cuda-mma: int8_fp8 is not measured on this GPU (sm_89)"
+        )
+        assert default(on[2]) == Default("exact", old.reason.removeprefix("cuda-mma: "))
+        elsewhere = dataclasses.replace(on[1], capability=(8, 0))  # not that of its device
+        assert find("int8_fp8", elsewhere) == refused
     finally:
         kernel._arch.cache_clear()
 

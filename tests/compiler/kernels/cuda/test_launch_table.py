@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.launch_table import FORMAT, NAME
 from sage_compiler.kernels.cuda.manifest import digest
 from sage_compiler.kernels.cuda.pack import build
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.render import templates_digest
-from sage_compiler.kernels.cuda.spec import ARCHS, KernelSpec
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs, variant
 from tests.compiler.kernels.cuda.toy import FakeCompiler, ToySpec
 

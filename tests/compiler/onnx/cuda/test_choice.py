@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.pack import Pack
-from sage_compiler.kernels.cuda.spec import ARCHS, HEAD_DIMS, KernelSpec
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, standalone_specs, variant
-from sage_compiler.precision import Accumulator
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.onnx.cuda import native
 from tests.compiler.onnx.cuda.native import AUTO, RECIPES, STREAM, Launch, NativeError, TestDriver
@@ -94,24 +94,22 @@ def _float32(x: float) -> float:
 
 def chosen(arch: str, problem: Problem, pack: Pack) -> Variant | None:
     """What Python chooses of a pack."""
-    first = ARCHS[arch].recipes[0] if problem.recipe == AUTO else problem.recipe
+    first = dispatch.default_recipe(arch) if problem.recipe == AUTO else problem.recipe
     head_dim, value_dim = problem.sizes[5:]
-    if max(head_dim, value_dim) > HEAD_DIMS[-1]:
-        return None
     for recipe in SERVED[first]:
-        kernels = variant(
+        kernels = dispatch.decide(
             arch,
+            recipe,
             str(problem.dtype).removeprefix("torch."),
             head_dim,
-            recipe,
-            Accumulator.FP32,
-            value_head_dim=value_dim,
+            value_dim,
             window=problem.semantics.window_left != UNBOUNDED,
             masked=problem.mask is not None,
             softcap=kernel.has_softcap(problem.semantics),
         )
-        available = recipe in ARCHS[arch].recipes
-        if available and all(spec.symbol in pack.entries for spec in kernels.specs()):
+        if isinstance(kernels, str):
+            continue
+        if all(spec.symbol in pack.entries for spec in kernels.specs()):
             return kernels
     return None
 
@@ -304,5 +302,5 @@ def test_a_recipe_is_never_served_by_a_less_accurate_one(pack: Path) -> None:
                 device.launch(a, SCRATCH, STREAM)
                 symbol = driver.launches()[-1].symbol
                 (served,) = [known for known in RECIPES if f"_{known}_" in symbol]
-                wanted = arch.recipes[0] if recipe == AUTO else recipe
+                wanted = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
                 assert served == next(r for r in SERVED[wanted] if r in arch.recipes)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sage_compiler.kernels.cuda import kernel, toolchain
+from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.pack import build
 from sage_compiler.kernels.cuda.preparation import preparation_specs
-from sage_compiler.kernels.cuda.spec import ARCHS, arch_of
 from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.semantics import MaskClass
 from tests.compiler.kernels.cuda.test_attention import make_call

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sage_compiler.kernels.cuda.spec import ARCHS
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.variants import standalone_specs
 from sage_compiler.precision import PRECISIONS
 from sage_compiler.semantics import DeadRows, MaskClass

@@ -1,0 +1,330 @@
+"""The command ``sagec kernels explain``: which CUDA kernels an attention gets, or why none.
+
+It asks what a call asks when it runs, ``registry.choose`` and ``dispatch.decide``, of a GPU that
+need not be here, with tensors that have no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from enum import StrEnum
+from textwrap import wrap
+from typing import Any, Final
+
+from sage_compiler import rates
+from sage_compiler.commands import options
+from sage_compiler.commands.kernels_question import Question, add_question, dtype_name, parse
+from sage_compiler.errors import KernelUnavailableError
+from sage_compiler.kernels import registry
+from sage_compiler.kernels.cuda import dispatch
+from sage_compiler.kernels.cuda.arch import ARCHS, Arch, arch_of
+from sage_compiler.kernels.cuda.kernel import has_softcap
+from sage_compiler.kernels.cuda.sizes import Sizes, arrange
+from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.variants import Variant, all_specs
+from sage_compiler.kernels.kernel import Kernel
+from sage_compiler.ops import SHIPPED_GATE
+from sage_compiler.precision import AUTO, EXACT, TILE_MMA
+from sage_compiler.semantics import UNBOUNDED, MaskClass
+from sage_compiler.text import columns, duration
+
+_WIDTH: Final = 100  # of prose
+_EXPLAIN: Final = """\
+Say which CUDA kernels an attention gets on a GPU, and why, or why it gets none. Neither that GPU
+nor a compiler is needed. The shape is that of the query: batch, heads, length, head_dim.
+
+    sagec kernels explain 1x32x4096x128 --arch sm_89 --kv 1x8x4096x128 --mask causal"""
+
+
+class Server(StrEnum):
+    """Who serves an attention."""
+
+    KERNELS = "kernels"
+    EXACT = "exact"  # scaled_dot_product_attention, or float arithmetic
+    REFERENCE = "reference"  # emulates a recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What becomes of a question.
+
+    Attributes:
+        recipe: what is computed: a recipe, or "exact".
+        reason: why, in one sentence.
+        arch: the architecture; None where there are no kernels for the GPU.
+        shown: the recipe whose kernels are shown, though nobody may take them: for `auto` the one
+            that it means; None for "exact" and what is refused.
+        kernels: the kernels of ``shown``.
+        sizes: how they are cut into blocks.
+        scratch_bytes: the memory that they share; an explicit mask takes more to look through.
+        seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
+            None where the kernels do not take it, left out where there is no prediction.
+    """
+
+    served_by: Server
+    recipe: str
+    reason: str
+    arch: Arch | None
+    shown: str | None
+    kernels: Variant | None
+    sizes: Sizes
+    scratch_bytes: int | None
+    seconds: dict[str, float | None]
+
+
+def add_command(actions: options.Commands) -> None:
+    """Give ``sagec kernels`` the command."""
+    parser = options.add_command(
+        actions,
+        "explain",
+        _explain,
+        summary="which kernels an attention gets on a GPU, or why none",
+        description=_EXPLAIN,
+    )
+    add_question(parser)
+    options.add_json(parser)
+
+
+def answer(question: Question) -> Answer:
+    """What a call does, by the functions that it asks.
+
+    Raises:
+        InvalidAttentionError: a length that positions in the kernels do not hold.
+    """
+    recipe, problem = question.recipe, question.problem
+    batch, heads, length, head_dim = question.query.shape
+    key_length = question.key.shape[2]
+    sizes = Sizes.of(batch, heads, problem.kv_heads, length, key_length)
+    products = question.query.numel() * key_length
+    least = SHIPPED_GATE if recipe == AUTO else 0  # as in sage.attention
+    chosen = registry.choose(recipe, problem, least, length, key_length, products)
+    served_by, computed, reason = _served(question, chosen)
+    try:
+        arch = arch_of(question.capability)
+    except KernelUnavailableError:
+        return Answer(served_by, computed, reason, None, None, None, sizes, None, {})
+
+    shown = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
+    kernels = None
+    if shown != EXACT:
+        semantics = question.semantics
+        decided = dispatch.decide(
+            arch.name,
+            shown,
+            dtype_name(problem.dtype),
+            head_dim,
+            problem.value_head_dim,
+            window=semantics.window_left != UNBOUNDED,
+            masked=problem.has_mask,
+            softcap=has_softcap(semantics),
+        )
+        kernels = None if isinstance(decided, str) else decided
+    scratch_bytes = None
+    if kernels is not None:
+        row_term = question.sinks is not None or kernels.attend.softcap
+        scratch_bytes = arrange(sizes.scratch(kernels, row_term=row_term))[1]
+    work = rates.Work.of(
+        question.query, question.key, question.value, question.semantics, question.attn_mask
+    )
+    return Answer(
+        served_by,
+        computed,
+        reason,
+        arch,
+        None if kernels is None else shown,
+        kernels,
+        sizes,
+        scratch_bytes,
+        {
+            name: rates.seconds(arch.name, name, work)
+            for name in (*arch.recipes, EXACT)
+            if name != EXACT or _has_exact_time(question)
+        },
+    )
+
+
+def _served(
+    question: Question, chosen: Kernel | registry.Unavailable | None
+) -> tuple[Server, str, str]:
+    """Who serves, what is computed, and why."""
+    recipe = question.recipe
+    if isinstance(chosen, Kernel):
+        return Server.KERNELS, chosen.recipe, f"kernel {chosen.name()}"
+    if isinstance(chosen, registry.Unavailable):
+        return Server.REFERENCE, recipe, chosen.reason
+    if recipe == EXACT:
+        return Server.EXACT, EXACT, "it is asked for"
+    default = registry.default(question.problem)
+    if default.kernel is None:
+        return Server.EXACT, EXACT, default.reason
+    gate = default.gate
+    return (
+        Server.EXACT,
+        EXACT,
+        f"{default.recipe} was measured to gain from {gate.query_length} queries, "
+        f"{gate.key_length} keys and {gate.products} products on",
+    )
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    question = parse(arguments)
+    found = answer(question)
+    if arguments.json:
+        options.print_json(to_dict(question, found))
+    else:
+        print("\n".join(_lines(question, found)))
+    return options.OK
+
+
+def to_dict(question: Question, found: Answer) -> dict[str, Any]:
+    """Plain data; sizes in bytes, times in seconds."""
+    about: dict[str, Any] = {
+        "attention": str(question),
+        "capability": list(question.capability),
+        "arch": None if found.arch is None else found.arch.name,
+        "asked": question.recipe,
+        "served_by": found.served_by,
+        "recipe": found.recipe,
+        "reason": found.reason,
+        "shown": found.shown,
+        "launches": [],
+        "tile": None,
+        "scratch_bytes": found.scratch_bytes,
+        "recipes": [],
+        "exact_seconds": found.seconds.get(EXACT),
+        "times": None,
+    }
+    if found.arch is None:
+        return about
+    about["recipes"] = [
+        {"recipe": name, "offered": offered, "reason": reason, "seconds": found.seconds.get(name)}
+        for name, offered, reason in _recipes(found.arch)
+    ]
+    about["times"] = _caveat(found.arch)
+    if found.kernels is not None:
+        attend = found.kernels.attend
+        about["launches"] = [
+            {
+                "symbol": spec.symbol,
+                "blocks": blocks,
+                "threads": spec.threads,
+                "shared_bytes": spec.shared_bytes,
+                "packed": packed,
+            }
+            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes)
+        ]
+        about["tile"] = {
+            "queries": TILE_MMA.q_block,
+            "keys": TILE_MMA.kv_block,
+            "warp_rows": attend.warp_rows,
+            "stages": attend.stages,
+            "reason": _geometry_reason(found.arch, found.kernels),
+        }
+    return about
+
+
+def _lines(question: Question, found: Answer) -> list[str]:
+    """The answer for people."""
+    major, minor = question.capability
+    where = f"compute capability {major}.{minor}" if found.arch is None else found.arch.name
+    lines = [f"{question}; on {where}", _decision(question, found)]
+    if found.arch is None:
+        return lines
+    if found.kernels is not None:
+        assert found.scratch_bytes is not None
+        attend = found.kernels.attend
+        named = "" if found.served_by == Server.KERNELS else ", where it is asked for by name,"
+        lines += ["", f"{found.shown}{named} launches"]
+        heading = ("kernel", "blocks", "threads", "shared bytes", "built")
+        rows = [
+            (
+                spec.symbol,
+                str(blocks),
+                str(spec.threads),
+                str(spec.shared_bytes),
+                "in a pack" if packed else "on first use",
+            )
+            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes)
+        ]
+        lines += columns([heading, *rows], indent="  ")
+        lines.append(
+            f"tile: {TILE_MMA.q_block} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
+            f"queries a warp, {attend.stages} stages"
+        )
+        lines += wrap(
+            _geometry_reason(found.arch, found.kernels),
+            width=_WIDTH,
+            initial_indent="  ",
+            subsequent_indent="  ",
+        )
+        also = ", and what it takes to look through the mask" if attend.masked else ""
+        lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
+    lines += ["", f"recipes on {found.arch.name}, in order of preference"]
+    cells = [
+        (name, _duration(found.seconds.get(name)), reason)
+        for name, _, reason in _recipes(found.arch)
+    ]
+    exact = (EXACT, _duration(found.seconds.get(EXACT)), _exact(question))
+    lines += columns([("recipe", "predicted", "reason"), *cells, exact], indent="  ")
+    return [*lines, _caveat(found.arch)]
+
+
+def _decision(question: Question, found: Answer) -> str:
+    match found.served_by:
+        case Server.KERNELS:
+            return f"{question.recipe}: {found.recipe}, {found.reason}"
+        case Server.EXACT:
+            return f"{question.recipe}: {_exact(question)} serves: {found.reason}"
+        case Server.REFERENCE:
+            return (
+                f"{question.recipe}: no kernel: {found.reason}. The reference emulates it, slowly; "
+                f"with fallback='sdpa', {_exact(question)} serves"
+            )
+
+
+def _exact(question: Question) -> str:
+    """What exact attention is here: see ``kernels.exact``."""
+    return "scaled_dot_product_attention" if _is_plain(question) else "float arithmetic"
+
+
+def _has_exact_time(question: Question) -> bool:
+    """Whether scaled_dot_product_attention serves, and skips what a band hides."""
+    windows = (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT)
+    return _is_plain(question) and question.semantics.mask_class not in windows
+
+
+def _is_plain(question: Question) -> bool:
+    return question.semantics.softcap is None and question.sinks is None
+
+
+def _recipes(arch: Arch) -> list[tuple[str, bool, str]]:
+    """Recipes of CUDA kernels, whether an architecture offers them, and the reason."""
+    offered = [(offer.recipe, True, offer.reason) for offer in arch.offers]
+    anywhere = dict.fromkeys(name for each in ARCHS.values() for name in each.recipes)
+    return offered + [
+        (name, False, reason)
+        for name in anywhere
+        if (reason := dispatch.lacking(arch.name, name)) is not None
+    ]
+
+
+def _launches(arch: Arch, kernels: Variant, sizes: Sizes) -> list[tuple[KernelSpec, int, bool]]:
+    """Each kernel, its blocks, and whether a pack has it."""
+    packed = set(all_specs(arch.name))
+    return [
+        (spec, blocks, spec in packed)
+        for spec, blocks in zip(kernels.specs(), sizes.blocks(), strict=True)
+    ]
+
+
+def _geometry_reason(arch: Arch, kernels: Variant) -> str:
+    return arch.geometry(max(kernels.attend.head_dim, kernels.attend.value_head_dim)).reason
+
+
+def _caveat(arch: Arch) -> str:
+    return f"times are predicted, none is measured: {rates.explanation(arch.name)}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)

@@ -1,0 +1,103 @@
+"""Which kernels an attention launches on an architecture, or why none: one function.
+
+What PyTorch launches (``kernel.run``), what the registry refuses (``kernel.refuse``) and what
+``sagec kernels explain`` shows are answers of ``decide``; the launch table of a pack, by which ONNX
+Runtime goes, holds those of its second half, ``variant``. ``arch.py`` has the tables and reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
+from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
+from sage_compiler.kernels.kernel import CLOSED, Gate
+from sage_compiler.precision import RECIPES, Accumulator
+
+
+@functools.cache
+def decide(
+    arch: str,
+    recipe: str,
+    dtype: str,
+    head_dim: int,
+    value_head_dim: int,
+    *,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+    accumulator: Accumulator = Accumulator.FP32,
+) -> Variant | str:
+    """The kernels of one attention, or in one sentence why there are none.
+
+    Args:
+        arch: a key of ``ARCHS``.
+        recipe: a key of ``RECIPES``.
+        dtype: of Q, K, V and the output, as torch names it.
+        head_dim: channels of Q and K.
+        value_head_dim: channels of V and the output.
+        window: whether a window hides the first keys.
+        masked: whether there is an explicit mask.
+        softcap: whether there is a softcap that does something.
+        accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
+    """
+    lack = lacking(arch, recipe)
+    if lack is not None:
+        return f"no {recipe} on {arch}, but {', '.join(ARCHS[arch].recipes)}: {lack}"
+    if dtype not in DTYPES:
+        return f"{dtype} is none of {', '.join(DTYPES)}"
+    for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
+        if not 1 <= size <= HEAD_DIMS[-1]:
+            return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
+    if accumulator not in accumulators(recipe):
+        return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
+    return variant(
+        arch,
+        dtype,
+        head_dim,
+        recipe,
+        accumulator,
+        value_head_dim=value_head_dim,
+        window=window,
+        masked=masked,
+        softcap=softcap,
+    )
+
+
+def lacking(arch: str, recipe: str) -> str | None:
+    """Why an architecture has no kernels of a recipe at all, or None where it has."""
+    table = ARCHS[arch]
+    if recipe in table.recipes:
+        return None
+    formats = (RECIPES[recipe].qk, RECIPES[recipe].pv)
+    found = [table.lacking[each] for each in formats if each in table.lacking]
+    return "; ".join(found) or "it is a recipe of CPUs"
+
+
+def default_recipe(arch: str) -> str:
+    """What `auto` means on an architecture; whether it is taken, ``gate`` says."""
+    return ARCHS[arch].recipes[0]
+
+
+def gate(arch: str, recipe: str) -> Gate | str:
+    """The least sizes that `auto` gives a recipe, or in one sentence why it gives nothing."""
+    measured = ARCHS[arch].measured
+    if measured is None:
+        return f"{recipe} is not measured on this GPU ({arch})"
+    if recipe != default_recipe(arch):
+        return f"{recipe} is not the recipe that {measured.file} measured on {arch}"
+    return measured.gate
+
+
+@functools.cache
+def smallest(recipe: str) -> Gate:
+    """The least sizes that any architecture's ``gate`` has for a recipe."""
+    gates = [found for arch in ARCHS if isinstance(found := gate(arch, recipe), Gate)]
+    if not gates:
+        return CLOSED
+    return Gate(
+        min(each.query_length for each in gates),
+        min(each.key_length for each in gates),
+        min(each.products for each in gates),
+    )

@@ -1,0 +1,186 @@
+"""The command ``sagec kernels explain``: what it prints; test_dispatch.py has whether it is so."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from sage_compiler import cli
+from sage_compiler.kernels.cuda import toolchain
+from tests.compiler.commands import error_of
+
+COMMAND = ["kernels", "explain"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a GPU nor a compiler."""
+
+    def never(*names: str) -> None:
+        raise AssertionError("an explanation compiles nothing")
+
+    monkeypatch.setattr(toolchain, "find", never)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def explained(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main([*COMMAND, *words]) == 0
+    return capsys.readouterr().out
+
+
+def explained_json(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(explained(capsys, *words, "--json"))
+    return found
+
+
+def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x32x4096x128", "--arch", "sm_89", "--kv", "1x8x4000x128", "--recipe", "int4_fp8")
+    text = explained(capsys, *words)
+    lines = text.splitlines()
+    assert lines[0] == (
+        "bfloat16, Q (1, 32, 4096, 128), K (1, 8, 4000, 128), V (1, 8, 4000, 128); on sm_89"
+    )
+    assert lines[1] == "int4_fp8: int4_fp8, kernel cuda-mma"
+    assert "int4_fp8 launches" in lines
+    symbols = [line.split()[0] for line in lines if line.startswith("  sage_")]
+    kinds = [symbol.split("_")[1] for symbol in symbols]
+    assert kinds == ["statistics", "query", "key", "value", "attend"]
+    assert text.count("in a pack") == 5 and "on first use" not in text
+    assert "tile: 128 queries and 64 keys, 16 queries a warp, 2 stages" in lines
+    assert "times are predicted, none is measured" in lines[-1]
+    names = [line.split()[0] for line in lines[lines.index(heading(lines)) + 1 : -1]]
+    assert names == ["int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16", "exact"]
+
+
+def heading(lines: list[str]) -> str:
+    """That of the table of recipes."""
+    return next(line for line in lines if line.split()[:2] == ["recipe", "predicted"])
+
+
+def test_auto_says_who_serves_and_what_a_name_would_launch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = explained(capsys, "2x8x1000x64", "--arch", "sm_90", "--softcap").splitlines()
+    assert lines[0].endswith(", softcap; on sm_90a")
+    assert lines[1] == (
+        "auto: float arithmetic serves: cuda-mma: int8_fp16 is not measured on this GPU (sm_90a)"
+    )
+    assert "int8_fp16, where it is asked for by name, launches" in lines
+    assert any("on first use" in line for line in lines)  # a softcap is in no pack
+    names = [line.split()[:2] for line in lines[lines.index(heading(lines)) + 1 : -1]]
+    assert [name for name, _ in names] == [
+        "int8_fp16", "int4_fp16", "int8_fp8", "int4_fp8", "exact",
+    ]  # fmt: skip
+    assert [time for _, time in names][1:] == ["-"] * 4  # no prediction for float arithmetic
+
+
+def test_what_no_kernel_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = explained(
+        capsys, "1x2x64x64", "--arch", "sm_120a", "--recipe", "int4_fp16", "--mask", "float"
+    ).splitlines()
+    assert lines[1] == (
+        "int4_fp16: no kernel: cuda-mma: no int4_fp16 on sm_120a, but int8_fp8, int8_fp16: INT4 "
+        "products are emulated from sm_90 on, slower than INT8 and less accurate. The reference "
+        "emulates it, slowly; with fallback='sdpa', scaled_dot_product_attention serves"
+    )
+    assert not any("launches" in line for line in lines)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "int8_fp8"])
+def test_a_gpu_without_kernels(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x2x64x64", "--arch", "sm_75", "--recipe", recipe)
+    lines = explained(capsys, *words).splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("; on compute capability 7.5")
+    assert "compute capability 7.5: there are kernels for 8.0, 8.6" in lines[1]
+    found = explained_json(capsys, *words)
+    assert (found["arch"], found["launches"], found["recipes"]) == (None, [], [])
+    assert found["served_by"] == ("exact" if recipe == "auto" else "reference")
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x4x300x96", "--arch", "sm_80", "--value-dim", "40", "--recipe", "int8_fp16")
+    more = ("--mask", "window_bottom_right:128,0", "--mask", "bool", "--dtype", "float32")
+    found = explained_json(capsys, *words, *more, "--sinks")
+    assert found["attention"] == (
+        "float32, Q (1, 4, 300, 96), K (1, 4, 300, 96), V (1, 4, 300, 40), "
+        "window_bottom_right:128,0, a mask of bool, sinks"
+    )
+    assert (found["served_by"], found["recipe"], found["shown"]) == (
+        "kernels", "int8_fp16", "int8_fp16",
+    )  # fmt: skip
+    assert found["launches"][4]["symbol"] == (
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2"
+    )
+    assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
+    assert not any(each["packed"] for each in found["launches"])
+    assert found["tile"]["warp_rows"] == 16 and found["tile"]["reason"]
+    assert found["exact_seconds"] is None  # sinks
+    offered = {each["recipe"]: each["offered"] for each in found["recipes"]}
+    assert offered == {
+        "int8_fp16": True, "int4_fp16": True, "int8_fp8": False, "int4_fp8": False,
+    }  # fmt: skip
+    assert all(each["reason"] for each in found["recipes"])
+    sums, amax, codes = 4 * 2 * 128 * 4, 4 * 2 * 64 * 4, 12 * 128 * 128
+    scales, row_term, tiles = 12 * 32 * 4, 4864, 20 * (64 * 128 + 64 * 64 * 2 + 128)
+    scales_of_v, alignment = 4 * 64 * 4, 256
+    assert found["scratch_bytes"] == (
+        sums + amax + codes + scales + row_term + tiles + scales_of_v + alignment
+    )
+
+
+def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
+    found = explained_json(capsys, "1x2x64x64", "--arch", "sm_89", "--recipe", "exact")
+    assert (found["served_by"], found["reason"]) == ("exact", "it is asked for")
+    assert found["shown"] is None and found["exact_seconds"] > 0
+
+
+def test_the_gpu_that_is_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert explained_json(capsys, "1x2x64x64")["arch"] == "sm_86"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["1x2x64", "--arch", "sm_89"], "shape '1x2x64'; it must be BATCHxHEADSxLENGTHxHEAD_DIM"),
+        (["1x2x0x64", "--arch", "sm_89"], "each at least 1, such as 1x32x4096x128"),
+        (["1x2x64x-64", "--arch", "sm_89"], "shape '1x2x64x-64'"),
+        (["9999999x9999999x9x64", "--arch", "sm_89"], "no GPU holds them"),
+        (["1x2x64x64"], "--arch is missing, and there is no GPU here; known: sm_80"),
+        (["1x2x64x64", "--arch", "hopper"], "unknown architecture 'hopper'; known: sm_80"),
+        (["1x2x64x64", "--arch", "sm_89", "--kv", "1x3x64x64"], "2 query heads and 3 key/value"),
+        (["1x2x64x64", "--arch", "sm_89", "--kv", "1x2x64x32"], "query has head_dim 64 and key 32"),
+        (["1x2x64x64", "--arch", "sm_89", "--kv", "2x2x64x64"], "batch size 2 and query 1"),
+        (["1x2x64x64", "--arch", "sm_89", "--kv", "12"], "shape '12'"),
+        (["1x2x64x64", "--arch", "sm_89", "--value-dim", "0"], "--value-dim 0; it must be at"),
+        (["1x1x1073741824x64", "--arch", "sm_89"], "fewer than 1073741824 of each; split"),
+        (["1x2x64x64", "--arch", "sm_89", "--mask", "triangle"], "--mask triangle; it must be boo"),
+        (["1x2x64x64", "--arch", "sm_89", "--mask", "window"], "--mask window; it must be bool"),
+        (["1x2x64x64", "--arch", "sm_89", "--mask", "causal:1,2"], "--mask causal:1,2; it must"),
+        (["1x2x64x64", "--arch", "sm_89", "--mask", "window:-2,0"], "each side counts keys"),
+        (
+            ["1x2x64x64", "--arch", "sm_89", "--mask", "bool", "--mask", "float"],
+            "--mask bool --mask float; at most one band and one explicit mask go together",
+        ),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_errors_are_one_sentence(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in error_of([*COMMAND, *words], capsys)
+
+
+@pytest.mark.parametrize("words", [["--dtype", "float64"], ["--recipe", "int2_fp4"]], ids=" ".join)
+def test_unknown_words_are_wrong_usage(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main([*COMMAND, "1x2x64x64", "--arch", "sm_89", *words])
+    assert error.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
