@@ -41,15 +41,6 @@ class RelaxedCapture {
     int mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
 
-// Whether a CUDA graph is being captured on a stream.
-bool read_capturing(const Driver& driver, CUstream stream, bool* capturing, Error& error) {
-    int status = 0;
-    const CUresult result = driver.cuStreamIsCapturing(stream, &status);
-    // Of the default stream, while another one is capturing.
-    *capturing = status != 0 || result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
-    return *capturing || driver.check("cuStreamIsCapturing", result, error);
-}
-
 // The path of this library, or null.
 const char* find_library() {
     static char here;
@@ -57,8 +48,8 @@ const char* find_library() {
     return dladdr(&here, &info) == 0 ? nullptr : info.dli_fname;
 }
 
-// ONNX Runtime unloads a library with its last session. What is loaded on devices stays for the
-// next one, and so must the library, which alone knows of it.
+// ONNX Runtime unloads a library with its last session. The driver, and what is loaded on devices,
+// stay for the next one, and so must the library, which alone knows of them.
 void stay_loaded() {
     const char* const library = find_library();
     if (library != nullptr) dlopen(library, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
@@ -99,20 +90,11 @@ void destroy(T* object) {
 
 }  // namespace
 
-Device::Current::Current(const Device& device, Error& error)
-    : driver_(device.driver_),
-      ok_(SAGE_CUDA_CHECK(driver_, error, cuCtxPushCurrent_v2, device.context_)) {}
-
-Device::Current::~Current() {
-    CUcontext popped;
-    if (ok_) driver_.cuCtxPopCurrent_v2(&popped);
-}
-
 Device::~Device() {
     if (context_ == nullptr) return;
     {
         Error ignored;
-        const Current current(*this, ignored);
+        const Current current(driver_, context_, ignored);
         for (const Loaded& loaded : loaded_)
             if (loaded.function != nullptr) driver_.cuModuleUnload(loaded.module);
     }
@@ -153,7 +135,7 @@ bool Device::load(int64_t index, CUstream stream, Error& error) {
     if (__atomic_load_n(&loaded.function, __ATOMIC_ACQUIRE) != nullptr) return true;
     const Kernel& kernel = pack_.kernels()[size_t(index)];
     bool capturing = false;
-    if (!read_capturing(driver_, stream, &capturing, error)) return false;
+    if (!driver_.read_capturing(stream, &capturing, error)) return false;
     if (capturing)
         return error.set(
             "%s is not loaded, and nothing can be while a CUDA graph is captured; warm up before "
@@ -218,9 +200,7 @@ Runtime::~Runtime() {
     for (Device* device : devices_) destroy(device);
 }
 
-bool Runtime::open(const char* driver, const char* pack, Error& error) {
-    return pack_.open(pack, error) && driver_.open(driver, error);
-}
+bool Runtime::open(const char* pack, Error& error) { return pack_.open(pack, error); }
 
 Device* Runtime::device(int ordinal, Error& error) {
     if (ordinal < 0 || ordinal >= kMostDevices) {
@@ -241,9 +221,28 @@ Device* Runtime::device(int ordinal, Error& error) {
     return devices_[ordinal];
 }
 
+const Driver* shared_driver(Error& error) {
+    static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
+    static Driver* driver = nullptr;  // never closed, see stay_loaded
+    const Lock lock(lock_of_shared);
+    if (driver != nullptr) return driver;
+    Driver* const made = make<Driver>();
+    if (made == nullptr) {
+        error.set("no memory for the CUDA driver");
+    } else if (!made->open(variable("SAGE_CUDA_DRIVER"), error)) {
+        destroy(made);
+    } else {
+        stay_loaded();
+        driver = made;
+    }
+    return driver;
+}
+
 Runtime* Runtime::shared(Error& error) {
     static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
-    static Runtime* runtime = nullptr;  // never closed, see stay_loaded
+    static Runtime* runtime = nullptr;  // never closed, as the driver
+    const Driver* const driver = shared_driver(error);
+    if (driver == nullptr) return nullptr;
     const Lock lock(lock_of_shared);
     if (runtime != nullptr) return runtime;
     char shipped[1024];
@@ -255,13 +254,12 @@ Runtime* Runtime::shared(Error& error) {
             "SAGE_KERNEL_PACK to its folder, or run with CPUExecutionProvider only");
         return nullptr;
     }
-    Runtime* const made = make<Runtime>();
+    Runtime* const made = make<Runtime>(*driver);
     if (made == nullptr) {
-        error.set("no memory for the CUDA driver");
-    } else if (!made->open(variable("SAGE_CUDA_DRIVER"), pack, error)) {
+        error.set("no memory for a kernel pack");
+    } else if (!made->open(pack, error)) {
         destroy(made);
     } else {
-        stay_loaded();
         runtime = made;
     }
     return runtime;
