@@ -205,8 +205,11 @@ def _without_library(recipe: str, body: bool) -> str:
 def _with_library(provider: str, recipe: str) -> str:
     served = _served_by(provider, recipe)
     if served is None:
-        return "nothing"
+        told = recipe == AUTO and _library() is not None
+        return "what the device defaults to" if told else "nothing"
     what = "exact attention" if served == "float" else served
+    if recipe == EXACT and provider == RUNTIMES["CUDA"]:
+        return f"{what} by the CPU, with copies there and back"
     if recipe == AUTO and provider == RUNTIMES["CPU"]:
         library = load()
         isa = "" if isinstance(library, Unavailable) else library.isa_name

@@ -21,15 +21,13 @@ OrtAllocator host_memory = {
     nullptr,
 };
 
-// The bytes of a mask, from its strides: it is dense.
+// The bytes of a mask, from its strides. It is dense, so that the index after its last element is
+// how many there are; 0 also where a dim is 0.
 int64_t mask_bytes(const Call& call) {
     const int64_t full[4] = {call.batch, call.heads, call.query_length, call.key_length};
-    int64_t last = 0;
-    for (size_t i = 0; i < 4; i++) {
-        if (full[i] == 0) return 0;
-        last += (full[i] - 1) * call.mask.stride[i];
-    }
-    return (last + 1) * element_size(call.mask.dtype);
+    int64_t count = 1;
+    for (size_t i = 0; i < 4; i++) count += (full[i] - 1) * call.mask.stride[i];
+    return count * element_size(call.mask.dtype);
 }
 
 // A tensor, on the device and here.

@@ -187,8 +187,9 @@ def run(library: Library, call: Call, recipe: str) -> tuple[Tensor, Tensor]:
 
 def run_node(node: Node, call: Call, **how: Any) -> tuple[Tensor, Tensor]:
     """As ``run``, of a node that is there; ``how`` as of ``Node.run``."""
-    output = torch.full((*call.query.shape[:3], call.value.shape[3]), torch.nan)
-    results = (output.to(call.query.dtype), torch.full(call.query.shape[:3], torch.nan))
+    shape = call.query.shape[:3]
+    output = call.query.new_full((*shape, call.value.shape[3]), torch.nan)
+    results = (output, call.query.new_full(shape, torch.nan, dtype=torch.float32))
     given = (call.query, call.key, call.value, call.attn_mask, call.sinks)
     node.run([None if x is None else x.contiguous() for x in given], results, **how)
     return results

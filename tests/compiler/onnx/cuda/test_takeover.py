@@ -197,6 +197,15 @@ def test_exact_needs_a_driver_and_nothing_else(
         run(Library(tmp_path / "other.so"), call, "exact")
 
 
+def test_an_instruction_set_that_is_not_there(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAGE_CPU_ISA", "nonsense")
+    for recipe in ("exact", "int8_fp8"):
+        with pytest.raises(OrtError, match='SAGE_CPU_ISA is "nonsense"'):
+            run(library, everything(), recipe)
+
+
 @pytest.mark.parametrize(
     ("function", "after"),
     [
