@@ -194,6 +194,7 @@ static int begin_copy(char const* name, void* to, void const* from, size_t bytes
     int result = 0;
     if (fails(name, &result)) return result;
     if (depth == 0) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+    if (bytes == 0) return 1;    // CUDA_ERROR_INVALID_VALUE: an empty tensor may lie nowhere
     std::lock_guard<std::mutex> const lock(state().mutex);
     state().copies.push_back({to, from, bytes, stream});
     return 0;
