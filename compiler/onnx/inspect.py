@@ -30,7 +30,6 @@ from sage_compiler.text import columns, count
 
 WITHOUT_LIBRARY: Final = "without the library"
 _EXACT: Final = "exact attention"
-_CUDA_AUTO: Final = "the device's default, int8_fp8 or int8_fp16 (docs/onnx-cuda.md)"
 _REPORT: Final = {"rewritten": int, "kept": int, "sites": list}
 RUNTIMES: Final = {"CPU": "CPUExecutionProvider", "CUDA": "CUDAExecutionProvider"}
 
@@ -253,9 +252,9 @@ def _with_library(provider: str, recipe: str, widest: int) -> str:
     served = _served_by(provider, recipe)
     if served is None:
         by_device = provider == RUNTIMES["CUDA"] and recipe == AUTO and _library() is not None
-        return _CUDA_AUTO if by_device else "nothing"
+        return "what the device defaults to" if by_device else "nothing"
     if provider != RUNTIMES["CPU"]:
-        return _EXACT if served == "float" else served
+        return f"{_EXACT} by the CPU, with copies there and back" if served == "float" else served
     if served == "float" or widest > GREATEST_HEAD_DIM:
         return _EXACT
     if recipe != AUTO:

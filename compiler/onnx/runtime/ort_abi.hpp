@@ -22,6 +22,7 @@ struct OrtShapeInferContext;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtValue;
 struct OrtMemoryInfo;
+struct OrtLogger;
 struct OrtApi;
 struct OrtCustomOp;
 
@@ -40,6 +41,7 @@ enum ElementType : int {
     kBFloat16 = 16,
 };
 
+enum OrtLoggingLevel : int { ORT_LOGGING_LEVEL_WARNING = 2 };
 enum OrtMemType : int { kMemoryCpuInput = -2, kMemoryDefault = 0 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 
@@ -108,7 +110,15 @@ struct OrtApi {
     void* unused_164[29];
     // A cudaStream_t, which is a CUstream.
     OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext*, void** stream);
-    void* unused_194[74];
+    void* unused_194[50];
+    // Without memory it only tells the bytes, the terminating zero included.
+    OrtStatus* (*KernelInfo_GetNodeName)(const OrtKernelInfo*, char*, size_t* bytes);
+    // The session's, which outlives its kernels.
+    OrtStatus* (*KernelInfo_GetLogger)(const OrtKernelInfo*, const OrtLogger**);
+    void* unused_246;
+    OrtStatus* (*Logger_LogMessage)(const OrtLogger*, OrtLoggingLevel, const char* message,
+                                    const char* file, int line, const char* function);
+    void* unused_248[20];
     // The info belongs to the context.
     OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext*, size_t index,
                                                       OrtTensorTypeAndShapeInfo**);
@@ -160,6 +170,9 @@ SAGE_ORT_PLACE(ReleaseAllocator, 132);
 SAGE_ORT_PLACE(KernelInfoGetAttributeArray_float, 162);
 SAGE_ORT_PLACE(KernelInfoGetAttributeArray_int64, 163);
 SAGE_ORT_PLACE(KernelContext_GetGPUComputeStream, 193);
+SAGE_ORT_PLACE(KernelInfo_GetNodeName, 244);
+SAGE_ORT_PLACE(KernelInfo_GetLogger, 245);
+SAGE_ORT_PLACE(Logger_LogMessage, 247);
 SAGE_ORT_PLACE(ShapeInferContext_GetInputTypeShape, 268);
 SAGE_ORT_PLACE(ShapeInferContext_SetOutputTypeShape, 270);
 SAGE_ORT_PLACE(SetSymbolicDimensions, 271);

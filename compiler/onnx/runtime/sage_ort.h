@@ -25,7 +25,7 @@ SAGE_ORT_EXPORT const char* sage_ort_version(void);
 
 /* What serves a recipe on an execution provider ("CPUExecutionProvider"): the name of a recipe, or
  * "float" for float arithmetic; for "auto", what large calls get. On "CUDAExecutionProvider" it is
- * NULL for "auto", which depends on the device, and for "exact", which nothing serves. NULL where
+ * NULL for "auto", which depends on the device; "exact" is computed by the CPU there. NULL where
  * the provider or the recipe is unknown. */
 SAGE_ORT_EXPORT const char* sage_ort_served(const char* provider, const char* recipe);
 

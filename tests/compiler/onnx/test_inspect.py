@@ -47,6 +47,12 @@ def test_every_recipe_has_somebody_to_serve_it(recipe: str, tmp_path: Path) -> N
             "int8_int16": "int8_int16",
         }.get(recipe, "int8_int8")
     )
+    assert node.serves["CUDA"] == {
+        "auto": "what the device defaults to",
+        "exact": "exact attention by the CPU, with copies there and back",
+        "int8_int8": "int8_fp16",
+        "int8_int16": "int8_fp16",
+    }.get(recipe, recipe)
 
 
 def test_masks_are_told(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ Work::Flags Work::flags(const Attention& a, char* const (&parts)[kParts]) const 
 bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream stream,
                   Error& error) const {
     if (a.batch == 0 || a.heads == 0 || a.query_length == 0) return true;  // there is no output
-    const Device::Current current(device, error);
+    const Current current(device.driver(), device.context(), error);
     if (!current.ok()) return false;
     if (plan_ == nullptr) return fill(device, a, stream, error);
     if (!load(device, a, stream, error)) return false;

@@ -1,12 +1,14 @@
 // The CUDA execution provider's kernels: those of a kernel pack, on the session's stream and
-// memory.
+// memory. What these lack, the CPU computes.
 
 #include <stdlib.h>
 
 #include "../call.hpp"
+#include "../log.hpp"
 #include "../provider.hpp"
 #include "../status.hpp"
 #include "attention.hpp"
+#include "takeover.hpp"
 
 namespace sage_ort {
 namespace {
@@ -17,9 +19,19 @@ struct CudaKernel {
     const OrtApi* api;
     Node node;
     ElementType dtype;
-    OrtAllocator* allocator;  // of memory on the device
-    sage_cuda::Device* device;
+    Log log;
+    const Gate* gate;  // of what the CPU computes
+    const sage_cuda::Driver* driver;
+    OrtAllocator* allocator;    // of memory on the device; null where no kernel is to use it
+    sage_cuda::Device* device;  // null: the CPU computes every call
+    bool has_warned;
 };
+
+// Says, once for each node, that the CPU computes it.
+void warn_once(CudaKernel& kernel, const char* reason) {
+    if (__atomic_exchange_n(&kernel.has_warned, true, __ATOMIC_RELAXED)) return;
+    warn(kernel.log, "is computed on the CPU, with copies there and back: %s", reason);
+}
 
 // The nearest recipe of these kernels that is not less accurate; of `auto`, `*automatic` alone, and
 // false for what none serves.
@@ -122,63 +134,81 @@ class DeviceScratch {
 };
 
 OrtStatus* compute(void* opaque, OrtKernelContext* context) {
-    const CudaKernel& kernel = *static_cast<CudaKernel*>(opaque);
+    CudaKernel& kernel = *static_cast<CudaKernel*>(opaque);
     const OrtApi& api = *kernel.api;
     Call call;
     SAGE_ORT_TRY(read_call(api, context, kernel.node, kernel.dtype, &call));
-    void* stream = nullptr;
-    SAGE_ORT_TRY(api.KernelContext_GetGPUComputeStream(context, &stream));
-    if (stream == nullptr) return refuse(api, ORT_FAIL, "the runtime gave no CUDA stream");
+    void* given = nullptr;
+    SAGE_ORT_TRY(api.KernelContext_GetGPUComputeStream(context, &given));
+    if (given == nullptr) return refuse(api, ORT_FAIL, "the runtime gave no CUDA stream");
+    sage_cuda::CUstream const stream = static_cast<sage_cuda::CUstream>(given);
+    const auto by_cpu = [&] {
+        return take_over(api, context, kernel.node, call, kernel.gate, *kernel.driver, stream);
+    };
+    if (kernel.device == nullptr) return by_cpu();
 
     const sage_cuda::Attention attention = describe(kernel, call);
     sage_cuda::Error error;
     sage_cuda::Work work;
-    if (!work.plan(*kernel.device, attention, error))
-        return refuse(api, ORT_NOT_IMPLEMENTED, "%s", error.text);
+    if (!work.plan(*kernel.device, attention, error)) {
+        warn_once(kernel, error.text);
+        return by_cpu();
+    }
     DeviceScratch scratch(kernel);
     if (work.scratch_bytes() > 0) SAGE_ORT_TRY(scratch.allocate(context, work.scratch_bytes()));
-    if (work.launch(*kernel.device, attention, scratch.memory(),
-                    static_cast<sage_cuda::CUstream>(stream), error))
-        return nullptr;
+    if (work.launch(*kernel.device, attention, scratch.memory(), stream, error)) return nullptr;
     return refuse(api, ORT_FAIL, "%s", error.text);
 }
 
-// The device that memory is allocated on, opened in the runtime of this process.
-OrtStatus* find_device(const OrtApi& api, OrtAllocator* allocator, sage_cuda::Device** device) {
+// For a node that kernels may serve: the device that its memory is allocated on, opened in the
+// runtime of this process.
+OrtStatus* open_device(const OrtApi& api, const OrtKernelInfo* info, CudaKernel* kernel) {
+    SAGE_ORT_TRY(api.KernelInfoGetAllocator(info, kMemoryDefault, &kernel->allocator));
     int ordinal = 0;
-    SAGE_ORT_TRY(api.MemoryInfoGetId(allocator->Info(allocator), &ordinal));
+    SAGE_ORT_TRY(api.MemoryInfoGetId(kernel->allocator->Info(kernel->allocator), &ordinal));
     sage_cuda::Error error;
     sage_cuda::Runtime* const runtime = sage_cuda::Runtime::shared(error);
-    *device = runtime == nullptr ? nullptr : runtime->device(ordinal, error);
-    return *device != nullptr ? nullptr : refuse(api, ORT_NOT_IMPLEMENTED, "%s", error.text);
-}
-
-OrtStatus* check(const OrtApi& api, const CudaKernel& kernel) {
+    sage_cuda::Device* const device =
+        runtime == nullptr ? nullptr : runtime->device(ordinal, error);
+    if (device == nullptr) return refuse(api, ORT_NOT_IMPLEMENTED, "%s", error.text);
+    kernel->driver = &device->driver();
     bool automatic;
     sage_cuda::Recipe recipe;
-    nearest(kernel.node.recipe, &automatic, &recipe);
+    nearest(kernel->node.recipe, &automatic, &recipe);
+    if (check_recipe(*device, cuda_dtype(kernel->dtype), automatic, recipe, error))
+        kernel->device = device;
+    else
+        warn_once(*kernel, error.text);
+    return nullptr;
+}
+
+// For a node that no kernel serves.
+OrtStatus* open_driver(const OrtApi& api, CudaKernel* kernel) {
+    SAGE_ORT_TRY(check_cpu(api));
     sage_cuda::Error error;
-    if (check_recipe(*kernel.device, cuda_dtype(kernel.dtype), automatic, recipe, error))
-        return nullptr;
-    return refuse(api, ORT_NOT_IMPLEMENTED, "%s", error.text);
+    kernel->driver = sage_cuda::shared_driver(error);
+    if (kernel->driver == nullptr) return refuse(api, ORT_NOT_IMPLEMENTED, "%s", error.text);
+    warn_once(*kernel, "recipe exact has no CUDA kernel");
+    return nullptr;
+}
+
+void release(const CudaKernel& kernel) {
+    if (kernel.allocator != nullptr) kernel.api->ReleaseAllocator(kernel.allocator);
 }
 
 OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, ElementType dtype, void** result) {
     *result = nullptr;
-    CudaKernel kernel = {&api, {}, dtype, nullptr, nullptr};
+    CudaKernel kernel = {};
+    kernel.api = &api;
+    kernel.dtype = dtype;
     SAGE_ORT_TRY(read_node(api, info, &kernel.node));
-    bool automatic;
-    sage_cuda::Recipe recipe;
-    if (!nearest(kernel.node.recipe, &automatic, &recipe))
-        return refuse(api, ORT_NOT_IMPLEMENTED,
-                      "recipe exact has no CUDA kernel; run with CPUExecutionProvider only, or "
-                      "without this library, where the model's own body is exact");
-    SAGE_ORT_TRY(api.KernelInfoGetAllocator(info, kMemoryDefault, &kernel.allocator));
-    OrtStatus* status = find_device(api, kernel.allocator, &kernel.device);
-    if (status == nullptr) status = check(api, kernel);
+    kernel.log = open_log(api, info);
+    kernel.gate = find_gate();
+    OrtStatus* status = kernel.node.recipe == Recipe::kExact ? open_driver(api, &kernel)
+                                                             : open_device(api, info, &kernel);
     void* const memory = status == nullptr ? malloc(sizeof kernel) : nullptr;
     if (memory == nullptr) {
-        api.ReleaseAllocator(kernel.allocator);
+        release(kernel);
         return status != nullptr ? status : refuse(api, ORT_FAIL, "no memory for a kernel");
     }
     *static_cast<CudaKernel*>(memory) = kernel;
@@ -188,7 +218,7 @@ OrtStatus* create(const OrtApi& api, const OrtKernelInfo* info, ElementType dtyp
 
 void destroy(void* opaque) {
     CudaKernel* kernel = static_cast<CudaKernel*>(opaque);
-    kernel->api->ReleaseAllocator(kernel->allocator);
+    release(*kernel);
     free(kernel);
 }
 
@@ -196,8 +226,8 @@ void destroy(void* opaque) {
 const char* served(Recipe recipe) {
     bool automatic;
     sage_cuda::Recipe found;
-    if (!nearest(recipe, &automatic, &found) || automatic) return nullptr;
-    return sage_cuda::name_of(found);
+    if (!nearest(recipe, &automatic, &found)) return served_by_cpu(recipe);
+    return automatic ? nullptr : sage_cuda::name_of(found);
 }
 
 }  // namespace

@@ -41,15 +41,6 @@ class RelaxedCapture {
     int mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
 
-// Whether a CUDA graph is being captured on a stream.
-bool read_capturing(const Driver& driver, CUstream stream, bool* capturing, Error& error) {
-    int status = 0;
-    const CUresult result = driver.cuStreamIsCapturing(stream, &status);
-    // Of the default stream, while another one is capturing.
-    *capturing = status != 0 || result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
-    return *capturing || driver.check("cuStreamIsCapturing", result, error);
-}
-
 // The path of this library, or null.
 const char* find_library() {
     static char here;
@@ -92,20 +83,11 @@ void destroy(T* object) {
 
 }  // namespace
 
-Device::Current::Current(const Device& device, Error& error)
-    : driver_(device.driver_),
-      ok_(SAGE_CUDA_CHECK(driver_, error, cuCtxPushCurrent_v2, device.context_)) {}
-
-Device::Current::~Current() {
-    CUcontext popped;
-    if (ok_) driver_.cuCtxPopCurrent_v2(&popped);
-}
-
 Device::~Device() {
     if (context_ == nullptr) return;
     {
         Error ignored;
-        const Current current(*this, ignored);
+        const Current current(driver_, context_, ignored);
         for (const Loaded& loaded : loaded_)
             if (loaded.function != nullptr) driver_.cuModuleUnload(loaded.module);
     }
@@ -146,7 +128,7 @@ bool Device::load(int64_t index, CUstream stream, Error& error) {
     if (__atomic_load_n(&loaded.function, __ATOMIC_ACQUIRE) != nullptr) return true;
     const Kernel& kernel = pack_.kernels()[size_t(index)];
     bool capturing = false;
-    if (!read_capturing(driver_, stream, &capturing, error)) return false;
+    if (!driver_.read_capturing(stream, &capturing, error)) return false;
     if (capturing)
         return error.set(
             "%s is not loaded, and nothing can be while a CUDA graph is captured; warm up before "
@@ -211,9 +193,7 @@ Runtime::~Runtime() {
     for (Device* device : devices_) destroy(device);
 }
 
-bool Runtime::open(const char* driver, const char* pack, Error& error) {
-    return pack_.open(pack, error) && driver_.open(driver, error);
-}
+bool Runtime::open(const char* pack, Error& error) { return pack_.open(pack, error); }
 
 Device* Runtime::device(int ordinal, Error& error) {
     if (ordinal < 0 || ordinal >= kMostDevices) {
@@ -234,6 +214,22 @@ Device* Runtime::device(int ordinal, Error& error) {
     return devices_[ordinal];
 }
 
+const Driver* shared_driver(Error& error) {
+    static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
+    static Driver* driver = nullptr;  // never closed: this library stays loaded
+    const Lock lock(lock_of_shared);
+    if (driver != nullptr) return driver;
+    Driver* const made = make<Driver>();
+    if (made == nullptr) {
+        error.set("no memory for the CUDA driver");
+    } else if (!made->open(variable("SAGE_CUDA_DRIVER"), error)) {
+        destroy(made);
+    } else {
+        driver = made;
+    }
+    return driver;
+}
+
 Runtime* Runtime::shared(Error& error) {
     static pthread_mutex_t lock_of_shared = PTHREAD_MUTEX_INITIALIZER;
     static Runtime* runtime = nullptr;  // never closed: this library stays loaded
@@ -248,10 +244,13 @@ Runtime* Runtime::shared(Error& error) {
             "SAGE_KERNEL_PACK to its folder, or run with CPUExecutionProvider only");
         return nullptr;
     }
-    Runtime* const made = make<Runtime>();
+    // Only now: where there is no pack, CUDA is not touched, and a process may fork.
+    const Driver* const driver = shared_driver(error);
+    if (driver == nullptr) return nullptr;
+    Runtime* const made = make<Runtime>(*driver);
     if (made == nullptr) {
-        error.set("no memory for the CUDA driver");
-    } else if (!made->open(variable("SAGE_CUDA_DRIVER"), pack, error)) {
+        error.set("no memory for a kernel pack");
+    } else if (!made->open(pack, error)) {
         destroy(made);
     } else {
         runtime = made;

@@ -23,6 +23,7 @@ class Device {
     const Pack& pack() const { return pack_; }
     const Arch& arch() const { return *arch_; }
     const Driver& driver() const { return driver_; }
+    CUcontext context() const { return context_; }
 
     // Loads a kernel of the pack, once. Nothing is loaded while a CUDA graph is captured on the
     // stream where it is to run; the device's context is current.
@@ -31,21 +32,6 @@ class Device {
     // Starts a loaded kernel: `params` is its struct, of `bytes`.
     bool launch(int64_t kernel, int64_t blocks, const void* params, size_t bytes, CUstream stream,
                 Error& error) const;
-
-    // Makes the device's context the thread's current one, while it lives.
-    class Current {
-     public:
-        Current(const Device& device, Error& error);
-        ~Current();
-        Current(const Current&) = delete;
-        Current& operator=(const Current&) = delete;
-
-        bool ok() const { return ok_; }
-
-     private:
-        const Driver& driver_;
-        bool ok_;
-    };
 
  private:
     struct Loaded {
@@ -64,29 +50,33 @@ class Device {
     pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;
 };
 
-// A driver, a pack, and the devices that were asked for. Threads may share it.
+// The driver of this process, SAGE_CUDA_DRIVER or the system's, opened by the first who asks. Null,
+// and why, where that fails; then the next one tries again.
+const Driver* shared_driver(Error& error);
+
+// A pack, and the devices of a driver that were asked for. Threads may share it.
 class Runtime {
  public:
-    Runtime() = default;
+    explicit Runtime(const Driver& driver) : driver_(driver) {}
     Runtime(const Runtime&) = delete;
     Runtime& operator=(const Runtime&) = delete;
     ~Runtime();
 
-    // `driver` as of Driver::open; `pack` is a folder.
-    bool open(const char* driver, const char* pack, Error& error);
+    // `pack` is a folder.
+    bool open(const char* pack, Error& error);
 
     // The device with this ordinal, opened once; null, and why, where that fails.
     Device* device(int ordinal, Error& error);
 
-    // The one of this process, opened by the first who asks: the driver is SAGE_CUDA_DRIVER or the
-    // system's, the pack SAGE_KERNEL_PACK or the one beside this library in its package. Null, and
-    // why, where that fails; then the next one tries again.
+    // The one of this process, on its driver, opened by the first who asks: the pack is
+    // SAGE_KERNEL_PACK or the one beside this library in its package. Null, and why, where that
+    // fails; then the next one tries again.
     static Runtime* shared(Error& error);
 
  private:
     static constexpr int kMostDevices = 64;
 
-    Driver driver_;
+    const Driver& driver_;
     Pack pack_;
     Device* devices_[kMostDevices] = {};
     pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;

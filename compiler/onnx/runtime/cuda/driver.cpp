@@ -51,4 +51,21 @@ bool Driver::check(const char* call, CUresult status, Error& error) const {
     return error.set("%s: %s (%d), %s", call, name, status, words);
 }
 
+bool Driver::read_capturing(CUstream stream, bool* capturing, Error& error) const {
+    int status = 0;
+    const CUresult result = cuStreamIsCapturing(stream, &status);
+    // Of the default stream, while another one is capturing.
+    *capturing = status != 0 || result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+    return *capturing || check("cuStreamIsCapturing", result, error);
+}
+
+Current::Current(const Driver& driver, CUcontext context, Error& error)
+    : driver_(driver),
+      ok_(context != nullptr && SAGE_CUDA_CHECK(driver, error, cuCtxPushCurrent_v2, context)) {}
+
+Current::~Current() {
+    CUcontext popped;
+    if (ok_) driver_.cuCtxPopCurrent_v2(&popped);
+}
+
 }  // namespace sage_cuda

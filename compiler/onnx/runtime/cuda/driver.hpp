@@ -24,27 +24,31 @@ constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 
 // X(function, arguments): the entries that are used.
-#define SAGE_CUDA_ENTRIES(X)                                                          \
-    X(cuInit, (unsigned flags))                                                       \
-    X(cuDriverGetVersion, (int* version))                                             \
-    X(cuGetErrorName, (CUresult, const char** text))                                  \
-    X(cuGetErrorString, (CUresult, const char** text))                                \
-    X(cuDeviceGet, (CUdevice * device, int ordinal))                                  \
-    X(cuDeviceGetCount, (int* count))                                                 \
-    X(cuDeviceGetAttribute, (int* value, int attribute, CUdevice))                    \
-    X(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice))                      \
-    X(cuDevicePrimaryCtxRelease_v2, (CUdevice))                                       \
-    X(cuCtxPushCurrent_v2, (CUcontext))                                               \
-    X(cuCtxPopCurrent_v2, (CUcontext * context))                                      \
-    X(cuModuleLoadData, (CUmodule * module, const void* image))                       \
-    X(cuModuleUnload, (CUmodule))                                                     \
-    X(cuModuleGetFunction, (CUfunction * function, CUmodule, const char* name))       \
-    X(cuFuncSetAttribute, (CUfunction, int attribute, int value))                     \
-    X(cuStreamIsCapturing, (CUstream, int* status))                                   \
-    X(cuThreadExchangeStreamCaptureMode, (int* mode))                                 \
-    X(cuMemsetD8Async, (CUdeviceptr, unsigned char value, size_t bytes, CUstream))    \
-    X(cuLaunchKernel, (CUfunction, unsigned grid_x, unsigned grid_y, unsigned grid_z, \
-                       unsigned block_x, unsigned block_y, unsigned block_z,          \
+#define SAGE_CUDA_ENTRIES(X)                                                            \
+    X(cuInit, (unsigned flags))                                                         \
+    X(cuDriverGetVersion, (int* version))                                               \
+    X(cuGetErrorName, (CUresult, const char** text))                                    \
+    X(cuGetErrorString, (CUresult, const char** text))                                  \
+    X(cuDeviceGet, (CUdevice * device, int ordinal))                                    \
+    X(cuDeviceGetCount, (int* count))                                                   \
+    X(cuDeviceGetAttribute, (int* value, int attribute, CUdevice))                      \
+    X(cuDevicePrimaryCtxRetain, (CUcontext * context, CUdevice))                        \
+    X(cuDevicePrimaryCtxRelease_v2, (CUdevice))                                         \
+    X(cuCtxPushCurrent_v2, (CUcontext))                                                 \
+    X(cuCtxPopCurrent_v2, (CUcontext * context))                                        \
+    X(cuModuleLoadData, (CUmodule * module, const void* image))                         \
+    X(cuModuleUnload, (CUmodule))                                                       \
+    X(cuModuleGetFunction, (CUfunction * function, CUmodule, const char* name))         \
+    X(cuFuncSetAttribute, (CUfunction, int attribute, int value))                       \
+    X(cuStreamIsCapturing, (CUstream, int* status))                                     \
+    X(cuThreadExchangeStreamCaptureMode, (int* mode))                                   \
+    X(cuStreamGetCtx, (CUstream, CUcontext * context))                                  \
+    X(cuStreamSynchronize, (CUstream))                                                  \
+    X(cuMemcpyDtoHAsync_v2, (void* to, CUdeviceptr from, size_t bytes, CUstream))       \
+    X(cuMemcpyHtoDAsync_v2, (CUdeviceptr to, const void* from, size_t bytes, CUstream)) \
+    X(cuMemsetD8Async, (CUdeviceptr, unsigned char value, size_t bytes, CUstream))      \
+    X(cuLaunchKernel, (CUfunction, unsigned grid_x, unsigned grid_y, unsigned grid_z,   \
+                       unsigned block_x, unsigned block_y, unsigned block_z,            \
                        unsigned shared_bytes, CUstream, void** params, void** extra))
 
 // A loaded and initialized driver; threads may share it.
@@ -61,6 +65,9 @@ class Driver {
     // Whether a call succeeded, and if not, why, in the driver's words.
     bool check(const char* call, CUresult status, Error& error) const;
 
+    // Finds whether a CUDA graph is being captured on a stream.
+    bool read_capturing(CUstream stream, bool* capturing, Error& error) const;
+
 #define SAGE_CUDA_MEMBER(name, arguments) CUresult(*name) arguments = nullptr;
     SAGE_CUDA_ENTRIES(SAGE_CUDA_MEMBER)
 #undef SAGE_CUDA_MEMBER
@@ -72,5 +79,21 @@ class Driver {
 // check() of a call on a driver, with the call's name.
 #define SAGE_CUDA_CHECK(driver, error, function, ...) \
     (driver).check(#function, (driver).function(__VA_ARGS__), error)
+
+// Makes a context the thread's current one, while it lives; a null one, which whoever looked for it
+// has said why, fails.
+class Current {
+ public:
+    Current(const Driver& driver, CUcontext context, Error& error);
+    ~Current();
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+    bool ok() const { return ok_; }
+
+ private:
+    const Driver& driver_;
+    bool ok_;
+};
 
 }  // namespace sage_cuda

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiler.kernels.cuda.emulation import the_host
+from sage_compiler.kernels.cuda.variants import standalone_specs
+from tests.compiler.kernels.cuda.emulation import ARCH, the_host
+from tests.compiler.onnx.cuda import fake_ort
+from tests.compiler.onnx.cuda.fake_ort import Library
 from tests.compiler.onnx.cuda.native import Device, TestDriver, opened
-from tests.compiler.onnx.cuda.packs import MASKED, Case, pack_of_host_images
+from tests.compiler.onnx.cuda.packs import MASKED, Case, pack_of_host_images, pack_of_names
 from tests.cutlass_templates.host import Host
 
 
@@ -68,3 +71,27 @@ def case() -> Case:
 def host(driver: TestDriver) -> Host:
     """The look-alike that ``driver`` hands launches to."""
     return the_host()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestDriver]:
+    """A driver that pretends, which the library finds; nothing stays lent, and no copy is going
+    on that nobody has waited for."""
+    driver = TestDriver()
+    monkeypatch.setenv("SAGE_CUDA_DRIVER", str(driver.path))
+    lent = fake_ort.lent()
+    fake_ort.warnings()
+    yield driver
+    assert fake_ort.lent() == lent
+    assert driver.held()[2] == 0
+    assert driver.copies() == 0
+    fake_ort.set_device(0)
+    driver.reset()
+
+
+@pytest.fixture
+def library(installed: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The library with all standalone kernels of sm_89, by name."""
+    pack = pack_of_names(standalone_specs(ARCH), tmp_path / "pack")
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
+    return Library(tmp_path / "libsage_ort.so")

@@ -20,6 +20,13 @@ struct Launch {
     std::string params;
 };
 
+struct Copy {
+    void* to;
+    void const* from;
+    size_t bytes;
+    void* stream;
+};
+
 struct State {
     std::mutex mutex;
     void* target = nullptr;  // null: pretend
@@ -28,6 +35,7 @@ struct State {
     std::string failing;
     int code = 0, after = 0;
     long contexts = 0, modules = 0, handles = 0;
+    std::vector<Copy> copies;  // begun; done when somebody waits for their stream
     std::map<void*, std::string> functions;
     std::vector<Launch> launches;
 };
@@ -174,6 +182,47 @@ API int cuThreadExchangeStreamCaptureMode(int* mode) {
     return result;
 }
 
+// Streams, and copies, are this driver's alone, and a device's memory is the host's.
+API int cuStreamGetCtx(void* stream, void** context) {
+    int result = 0;
+    if (fails("cuStreamGetCtx", &result)) return result;
+    *context = stream == nullptr ? nullptr : &state();
+    return 0;
+}
+
+static int begin_copy(char const* name, void* to, void const* from, size_t bytes, void* stream) {
+    int result = 0;
+    if (fails(name, &result)) return result;
+    if (depth == 0) return 201;  // CUDA_ERROR_INVALID_CONTEXT
+    if (bytes == 0) return 1;    // CUDA_ERROR_INVALID_VALUE: an empty tensor may lie nowhere
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    state().copies.push_back({to, from, bytes, stream});
+    return 0;
+}
+
+API int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, void* stream) {
+    return begin_copy("cuMemcpyDtoHAsync_v2", to, reinterpret_cast<void const*>(from), bytes,
+                      stream);
+}
+
+API int cuMemcpyHtoDAsync_v2(unsigned long long to, void const* from, size_t bytes, void* stream) {
+    return begin_copy("cuMemcpyHtoDAsync_v2", reinterpret_cast<void*>(to), from, bytes, stream);
+}
+
+API int cuStreamSynchronize(void* stream) {
+    int result = 0;
+    bool const failed = fails("cuStreamSynchronize", &result);
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    std::vector<Copy> others;
+    for (Copy const& copy : state().copies)
+        if (copy.stream != stream)
+            others.push_back(copy);
+        else if (!failed)
+            std::memcpy(copy.to, copy.from, copy.bytes);
+    state().copies = others;
+    return result * failed;
+}
+
 API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t bytes,
                         void* stream) {
     FORWARD(cuMemsetD8Async, (unsigned long long, unsigned char, size_t, void*), memory, value,
@@ -207,6 +256,7 @@ API void sage_test_reset(char const* target) {
     s.failing.clear();
     s.calls.clear();
     s.launches.clear();
+    s.copies.clear();
 }
 
 API void sage_test_capability(int major, int minor) {
@@ -234,6 +284,12 @@ API void sage_test_held(long (*held)[3]) {
     (*held)[0] = state().contexts;
     (*held)[1] = state().modules;
     (*held)[2] = depth;
+}
+
+// How many copies were begun that nobody has waited for.
+API size_t sage_test_copies() {
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    return state().copies.size();
 }
 
 API size_t sage_test_launches() { return state().launches.size(); }

@@ -22,6 +22,10 @@ struct OrtCustomOpDomain {
 struct OrtMemoryInfo {
     int id;
 };
+struct OrtLogger {
+    bool is_there;
+    std::vector<std::string> warnings;
+};
 struct OrtKernelInfo {
     std::map<std::string, std::string> words;
     std::map<std::string, float> floats;
@@ -53,6 +57,7 @@ struct Lent {
 } lent;
 
 OrtMemoryInfo memory_info = {0};
+OrtLogger logger = {true, {}};
 OrtCustomOpDomain* domain = nullptr;  // of the library that was registered last
 long domains = 0;
 
@@ -155,6 +160,32 @@ OrtApi make_api() {
             [](OrtAllocator const*) -> OrtMemoryInfo const* { return &memory_info; }};
         return nullptr;
     };
+    api.KernelInfo_GetNodeName = [](OrtKernelInfo const* info, char* text,
+                                    size_t* bytes) -> OrtStatus* {
+        std::string name;
+        if (OrtStatus* const status = find(info->words, "name of the node", &name)) return status;
+        if (*bytes < name.size() + 1) return make_status(ORT_INVALID_ARGUMENT, "too long");
+        *bytes = name.size() + 1;
+        std::memcpy(text, name.c_str(), *bytes);
+        return nullptr;
+    };
+    api.KernelInfo_GetLogger = [](OrtKernelInfo const*, OrtLogger const** found) -> OrtStatus* {
+        if (!logger.is_there) return make_status(ORT_INVALID_GRAPH, "no logger");
+        *found = &logger;
+        return nullptr;
+    };
+    api.Logger_LogMessage = [](OrtLogger const* to, OrtLoggingLevel level, char const* message,
+                               char const*, int, char const*) -> OrtStatus* {
+        if (to != &logger || level != ORT_LOGGING_LEVEL_WARNING)
+            return make_status(ORT_FAIL, "not a warning");
+        logger.warnings.push_back(message);
+        return nullptr;
+    };
+    api.KernelContext_ParallelFor = [](OrtKernelContext const*, void (*body)(void*, size_t),
+                                       size_t total, size_t, void* argument) -> OrtStatus* {
+        for (size_t index = 0; index < total; index++) body(argument, index);
+        return nullptr;
+    };
     api.ReleaseAllocator = [](OrtAllocator* allocator) {
         lent.allocators--;
         delete allocator;
@@ -247,6 +278,19 @@ API OrtCustomOp const* fake_find(char const* provider, int dtype) {
 }
 
 API void fake_set_device(int id) { memory_info.id = id; }
+
+// Whether nodes have a logger from now on.
+API void fake_set_logger(bool is_there) { logger.is_there = is_there; }
+
+// What was logged since this was last asked, one by one; null at the end.
+API char const* fake_warning(size_t index) {
+    static std::vector<std::string> taken;
+    if (index == 0) {
+        taken = std::move(logger.warnings);
+        logger.warnings.clear();
+    }
+    return index < taken.size() ? taken[index].c_str() : nullptr;
+}
 
 API OrtKernelInfo* fake_info() { return new OrtKernelInfo; }
 API void fake_word(OrtKernelInfo* info, char const* name, char const* word) {

@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from tests.compiler.kernels.dense import Call
 from tests.compiler.onnx.cuda.native import HERE
-from tests.compiler.onnx.runtime.models import LIBRARY
+from tests.compiler.onnx.runtime.models import LIBRARY, attributes_of
 from tests.cutlass_templates import host
 
 CUDA: Final = "CUDAExecutionProvider"
@@ -49,6 +50,7 @@ def _runtime() -> ctypes.CDLL:
         getattr(library, f"fake_{name}").restype = ctypes.c_void_p
     library.fake_unload.restype = ctypes.c_bool
     library.fake_domains.restype = ctypes.c_long
+    library.fake_warning.restype = ctypes.c_char_p
     return library
 
 
@@ -67,6 +69,19 @@ def domains() -> int:
 def set_device(ordinal: int) -> None:
     """Where memory is allocated from now on."""
     _runtime().fake_set_device(ordinal)
+
+
+def set_logger(is_there: bool) -> None:
+    """Whether nodes that are made from now on have a logger."""
+    _runtime().fake_set_logger(is_there)
+
+
+def warnings() -> list[str]:
+    """What was logged since this was last asked."""
+    found: list[str] = []
+    while (words := _runtime().fake_warning(ctypes.c_size_t(len(found)))) is not None:
+        found.append(words.decode())
+    return found
 
 
 class Library:
@@ -111,21 +126,26 @@ class Node:
     """The kernel of one node."""
 
     def __init__(
-        self, library: Library, dtype: torch.dtype, attributes: Mapping[str, str | float | int]
+        self,
+        library: Library,
+        dtype: torch.dtype,
+        attributes: Mapping[str, str | float | int],
+        name: str = "layer",
     ) -> None:
         """Raises OrtError."""
         operator = library.operator(dtype)
         assert operator is not None
         self._operator = operator
         info = ctypes.c_void_p(_runtime().fake_info())
-        for name, value in attributes.items():
+        _runtime().fake_word(info, b"name of the node", name.encode())
+        for key, value in attributes.items():
             match value:
                 case str():
-                    _runtime().fake_word(info, name.encode(), value.encode())
+                    _runtime().fake_word(info, key.encode(), value.encode())
                 case int():
-                    _runtime().fake_integer(info, name.encode(), ctypes.c_int64(value))
+                    _runtime().fake_integer(info, key.encode(), ctypes.c_int64(value))
                 case float():
-                    _runtime().fake_float(info, name.encode(), ctypes.c_float(value))
+                    _runtime().fake_float(info, key.encode(), ctypes.c_float(value))
         self._kernel = ctypes.c_void_p()
         _checked("create", operator, info, ctypes.byref(self._kernel))
 
@@ -167,6 +187,30 @@ class Node:
                     ctypes.c_void_p(tensor.data_ptr() or 1),
                 )
         _checked("compute", self._operator, self._kernel, context)
+
+
+def run(library: Library, call: Call, recipe: str) -> tuple[Tensor, Tensor]:
+    """One node of this call; what is not written stays NaN.
+
+    Raises:
+        OrtError: it cannot be made, or fails.
+    """
+    attributes = attributes_of(call.semantics, call.query.shape[3]) | {"recipe": recipe}
+    node = Node(library, call.query.dtype, attributes)
+    try:
+        return run_node(node, call)
+    finally:
+        node.close()
+
+
+def run_node(node: Node, call: Call, **how: Any) -> tuple[Tensor, Tensor]:
+    """As ``run``, of a node that is there; ``how`` as of ``Node.run``."""
+    shape = call.query.shape[:3]
+    output = call.query.new_full((*shape, call.value.shape[3]), torch.nan)
+    results = (output, call.query.new_full(shape, torch.nan, dtype=torch.float32))
+    given = (call.query, call.key, call.value, call.attn_mask, call.sinks)
+    node.run([None if x is None else x.contiguous() for x in given], results, **how)
+    return results
 
 
 def _checked(name: str, *arguments: Any) -> None:

@@ -11,19 +11,24 @@ using namespace sage_cuda;
 API size_t harness_attention_bytes() { return sizeof(Attention); }
 API size_t harness_error_bytes() { return sizeof(Error); }
 
-API Runtime* harness_open(char const* driver, char const* pack, Error* error) {
-    auto* const runtime = new Runtime;
-    if (runtime->open(driver, pack, *error)) return runtime;
-    delete runtime;
+struct Opened {
+    Driver driver;
+    Runtime runtime{driver};
+};
+
+API Opened* harness_open(char const* driver, char const* pack, Error* error) {
+    auto* const opened = new Opened;
+    if (opened->runtime.open(pack, *error) && opened->driver.open(driver, *error)) return opened;
+    delete opened;
     return nullptr;
 }
 
-API void harness_close(Runtime* runtime) { delete runtime; }
+API void harness_close(Opened* opened) { delete opened; }
 
 API Runtime* harness_shared(Error* error) { return Runtime::shared(*error); }
 
-API Device* harness_device(Runtime* runtime, int ordinal, Error* error) {
-    return runtime->device(ordinal, *error);
+API Device* harness_device(Opened* opened, int ordinal, Error* error) {
+    return opened->runtime.device(ordinal, *error);
 }
 
 API bool harness_plan(Device const* device, Attention const* attention, int64_t* scratch_bytes,

@@ -19,6 +19,7 @@ from tests.cutlass_templates import host
 
 HERE: Final = Path(__file__).parent
 CORE: Final = host.ROOT / "compiler" / "onnx" / "runtime" / "cuda"
+OF_ONNX_RUNTIME: Final = ("cuda", "takeover")  # what is no part of the core
 DTYPES: Final = (torch.float16, torch.bfloat16, torch.float32)
 RECIPES: Final = ("int4_fp8", "int4_fp16", "int8_fp8", "int8_fp16")
 AUTO: Final = "auto"
@@ -98,7 +99,8 @@ def driver_path() -> Path:
 
 @functools.cache
 def _harness() -> ctypes.CDLL:
-    sources = [HERE / "harness.cpp", *(p for p in sorted(CORE.glob("*.cpp")) if p.stem != "cuda")]
+    core = [path for path in sorted(CORE.glob("*.cpp")) if path.stem not in OF_ONNX_RUNTIME]
+    sources = [HERE / "harness.cpp", *core]
     content = [p.read_bytes() for p in [*sources, *sorted(CORE.glob("*.hpp")), _PARAMS]]
     flags = [*_FLAGS, f'-DSAGE_TEMPLATES_DIGEST="{templates_digest()}"']
     libraries = ("-pthread", "-ldl")
@@ -145,6 +147,7 @@ class TestDriver:
         self.path = driver_path()
         self._library = ctypes.CDLL(str(self.path))
         self._library.sage_test_launches.restype = ctypes.c_size_t
+        self._library.sage_test_copies.restype = ctypes.c_size_t
         self._library.sage_test_launch.restype = ctypes.c_char_p
         self.reset()
 
@@ -167,6 +170,10 @@ class TestDriver:
         self._library.sage_test_held(ctypes.byref(held))
         contexts, modules, current = held
         return contexts, modules, current
+
+    def copies(self) -> int:
+        """How many copies were begun that nobody has waited for."""
+        return int(self._library.sage_test_copies())
 
     def calls(self, function: str) -> int:
         """How often a function was called since ``reset`` or ``fail``."""

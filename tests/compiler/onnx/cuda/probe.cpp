@@ -1,5 +1,7 @@
 // An operator for ONNX Runtime on CPUs that asks for what the CUDA provider asks for, as far as a
 // CPU has it, so that a runtime's table is known to have these entries at these places.
+#include <cstring>
+
 #include "ort_abi.hpp"
 
 using namespace sage_ort;
@@ -7,12 +9,14 @@ using namespace sage_ort;
 namespace {
 
 // What was found, each 1 if it is as it must be.
-enum Answer { kDeviceId, kStream, kScratch, kFree, kAnswers };
+enum Answer { kDeviceId, kStream, kScratch, kFree, kName, kLog, kAnswers };
 
 OrtApi const* api = nullptr;
 
 struct Kernel {
     OrtAllocator* allocator;
+    OrtLogger const* logger;
+    char name[64];
 };
 
 OrtCustomOp make_operator() {
@@ -36,6 +40,10 @@ OrtCustomOp make_operator() {
                            void** kernel) {
         static Kernel only = {};
         *kernel = &only;
+        size_t bytes = sizeof only.name;
+        OrtStatus* failed = api->KernelInfo_GetNodeName(info, only.name, &bytes);
+        if (failed == nullptr) failed = api->KernelInfo_GetLogger(info, &only.logger);
+        if (failed != nullptr) return failed;
         return api->KernelInfoGetAllocator(info, kMemoryDefault, &only.allocator);
     };
     op.KernelDestroy = [](void* kernel) {
@@ -64,6 +72,10 @@ OrtCustomOp make_operator() {
         void* const memory = allocator->Alloc(allocator, 64);
         answers[kFree] = memory != nullptr;
         allocator->Free(allocator, memory);
+        answers[kName] = std::strcmp(static_cast<Kernel*>(kernel)->name, "the node") == 0;
+        answers[kLog] =
+            api->Logger_LogMessage(static_cast<Kernel*>(kernel)->logger, ORT_LOGGING_LEVEL_WARNING,
+                                   "the probe warns", "probe.cpp", 7, "probe") == nullptr;
         return nullptr;
     };
     return op;

@@ -19,7 +19,7 @@ from tests.compiler.onnx.runtime import models
 
 def probe(library: str) -> list[float]:
     """What the operator of ``probe.cpp`` answers."""
-    node = helper.make_node("Probe", ["x"], ["answers"], domain="test")
+    node = helper.make_node("Probe", ["x"], ["answers"], "the node", domain="test")
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
     answers = helper.make_tensor_value_info("answers", TensorProto.FLOAT, None)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("test", 1)]

@@ -454,18 +454,17 @@ def test_the_process_has_one_runtime(
     pretending: TestDriver, pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Found by the environment; what failed is tried again, and what is found is kept."""
-    monkeypatch.setenv("SAGE_CUDA_DRIVER", str(pretending.path))
     monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
+    monkeypatch.setenv("SAGE_CUDA_DRIVER", "/nowhere.so")
     with pytest.raises(NativeError, match=f"no kernel pack; build one with `{REBUILD}`"):
         native.call("shared")
     monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack / "nowhere"))
-    with pytest.raises(NativeError, match="nowhere: No such file"):
-        native.call("shared")
-    monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
-    monkeypatch.setenv("SAGE_CUDA_DRIVER", "/nowhere.so")
     with pytest.raises(NativeError, match="no CUDA driver"):
         native.call("shared")
     monkeypatch.setenv("SAGE_CUDA_DRIVER", str(pretending.path))
+    with pytest.raises(NativeError, match="nowhere: No such file"):
+        native.call("shared")
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
     found = native.call("shared")
     monkeypatch.setenv("SAGE_KERNEL_PACK", "/elsewhere")
     assert native.call("shared") == found

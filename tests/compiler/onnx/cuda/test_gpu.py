@@ -1,4 +1,4 @@
-"""The core on this machine's GPU, with its own driver: `pytest -m gpu tests/compiler/onnx/cuda`."""
+"""The library on this machine's GPU and driver: `pytest -m gpu tests/compiler/onnx/cuda`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.semantics import MaskClass
 from tests.compiler.kernels.cuda.test_attention import make_call
 from tests.compiler.kernels.dense import Call, dense
+from tests.compiler.onnx.cuda import fake_ort
 from tests.compiler.onnx.cuda.native import Device, Prepared, opened
+from tests.compiler.onnx.runtime import models
 from tests.tolerances import check, check_lse
 
 pytestmark = [
@@ -113,3 +115,20 @@ def test_as_python_launches_them(head_dim: int, dtype: torch.dtype, gpu: Device)
                 exact, exact_lse = dense(dataclasses.replace(call, attn_mask=mask))
                 check(output.cpu(), exact, call.value, recipe)
                 check_lse(lse.cpu(), exact_lse.float(), recipe)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_cpu_takes_over(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Recipe exact, which needs no pack: bit by bit as on a CPU, after what is on the stream."""
+    call = make_call(300, 420, 64, dtype, batch=2, kv_heads=2, group=2, sinks=True)
+    call = dataclasses.replace(call, attn_mask=torch.rand(300, 420) < 0.7)
+    library = fake_ort.Library(tmp_path / "libsage_ort.so")
+    attributes = models.attributes_of(call.semantics, 64) | {"recipe": "exact"}
+    node = fake_ort.Node(library, dtype, attributes)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        output, lse = fake_ort.run_node(node, on_gpu(call), stream=stream.cuda_stream)
+    node.close()
+    expected, expected_lse = models.run(call, "exact")
+    assert torch.equal(output.cpu(), expected)
+    assert torch.equal(lse.cpu(), expected_lse)

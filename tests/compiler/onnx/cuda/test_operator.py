@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.variants import standalone_specs
@@ -18,7 +17,7 @@ from sage_compiler.precision import PRECISIONS
 from sage_compiler.semantics import DeadRows, MaskClass
 from tests.compiler.kernels.cuda.emulation import ARCH
 from tests.compiler.kernels.cuda.test_attention import make_call
-from tests.compiler.kernels.dense import Call, dense
+from tests.compiler.kernels.dense import dense
 from tests.compiler.onnx.cuda import fake_ort
 from tests.compiler.onnx.cuda.fake_ort import (
     CPU,
@@ -26,53 +25,18 @@ from tests.compiler.onnx.cuda.fake_ort import (
     FAIL,
     INVALID_ARGUMENT,
     INVALID_GRAPH,
-    NOT_IMPLEMENTED,
     Library,
     Node,
     OrtError,
+    run,
 )
 from tests.compiler.onnx.cuda.native import STREAM, TestDriver
 from tests.compiler.onnx.cuda.packs import MASKED, Case, pack_of_names
-from tests.compiler.onnx.runtime.models import LIBRARY, attributes_of
+from tests.compiler.onnx.runtime.models import LIBRARY
 from tests.cutlass_templates import host as host_module
 from tests.tolerances import check, check_lse
 
 SCALE = {"scale": 0.125}
-
-
-@pytest.fixture
-def pretending(monkeypatch: pytest.MonkeyPatch) -> Iterator[TestDriver]:
-    """A driver that pretends, which the library finds; nothing stays lent."""
-    driver = TestDriver()
-    monkeypatch.setenv("SAGE_CUDA_DRIVER", str(driver.path))
-    lent = fake_ort.lent()
-    yield driver
-    assert fake_ort.lent() == lent
-    assert driver.held()[2] == 0
-    fake_ort.set_device(0)
-    driver.reset()
-
-
-@pytest.fixture
-def library(pretending: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """The library with all standalone kernels of sm_89, by name."""
-    pack = pack_of_names(standalone_specs(ARCH), tmp_path / "pack")
-    monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
-    return Library(tmp_path / "libsage_ort.so")
-
-
-def run(library: Library, call: Call, recipe: str) -> tuple[Tensor, Tensor]:
-    """One node of this call; what is not written stays NaN."""
-    attributes = attributes_of(call.semantics, call.query.shape[3]) | {"recipe": recipe}
-    node = Node(library, call.query.dtype, attributes)
-    output = torch.full((*call.query.shape[:3], call.value.shape[3]), torch.nan)
-    results = (output.to(call.query.dtype), torch.full(call.query.shape[:3], torch.nan))
-    inputs = (call.query, call.key, call.value, call.attn_mask, call.sinks)
-    try:
-        node.run(inputs, results)
-    finally:
-        node.close()
-    return results
 
 
 @pytest.mark.skipif(host_module.missing() is not None, reason=str(host_module.missing()))
@@ -147,23 +111,23 @@ def test_the_operators(library: Library) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_who_serves_a_recipe(
-    recipe: str, served: str, dtype: torch.dtype, library: Library, pretending: TestDriver
+    recipe: str, served: str, dtype: torch.dtype, library: Library, installed: TestDriver
 ) -> None:
     run(library, make_call(9, 9, 64, dtype), recipe)
     name = str(dtype).removeprefix("torch.")
-    symbol = pretending.launches()[-1].symbol
+    symbol = installed.launches()[-1].symbol
     assert symbol.startswith(f"sage_attend_{ARCH}_{name}_")
     assert f"_{served}_fp32_" in symbol
 
 
 def test_what_the_library_says_of_recipes() -> None:
-    """The same, without a device; of `auto` and `exact` it cannot."""
+    """The same, without a device; of `auto` it cannot."""
     served = ctypes.CDLL(str(LIBRARY)).sage_ort_served
     served.restype = ctypes.c_char_p
     said = {recipe: served(CUDA.encode(), recipe.encode()) for recipe in PRECISIONS}
     assert said == {
         "auto": None,
-        "exact": None,
+        "exact": b"float",
         "int4_fp8": b"int4_fp8",
         "int4_fp16": b"int4_fp16",
         "int8_fp8": b"int8_fp8",
@@ -175,27 +139,21 @@ def test_what_the_library_says_of_recipes() -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_default_of_a_device(
-    arch: str, pretending: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, installed: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FP8 where its products are single instructions, else FP16."""
-    pretending.set_capability(*ARCHS[arch].capability)
+    installed.set_capability(*ARCHS[arch].capability)
     pack = pack_of_names(standalone_specs(arch), tmp_path / "pack")
     monkeypatch.setenv("SAGE_KERNEL_PACK", str(pack))
     run(Library(tmp_path / "libsage_ort.so"), make_call(9, 9, 128, torch.float16), "auto")
     expected = "int8_fp8" if arch in ("sm_89", "sm_120a") else "int8_fp16"
-    assert f"_{expected}_" in pretending.launches()[-1].symbol
+    assert f"_{expected}_" in installed.launches()[-1].symbol
 
 
 def refused(library: Library, attributes: dict[str, str | float | int]) -> tuple[int, str]:
     with pytest.raises(OrtError) as caught:
         Node(library, torch.float16, attributes)
     return caught.value.code, str(caught.value)
-
-
-def test_exact_is_refused(library: Library) -> None:
-    code, words = refused(library, SCALE | {"recipe": "exact"})
-    assert code == NOT_IMPLEMENTED
-    assert words.startswith("ai.sage::Attention: recipe exact has no CUDA kernel; run with")
 
 
 @pytest.mark.parametrize(
@@ -215,13 +173,13 @@ def test_attributes_are_checked_as_on_a_cpu(
     assert words in said
 
 
-def test_tensors_are_checked_as_on_a_cpu(library: Library, pretending: TestDriver) -> None:
+def test_tensors_are_checked_as_on_a_cpu(library: Library, installed: TestDriver) -> None:
     call = make_call(9, 9, 64, torch.float16)
     mask = torch.ones(8, 9, dtype=torch.bool)
     with pytest.raises(OrtError, match=r"attn_mask has shape \(8, 9\)") as caught:
         run(library, dataclasses.replace(call, attn_mask=mask), "auto")
     assert caught.value.code == INVALID_ARGUMENT
-    assert pretending.launches() == []
+    assert installed.launches() == []
 
 
 @pytest.mark.parametrize(
@@ -235,7 +193,7 @@ def test_tensors_are_checked_as_on_a_cpu(library: Library, pretending: TestDrive
 def test_without_driver_or_pack_there_are_no_operators_for_cuda(
     variables: dict[str, str],
     words: str,
-    pretending: TestDriver,
+    installed: TestDriver,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -256,11 +214,11 @@ def test_without_driver_or_pack_there_are_no_operators_for_cuda(
     Node(library, torch.float16, SCALE).close()
 
 
-def test_a_device_without_kernels(library: Library, pretending: TestDriver) -> None:
-    pretending.set_capability(7, 5)
+def test_a_device_without_kernels(library: Library, installed: TestDriver) -> None:
+    installed.set_capability(7, 5)
     _, said = refused(library, SCALE | {"recipe": "int8_fp8"})
     assert "compute capability 7.5" in said and "CPUExecutionProvider only" in said
-    pretending.set_capability(8, 9)
+    installed.set_capability(8, 9)
     Node(library, torch.float16, SCALE).close()  # a failure is not kept
 
 
@@ -270,14 +228,7 @@ def test_the_device_is_the_sessions(library: Library) -> None:
     assert "no CUDA device 3: the driver has 1" in said
 
 
-def test_a_call_that_there_is_no_kernel_for(library: Library, pretending: TestDriver) -> None:
-    with pytest.raises(OrtError, match="no int8_fp8 kernel for sm_89, float16, head_dim 72") as e:
-        run(library, make_call(9, 9, 72, torch.float16, value_dim=64), "int8_fp8")
-    assert e.value.code == NOT_IMPLEMENTED
-    assert pretending.launches() == []
-
-
-def test_failures_of_a_call(library: Library, pretending: TestDriver) -> None:
+def test_failures_of_a_call(library: Library, installed: TestDriver) -> None:
     """Scratch is given back, nothing is launched without; the next call is as any other."""
     call = make_call(9, 9, 64, torch.float16)
     node = Node(library, torch.float16, SCALE)
@@ -287,26 +238,26 @@ def test_failures_of_a_call(library: Library, pretending: TestDriver) -> None:
         node.run(inputs, outputs, has_memory=False)
     with pytest.raises(OrtError, match="no CUDA stream"):
         node.run(inputs, outputs, stream=0)
-    assert pretending.launches() == []
-    pretending.fail("cuLaunchKernel", 719, 2)
+    assert installed.launches() == []
+    installed.fail("cuLaunchKernel", 719, 2)
     with pytest.raises(OrtError, match=r"sage_key_\w+: cuLaunchKernel: CUDA_ERROR") as caught:
         node.run(inputs, outputs)
     assert caught.value.code == FAIL
-    pretending.reset()
+    installed.reset()
     node.run(inputs, outputs)
-    assert len(pretending.launches()) == 5
+    assert len(installed.launches()) == 5
     node.close()
 
 
 def test_a_library_with_kernels_on_a_device_stays(
-    library: Library, tmp_path: Path, pretending: TestDriver
+    library: Library, tmp_path: Path, installed: TestDriver
 ) -> None:
     """It alone knows of them."""
     Node(library, torch.float16, SCALE).close()
-    held = pretending.held()
+    held = installed.held()
     assert library.unload()
     Node(library, torch.float16, SCALE).close()
-    assert pretending.held() == held
+    assert installed.held() == held
 
 
 def test_a_library_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +272,7 @@ def test_a_library_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_package_may_carry_a_pack(
-    pretending: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    installed: TestDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
     shipped = tmp_path / "package" / "kernels" / "cuda" / "pack"
@@ -332,7 +283,7 @@ def test_the_package_may_carry_a_pack(
         make_call(9, 9, 64, torch.float16),
         "auto",
     )
-    assert len(pretending.launches()) == 5
+    assert len(installed.launches()) == 5
     shutil.rmtree(shipped)
     library = Library(tmp_path / "package" / "onnx" / "runtime" / "other.so")
     assert "there is no kernel pack" in library.cuda_state()

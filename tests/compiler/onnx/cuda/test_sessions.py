@@ -41,5 +41,7 @@ def test_a_session_on_a_cpu(where: Path | None, probe: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert where is None or found["version"] == "1.23.2"
-    assert found["probe"] == [1.0] * 4
+    assert found["probe"] == [1.0] * 6
+    (warning,) = [line for line in done.stderr.splitlines() if "the probe warns" in line]
+    assert "[W:onnxruntime:" in warning and "probe.cpp:7 probe" in warning
     assert found["attention"] == [True] * 3
