@@ -134,6 +134,12 @@ def accepts(compile_command: list[str], flags: list[str], instruction: str) -> b
     return subprocess.run(probe, input=source, text=True, capture_output=True).returncode == 0
 
 
+def standard_of(source: str) -> list[str]:
+    """The operator library is C++17, for the compilers of those who build it into their programs;
+    the CPU kernels are C++20."""
+    return ["-std=c++17"] if ORT in Path(source).parents else []
+
+
 class BuildLibrary(build_ext):
     """Builds a plain shared library where setuptools would build an extension module."""
 
@@ -173,7 +179,7 @@ class BuildLibrary(build_ext):
         os.makedirs(os.path.dirname(library), exist_ok=True)
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
             commands = (
-                [*cxx, *flags, "-c", source, "-o", objects[source]]
+                [*cxx, *flags, *standard_of(source), "-c", source, "-o", objects[source]]
                 for source, flags in flags_of.items()
                 if source not in self.compiled
             )

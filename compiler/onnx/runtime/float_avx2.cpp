@@ -4,6 +4,6 @@
 #include "float_attend.hpp"
 
 namespace sage_ort {
-constinit const FloatKernels kFloatAvx2 = make_float_kernels();
+constexpr FloatKernels kFloatAvx2 = make_float_kernels();
 }
 #endif

@@ -3,5 +3,5 @@
 #include "float_attend.hpp"
 
 namespace sage_ort {
-constinit const FloatKernels kFloatPortable = make_float_kernels();
+constexpr FloatKernels kFloatPortable = make_float_kernels();
 }
