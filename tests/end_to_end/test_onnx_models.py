@@ -20,10 +20,16 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 import sage_compiler as sage
+from sage_compiler.backend import transform
+from sage_compiler.config import parse_options
+from sage_compiler.kernels.cpu.gate import GATES
+from sage_compiler.kernels.cpu.kernel import need
 from sage_compiler.onnx import schema, verify
+from sage_compiler.ops import expecting_emulation
 from tests.tolerances import rel_l1
 
 VOCABULARY = 1000
+LONG = 300  # tokens
 BATCH, LENGTH = "batch", "length"
 
 
@@ -85,7 +91,7 @@ class Diffusion(nn.Module):
             in_channels=4,
             out_channels=4,
             num_layers=2,
-            sample_size=16,
+            sample_size=32,
             patch_size=2,
             num_embeds_ada_norm=10,
         )
@@ -131,7 +137,7 @@ def llama() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    config = transformers.ViTConfig(**SMALL, num_attention_heads=4, image_size=64, patch_size=8)
+    config = transformers.ViTConfig(**SMALL, num_attention_heads=4, image_size=128, patch_size=8)
     return Vision(transformers.ViTModel(config), "last_hidden_state")
 
 
@@ -145,7 +151,7 @@ def whisper() -> nn.Module:
         encoder_ffn_dim=256,
         decoder_ffn_dim=256,
         vocab_size=VOCABULARY,
-        max_source_positions=100,
+        max_source_positions=200,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -162,14 +168,14 @@ SUBJECTS = {
     "llama": Subject(llama, text, TEXT_SIZES, 2, grouped=True),
     "vit": Subject(
         vit,
-        lambda batch, _: {"pixel_values": torch.randn(batch, 3, 64, 64)},
+        lambda batch, _: {"pixel_values": torch.randn(batch, 3, 128, 128)},
         {"pixel_values": {0: BATCH}},
         2,
     ),
     "whisper": Subject(
         whisper,
         lambda batch, length: {
-            "input_features": torch.randn(batch, 80, 200),
+            "input_features": torch.randn(batch, 80, 400),
             "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, length)),
         },
         {"input_features": {0: BATCH}, "decoder_input_ids": {0: BATCH, 1: LENGTH}},
@@ -178,7 +184,7 @@ SUBJECTS = {
     "dit": Subject(
         Diffusion,
         lambda batch, _: {
-            "latents": torch.randn(batch, 4, 16, 16),
+            "latents": torch.randn(batch, 4, 32, 32),
             "timestep": torch.randint(0, 1000, (batch,)),
             "label": torch.randint(0, 9, (batch,)),
         },
@@ -203,29 +209,37 @@ def test_models_run_at_other_sizes(name: str, tmp_path: Path) -> None:
     assert all(node.overload.endswith("grouped") is subject.grouped for node in nodes)
 
     plain, fused = verify.open_plain(path), sage.onnx_session(path)
-    for batch, length in ((2, 40), (3, 17), (1, 90)):
+    for batch, length in ((2, 40), (3, 17), (1, LONG)):
         inputs = subject.inputs(batch, length)
         with torch.no_grad():
             expected = model(**inputs)
-        (exact,), (quantized,) = verify.run(plain, inputs), verify.run(fused, inputs)
+        (exact,), (served,) = verify.run(plain, inputs), verify.run(fused, inputs)
         assert rel_l1(exact, expected) < 1e-5, (batch, length)
-        assert rel_l1(quantized, expected) < 0.02, (batch, length)
+        error = rel_l1(served, expected)
+        assert error < 0.02, (batch, length)
+    if need().isa_name in GATES:
+        assert error > 1e-5  # long enough for `auto` to quantize
 
 
 @pytest.mark.parametrize("recipe", ["int8_fp8", "int8_int8"])
-def test_an_explicit_recipe_is_what_both_compute(recipe: str, tmp_path: Path) -> None:
-    """Not exact, by as much as PyTorch's emulation of the recipe is not."""
+def test_an_explicit_recipe_is_what_pytorch_emulates(recipe: str, tmp_path: Path) -> None:
+    """Nearer to PyTorch's own run of the recipe than that is to exact attention."""
     subject = SUBJECTS["llama"]
     torch.manual_seed(0)
     model = subject.make().eval()
     inputs = subject.inputs(2, 130)
     path = tmp_path / "llama.onnx"
     sage.export_onnx(model, (), path, kwargs=inputs, dynamic_shapes=subject.sizes, precision=recipe)
-    with torch.no_grad():
-        expected = model(**inputs)
-    for session in (verify.open_plain(path), sage.onnx_session(path)):
-        (found,) = verify.run(session, inputs)
-        assert 1e-5 < rel_l1(found, expected) < 0.05
+    rewritten = torch.export.export(model, (), inputs, strict=False).module()
+    transform(rewritten, parse_options({"precision": recipe}))
+    with torch.no_grad(), expecting_emulation():
+        exact, emulated = model(**inputs), rewritten(**inputs)
+    quantization = rel_l1(emulated, exact)
+    (by_function,) = verify.run(verify.open_plain(path), inputs)
+    assert rel_l1(by_function, emulated) < quantization / 3
+    # What the library has nothing less accurate for, it computes as that.
+    (by_library,) = verify.run(sage.onnx_session(path), inputs)
+    assert 1e-5 < rel_l1(by_library, exact) < 1.2 * quantization
 
 
 @pytest.mark.slow
