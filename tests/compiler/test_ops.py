@@ -615,7 +615,7 @@ def fake_kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
         run=run_fake,
     )
     monkeypatch.setattr(registry, "KERNELS", [kernel])
-    monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": "int8_int8"})
+    monkeypatch.setattr(registry, "DEFAULT_RECIPES", {"cpu": lambda problem: "int8_int8"})
     return run_fake
 
 
