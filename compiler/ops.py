@@ -225,17 +225,7 @@ def _serve(
     guard: str,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    problem = Problem(
-        device_type=query.device.type,
-        dtype=query.dtype,
-        head_dim=query.shape[3],
-        value_head_dim=value.shape[3],
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        mask_class=semantics.mask_class,
-        has_mask=attn_mask is not None,
-        device_index=query.device.index or 0,
-    )
+    problem = Problem.of(query, key, value, semantics, attn_mask)
     length, key_length = query.shape[2], key.shape[2]
     served_by = registry.choose(
         recipe, problem, min_seq_len, length, key_length, query.numel() * key_length

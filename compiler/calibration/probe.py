@@ -75,17 +75,7 @@ class Call:
     @property
     def problem(self) -> Problem:
         """What a kernel is asked whether it serves."""
-        return Problem(
-            device_type=self.query.device.type,
-            dtype=self.query.dtype,
-            head_dim=self.query.shape[3],
-            value_head_dim=self.value.shape[3],
-            heads=self.query.shape[1],
-            kv_heads=self.key.shape[1],
-            mask_class=self.semantics.mask_class,
-            has_mask=self.attn_mask is not None,
-            device_index=self.query.device.index or 0,
-        )
+        return Problem.of(self.query, self.key, self.value, self.semantics, self.attn_mask)
 
 
 Attend = Callable[[Call], Tensor]

@@ -16,10 +16,10 @@ from sage_compiler.commands.model import Built, build
 from sage_compiler.config import Options, parse_options
 from sage_compiler.errors import UsageError
 from sage_compiler.onnx.axes import LEAST_EXAMPLE
+from sage_compiler.onnx.standalone import Standalone
 
 _PROGRAM: Final = ".pt2"
 _ONNX: Final = ".onnx"
-_STANDALONE: Final = ("function", "standard", "custom")
 _DESCRIPTION: Final = f"""\
 Export a model, its attention rewritten, to a file whose format its name tells.
 
@@ -90,7 +90,7 @@ def add_command(commands: options.Commands) -> None:
     onnx.add_argument("--opset", type=int, metavar="N", help="20 or higher; default: 21")
     onnx.add_argument(
         "--standalone",
-        choices=_STANDALONE,
+        choices=[str(form) for form in Standalone],
         help="function: nodes of ai.sage::Attention with bodies in standard operators, the "
         "default; standard: these operators alone; custom: the nodes alone",
     )

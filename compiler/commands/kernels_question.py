@@ -51,16 +51,8 @@ class Question:
     @property
     def problem(self) -> Problem:
         """As the operator asks."""
-        return Problem(
-            device_type="cuda",
-            dtype=self.query.dtype,
-            head_dim=self.query.shape[3],
-            value_head_dim=self.value.shape[3],
-            heads=self.query.shape[1],
-            kv_heads=self.key.shape[1],
-            mask_class=self.semantics.mask_class,
-            has_mask=self.attn_mask is not None,
-            capability=self.capability,
+        return Problem.of(
+            self.query, self.key, self.value, self.semantics, self.attn_mask, self.capability
         )
 
     def __str__(self) -> str:

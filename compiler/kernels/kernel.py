@@ -52,6 +52,30 @@ class Problem:
     device_index: int = 0
     capability: tuple[int, int] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        attn_mask: Tensor | None,
+        capability: tuple[int, int] | None = None,
+    ) -> Problem:
+        """That of a call; ``capability`` asks about another GPU, of tensors on the meta device."""
+        return cls(
+            device_type=query.device.type if capability is None else "cuda",
+            dtype=query.dtype,
+            head_dim=query.shape[3],
+            value_head_dim=value.shape[3],
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            mask_class=semantics.mask_class,
+            has_mask=attn_mask is not None,
+            device_index=query.device.index or 0,
+            capability=capability,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Gate:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +30,7 @@ from sage_compiler.config import Options, parse_options
 from sage_compiler.errors import InvalidOptionError, SageError
 from sage_compiler.onnx import axes, schema, training, translate
 from sage_compiler.onnx.body import function
+from sage_compiler.onnx.standalone import Standalone
 from sage_compiler.passes.pipeline import Decision
 from sage_compiler.passes.rewrite import LAYER_KEY
 from sage_compiler.passes.site import AttentionSite
@@ -50,14 +50,6 @@ _DIGEST_LENGTH: Final = 16  # of the name of a file of weights
 
 _STACK_TRACE: Final = "pkg.torch.onnx.stack_trace"
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
-
-
-class Standalone(StrEnum):
-    """How a file stands without the operator library."""
-
-    FUNCTION = "function"  # nodes of ai.sage::Attention, and a local function for each kind
-    STANDARD = "standard"  # standard operators alone
-    CUSTOM = "custom"  # nodes alone: it needs the library
 
 
 def export_onnx(

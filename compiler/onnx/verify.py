@@ -36,7 +36,14 @@ def run(session: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     wanted = {each.name for each in session.get_inputs()}
     given = {name: _to_ort(value) for name, value in inputs.items() if name in wanted}
     outputs: Iterable[Any] = session.run_with_ort_values(None, given)
-    return [torch.utils.dlpack.from_dlpack(output).clone() for output in outputs]
+    return [_from_ort(output) for output in outputs]
+
+
+def _from_ort(value: Any) -> Tensor:
+    # ONNX Runtime 1.23 hands out no DLPack that torch takes, so only what NumPy lacks goes by it.
+    if value.data_type() == "tensor(bfloat16)":
+        return torch.utils.dlpack.from_dlpack(value).clone()
+    return torch.from_numpy(value.numpy())
 
 
 def _to_ort(value: Tensor) -> Any:

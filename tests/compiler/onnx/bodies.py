@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +14,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from sage_compiler.onnx import schema
+from sage_compiler.onnx import schema, verify
 from sage_compiler.onnx.bodies.quantized import (
     KEY_CODES,
     QUERY_CODES,
@@ -125,29 +124,9 @@ def session(model: onnx.ModelProto, *, optimize: bool = True) -> onnxruntime.Inf
 
 
 def run(made: onnxruntime.InferenceSession, call: Call) -> dict[str, Tensor]:
-    """The outputs of a session by name. bfloat16, which NumPy lacks, goes as it is by DLPack."""
-    value = onnxruntime.OrtValue
-    binding = made.io_binding()
-    kept = {}
-    for name, tensor in inputs_of(call).items():
-        tensor = tensor.contiguous()
-        if tensor.dtype == torch.bfloat16:
-            raw = tensor.view(torch.int16).numpy()
-            kept[name] = value.ortvalue_from_numpy_with_onnx_type(raw, TensorProto.BFLOAT16)
-        else:
-            kept[name] = value.ortvalue_from_numpy(tensor.numpy())
-        binding.bind_ortvalue_input(name, kept[name])
-    for output in made.get_outputs():
-        binding.bind_output(output.name)
-    made.run_with_iobinding(binding)
-    found = zip(made.get_outputs(), binding.get_outputs(), strict=True)
-    return {output.name: _tensor(got) for output, got in found}
-
-
-def _tensor(got: Any) -> Tensor:
-    if got.data_type() == "tensor(bfloat16)":
-        return torch.from_dlpack(got)
-    return torch.from_numpy(got.numpy())
+    """The outputs of a session by name."""
+    names = [output.name for output in made.get_outputs()]
+    return dict(zip(names, verify.run(made, inputs_of(call)), strict=True))
 
 
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -185,11 +164,15 @@ def evaluate(model: onnx.ModelProto, call: Call) -> dict[str, Tensor]:
     }
 
 
-def optimized_operators(model: onnx.ModelProto, folder: Path) -> list[str]:
-    """The operators that ONNX Runtime runs in place of the model's, in its order."""
+def optimized_operators(
+    model: onnx.ModelProto, folder: Path, library: str | None = None
+) -> list[str]:
+    """The operators that ONNX Runtime, maybe with a library, runs in place of the model's."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 4
+    if library is not None:
+        options.register_custom_ops_library(library)
     onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

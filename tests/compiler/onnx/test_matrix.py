@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.calls import gaussian, make_call, run_lse
 from tests.compiler.kernels.dense import Call, dense
 from tests.compiler.onnx import bodies
+from tests.compiler.onnx.runtime.models import open_session
 from tests.tolerances import check, check_lse
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -51,31 +51,6 @@ def call_with(mask: str, dtype: torch.dtype) -> Call:
     )
 
 
-def optimized(model: onnx.ModelProto, folder: Path, *, library: bool) -> onnx.ModelProto:
-    """What ONNX Runtime makes of a model before it runs it."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    options.log_severity_level = 4
-    if library:
-        options.register_custom_ops_library(ort_library())
-    onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return onnx.load(folder / "optimized.onnx")
-
-
-def nodes_of_ours(model: onnx.ModelProto) -> int:
-    return sum(node.domain == schema.DOMAIN for node in model.graph.node)
-
-
-def with_library(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.register_custom_ops_library(ort_library())
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("recipe", PRECISIONS)
@@ -98,7 +73,7 @@ def test_function_library_and_pytorch_agree(
     expected, expected_lse = dense(call)
     exact = EXACT if recipe in (AUTO, EXACT) else recipe
     by_function = bodies.run(bodies.session(model), call)
-    by_library = bodies.run(with_library(model), call)
+    by_library = bodies.run(open_session(model), call)
     with expecting_emulation():
         in_pytorch = run_lse(call, recipe)
     for output, lse, row in (
@@ -109,5 +84,6 @@ def test_function_library_and_pytorch_agree(
         assert output.dtype == dtype
         check(output, expected, call.value, row)
         check_lse(lse, expected_lse, row)
-    assert nodes_of_ours(optimized(model, tmp_path, library=True)) == 1
-    assert nodes_of_ours(optimized(model, tmp_path, library=False)) == 0
+    kept = bodies.optimized_operators(model, tmp_path, ort_library())
+    assert kept.count(schema.NAME) == 1 and len(kept) == 1
+    assert schema.NAME not in bodies.optimized_operators(model, tmp_path)

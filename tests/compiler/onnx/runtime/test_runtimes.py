@@ -47,6 +47,9 @@ IN_OLD_RUNTIME = (
     "../test_matrix.py::test_function_library_and_pytorch_agree[auto-none-torch.float32]",
     "../test_matrix.py::test_function_library_and_pytorch_agree[int8_int8-bool-torch.float32]",
     "../test_matrix.py::test_function_library_and_pytorch_agree[int8_fp8-causal-torch.float16]",
+    "../test_export.py::test_the_file_runs_at_other_sizes",
+    "../test_export.py::test_standalone_forms",
+    "../test_export.py::test_large_weights_lie_beside_the_file",
 )
 
 
