@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.testing import assert_allclose
+from onnxruntime import InferenceSession
 
-from benchmarks import budgets, calibration, kernels, onnx
+from benchmarks import budgets, calibration, kernels, onnx, onnx_nodes
 from benchmarks.architectures import transformer
 from benchmarks.cells import MASKS, Cell, accuracy, make_inputs, sage_call, sdpa_call
 from benchmarks.measure import Spread, added, interleave_for, ratio
@@ -100,3 +102,16 @@ def test_files_of_onnx_are_timed_and_compared():
     assert row["microseconds"].keys() == row["cosine"].keys() == row["rel_l1"].keys()
     assert row["rel_l1"][onnx.STOCK] < 1e-5 < row["rel_l1"][onnx.LIBRARY] < 0.02
     assert row["least_cosine"] > 0.999
+    assert 0 < row["attention_share"][onnx.LIBRARY] < 1
+
+
+def test_single_nodes_of_onnx_are_timed():
+    cell = onnx_nodes.Cell(1, 2, 5, 7, 16, True)
+    candidates = {onnx_nodes.CHAIN: (None, False), "auto": ("auto", True)}
+    row = onnx_nodes.time_cell(cell, candidates, 1, 0.01)
+    assert row["us"].keys() == candidates.keys() and row["ratio"]["auto"] > 0
+    given, found = onnx_nodes.inputs_of(cell), []
+    for recipe in (None, "exact"):
+        session = InferenceSession(onnx_nodes.model(cell, recipe))
+        found.append(session.run(None, given)[0])
+    assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
