@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import sage_compiler as sage
 from sage_compiler.report import Report
@@ -127,7 +127,8 @@ def test_the_keyboard_sorts_and_opens(opened: Opened) -> None:
     assert opened.layers() == reverse("layer")
     opened.page.locator("#site-1 summary").focus()
     opened.page.keyboard.press("Enter")
-    assert opened.page.locator("#site-1 svg").count() == 2
+    # What is opened is drawn when the browser tells of it, which is later than the key.
+    expect(opened.page.locator("#site-1 svg")).to_have_count(2)
 
 
 def test_filters(opened: Opened) -> None:

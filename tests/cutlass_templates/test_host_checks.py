@@ -121,9 +121,11 @@ OUTSIDE = "outside of the memory that the kernel may touch"
 def test_an_access_that_is_off_is_found(
     host: Host, kernel: str, distance: int, message: str
 ) -> None:
-    memory = torch.zeros(1024, dtype=torch.int32)
+    # Two parts of one buffer: which of them is the nearer one is not for the allocator to say.
+    around = torch.zeros(4096, dtype=torch.int32).numpy()
+    memory = torch.frombuffer(around, dtype=torch.int32, count=1024, offset=4096)
     host.allow(memory, writable=True)
-    host.allow(torch.zeros(16), writable=True)
+    host.allow(torch.frombuffer(around, dtype=torch.int32, count=16, offset=16000), writable=True)
     arguments = (image(), kernel, 1, 128, 4096)
     host.launch(*arguments, struct.pack("Pq", memory.data_ptr(), 0))
     with pytest.raises(RuntimeError, match=message) as error:
