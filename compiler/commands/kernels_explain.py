@@ -21,7 +21,7 @@ from sage_compiler.kernels.cuda import dispatch
 from sage_compiler.kernels.cuda.arch import ARCHS, Arch, arch_of
 from sage_compiler.kernels.cuda.kernel import has_softcap
 from sage_compiler.kernels.cuda.sizes import Sizes, arrange
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
 from sage_compiler.ops import SHIPPED_GATE
@@ -216,7 +216,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         ]
         about["tile"] = {
             "queries": TILE_MMA.q_block,
-            "keys": TILE_MMA.kv_block,
+            "keys": attend.keys,
             "warp_rows": attend.warp_rows,
             "stages": attend.stages,
             "reason": _geometry_reason(found.arch, found.kernels),
@@ -249,7 +249,7 @@ def _lines(question: Question, found: Answer) -> list[str]:
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
-            f"tile: {TILE_MMA.q_block} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
+            f"tile: {TILE_MMA.q_block} queries and {attend.keys} keys, {attend.warp_rows} "
             f"queries a warp, {attend.stages} stages"
         )
         lines += wrap(
@@ -319,7 +319,11 @@ def _launches(arch: Arch, kernels: Variant, sizes: Sizes) -> list[tuple[KernelSp
 
 
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:
-    return arch.geometry(max(kernels.attend.head_dim, kernels.attend.value_head_dim)).reason
+    attend = kernels.attend
+    longest = max(attend.head_dim, attend.value_head_dim)
+    if isinstance(attend, HopperAttendSpec):
+        return arch.ring(longest).reason
+    return arch.geometry(longest).reason
 
 
 def _caveat(arch: Arch) -> str:

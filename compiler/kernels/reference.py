@@ -103,7 +103,8 @@ def attention(
     v = quantize_value(value, seen.reachable, seen.counted, recipe)
 
     state = _start(query, value_dim)
-    for start, stop in visible_tiles(band, query_length, key_length, width):
+    at_once = width * recipe.tile.softmax_blocks
+    for start, stop in visible_tiles(band, query_length, key_length, at_once):
         state = _step(state, scores.tile(start, stop), v.tile(start, stop), recipe)
 
     output = state.output / state.total.unsqueeze(-1)

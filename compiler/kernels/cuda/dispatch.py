@@ -50,8 +50,9 @@ def decide(
     for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
         if not 1 <= size <= HEAD_DIMS[-1]:
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
-    if accumulator not in accumulators(recipe):
-        return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
+    possible = accumulators(arch, recipe)
+    if accumulator not in possible:
+        return f"{recipe} on {arch} accumulates in {', '.join(possible)}, not in {accumulator}"
     return variant(
         arch,
         dtype,

@@ -16,6 +16,7 @@ from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
     AttendSpec,
+    HopperAttendSpec,
     KernelSpec,
     KeySpec,
     QuerySpec,
@@ -41,7 +42,7 @@ class Variant:
     query: QuerySpec
     key: KeySpec
     value: ValueSpec
-    attend: AttendSpec
+    attend: AttendSpec | HopperAttendSpec
 
     def specs(self) -> tuple[KernelSpec, ...]:
         """All of them."""
@@ -73,13 +74,25 @@ def variant(
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
-    geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
-    return Variant(
-        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
-        query=QuerySpec(arch, dtype, padded, qk),
-        key=KeySpec(arch, dtype, padded, qk),
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
-        attend=AttendSpec(
+    longest = max(key_dim, value_dim)
+    wgmma = ARCHS[arch].uses_wgmma(recipe)
+    attend: AttendSpec | HopperAttendSpec
+    if wgmma:
+        ring = ARCHS[arch].ring(longest)
+        attend = HopperAttendSpec(
+            arch,
+            dtype,
+            key_dim,
+            value_dim,
+            window,
+            masked,
+            softcap,
+            tiles=ring.masked_tiles if masked else ring.tiles,
+            stages=ring.stages,
+        )
+    else:
+        geometry = ARCHS[arch].geometry(longest)
+        attend = AttendSpec(
             arch,
             dtype,
             key_dim,
@@ -92,7 +105,13 @@ def variant(
             accumulator,
             warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
             stages=geometry.stages,
-        ),
+        )
+    return Variant(
+        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
+        query=QuerySpec(arch, dtype, padded, qk, wgmma),
+        key=KeySpec(arch, dtype, padded, qk, wgmma),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, wgmma),
+        attend=attend,
     )
 
 
@@ -100,9 +119,9 @@ def _least_dim(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def accumulators(recipe: str) -> tuple[Accumulator, ...]:
+def accumulators(arch: str, recipe: str) -> tuple[Accumulator, ...]:
     """The accumulators that there are kernels for, the default one first."""
-    if RECIPES[recipe].pv is Format.FP8:
+    if RECIPES[recipe].pv is Format.FP8 and not ARCHS[arch].uses_wgmma(recipe):
         return (Accumulator.FP32, Accumulator.FP16)
     return (Accumulator.FP32,)
 
@@ -112,7 +131,7 @@ def variants(arch: str) -> Iterator[Variant]:
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
             for recipe in ARCHS[arch].recipes:
-                for accumulator in accumulators(recipe):
+                for accumulator in accumulators(arch, recipe):
                     yield variant(arch, dtype, head_dim, recipe, accumulator)
 
 

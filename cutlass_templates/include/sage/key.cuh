@@ -8,7 +8,8 @@
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim>
+// With kPanels, codes are in the order that wgmma reads.
+template <class Input, class Format, int kHeadDim, bool kPanels>
 struct QuantizeKey {
     using Params = KeyParams;
     using At = Position<kHeadDim>;
@@ -16,6 +17,7 @@ struct QuantizeKey {
     static constexpr int kParts = At::kRows / kKeyGroups;  // rows of threads that share a group
     static constexpr int kRowFloats = kHeadDim + 4;        // padded against bank conflicts
     static constexpr bool kDelta = Format::kBits == 4;
+    using Codes = Order<kPanels, kKeyBlock, kHeadDim * Format::kBits / 8>;
 
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
@@ -75,8 +77,8 @@ struct QuantizeKey {
         }
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            store_codes<Format, kHeadDim>(p.codes + task * p.tile_bytes, t * At::kRows + at.row,
-                                          at.channel, key[t], scale);
+            store_codes<Format, Codes>(p.codes + task * p.tile_bytes, t * At::kRows + at.row,
+                                       at.channel, key[t], scale);
         }
         if constexpr (kDelta) store_delta(p, head, block.inner, smoothed);
     }

@@ -7,12 +7,14 @@
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim, bool kHalfAccumulator>
+// With kPanels, codes are in the order that wgmma reads.
+template <class Input, class Format, int kHeadDim, bool kHalfAccumulator, bool kPanels>
 struct QuantizeValue {
     using Params = ValueParams;
     using At = Position<kHeadDim>;
     static constexpr int kTokens = kKeyBlock / At::kRows;
     static constexpr int kRowFloats = kHeadDim + 4;  // padded against bank conflicts
+    using Codes = Order<kPanels, kHeadDim, kKeyBlock * Format::kBits / 8>;
     static constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Format::kLimit;
     static_assert(!kHalfAccumulator || Format::kBits == 8, "a mode of E4M3");
 
@@ -108,7 +110,7 @@ struct QuantizeValue {
                         arch::pack_half(at_token(column, token), at_token(column, token + 1));
                 }
             }
-            arch::store_global(reinterpret_cast<uint4*>(tile) + channel * kParts + part,
+            arch::store_global(reinterpret_cast<uint4*>(tile + Codes::offset(channel, part * 16)),
                                make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
     }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
@@ -86,9 +87,11 @@ def replacing(old: str, new: str) -> Callable[[str], str]:
     return change
 
 
-def named(recipe: str, accumulator: Accumulator) -> Recipe:
+def named(recipe: str, accumulator: Accumulator, softmax_blocks: int = 1) -> Recipe:
     """The recipe that the reference computes."""
-    return replace(RECIPES[recipe], accumulator=accumulator)
+    found = RECIPES[recipe]
+    tile = replace(found.tile, softmax_blocks=softmax_blocks)
+    return replace(found, accumulator=accumulator, tile=tile)
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ def attend(
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
     seed: int = 0,
+    arch: str = ARCH,
 ) -> Result:
     """Run one attention.
 
@@ -123,6 +127,7 @@ def attend(
         kernels: other than ``loader()``.
         change: of what is launched.
         seed: of the order in which threads and blocks run.
+        arch: the one whose kernels run.
 
     Raises:
         DriverError: a check failed.
@@ -130,6 +135,7 @@ def attend(
     here = the_host()
     here.reset()
     here.seed(seed)
+    here.set_capability(*ARCHS[arch].capability)
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
@@ -146,10 +152,10 @@ def attend(
     for tensor in (output, lse):
         if tensor is not None:
             here.allow(tensor, writable=True)
-    target = kernel.Target(ARCH, 0, 0, kernels or loader(), allocate)
+    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate)
     dtype = str(call.query.dtype).removeprefix("torch.")
     kernels_of_call = variant(
-        ARCH,
+        arch,
         dtype,
         call.query.shape[3],
         recipe,
