@@ -9,12 +9,13 @@ import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import ClassVar, Final
 
 from sage_compiler.kernels.cuda import params
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
+from sage_compiler.semantics import RotaryPairs
 
 HEAD_DIMS: Final = (32, 64, 96, 128, 192, 256)
 """What the products are made for; what is between is filled up with zeros."""
@@ -47,7 +48,7 @@ class KernelSpec(ABC):
     @property
     def symbol(self) -> str:
         """The name of the kernel in its binary, unique among all specs; also a file's name."""
-        values = (str(getattr(self, field.name)) for field in fields(self))
+        values = (str(getattr(self, each.name)) for each in fields(self))
         return "_".join(("sage", self.kind, *values))
 
     @property
@@ -144,7 +145,7 @@ class QuerySpec(_QuantizerSpec):
     """
 
     qk: Format
-    panels: bool = False
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
@@ -171,7 +172,7 @@ class KeySpec(_QuantizerSpec):
     """Smoothing and quantization of K; INT4 comes with Q smoothing, so with its term of K."""
 
     qk: Format
-    panels: bool = False
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "key"
     template: ClassVar[str] = "QuantizeKey"
@@ -193,13 +194,60 @@ class KeySpec(_QuantizerSpec):
         )
 
 
+_READERS: Final[Mapping[RotaryPairs, str]] = MappingProxyType(
+    {
+        RotaryPairs.HALF: "sage::Rotated<sage::RotaryPairs::kHalves>",
+        RotaryPairs.INTERLEAVED: "sage::Rotated<sage::RotaryPairs::kInterleaved>",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryStatisticsSpec(StatisticsSpec):
+    """Of a K that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.STATISTICS)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryStatisticsSpec, self).arguments, _READERS[self.rotary])
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryQuerySpec(QuerySpec):
+    """Of a Q that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.QUERY)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryQuerySpec, self).arguments, _READERS[self.rotary])
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryKeySpec(KeySpec):
+    """Of a K that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.KEY)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryKeySpec, self).arguments, _READERS[self.rotary])
+
+
 @dataclass(frozen=True, slots=True)
 class ValueSpec(_QuantizerSpec):
     """Quantization of V, transposed, in the order of tokens that P has; ``head_dim`` is V's."""
 
     pv: Format
     accumulator: Accumulator = Accumulator.FP32
-    panels: bool = False
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "value"
     template: ClassVar[str] = "QuantizeValue"
