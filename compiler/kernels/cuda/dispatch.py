@@ -18,6 +18,7 @@ from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, QUERY_BLOCK, Quer
 from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
 from sage_compiler.kernels.kernel import CLOSED, Gate
 from sage_compiler.precision import RECIPES, Accumulator
+from sage_compiler.semantics import RotaryPairs
 
 
 @functools.cache
@@ -32,6 +33,8 @@ def decide(
     masked: bool = False,
     softcap: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
     tile: QueryTile = QUERY_BLOCK,
 ) -> Variant | str:
     """The kernels of one attention, or in one sentence why there are none.
@@ -46,6 +49,7 @@ def decide(
         masked: whether there is an explicit mask.
         softcap: whether there is a softcap that does something.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
+        rotary_query, rotary_key: how Q and K are rotated as they are read, if they are.
         tile: what a block of the attention kernel does; ``plan`` finds it.
     """
     lack = lacking(arch, recipe)
@@ -68,6 +72,8 @@ def decide(
         window=window,
         masked=masked,
         softcap=softcap,
+        rotary_query=rotary_query,
+        rotary_key=rotary_key,
         tile=tile,
     )
 
@@ -93,6 +99,8 @@ def plan(
     masked: bool = False,
     softcap: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
 ) -> Plan | str:
     """As ``decide``, with the cut for these sizes.
 
@@ -111,6 +119,8 @@ def plan(
             masked=masked,
             softcap=softcap,
             accumulator=accumulator,
+            rotary_query=rotary_query,
+            rotary_key=rotary_key,
             tile=tile,
         )
 

@@ -21,6 +21,7 @@ from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, KernelSpec, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
 from sage_compiler.semantics import UNBOUNDED
 from tests.compiler.kernels.dense import Call
@@ -57,32 +58,28 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(where: str, change: Callable[[str], str]) -> Loader:
+def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
     """Kernels of which those of one kind have a header changed; their images are not kept.
 
     Args:
-        where: a kind, whose header is changed, or "kind/header", one that this includes.
+        header: which; by default that of the kind's template, which includes it otherwise.
     """
-    kind = where.split("/")[0]
+    folder = host.TEMPLATES / "include" / "sage"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
         if spec.kind == kind:
-            *outer, changed = where.split("/")
-            for header in outer:
-                source = inlined(source, header, lambda same: same)
-            source = inlined(source, changed, change)
+            text = (folder / f"{header or kind}.cuh").read_text()
+            changed = change(text)
+            assert changed != text, "there is nothing to break"
+            for name in dict.fromkeys((kind, header or kind)):
+                include = f"#include <sage/{name}.cuh>"
+                assert include in source
+                own = changed if name == (header or kind) else (folder / f"{name}.cuh").read_text()
+                source = source.replace(include, own.replace("#pragma once", ""))
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
-
-
-def inlined(source: str, header: str, change: Callable[[str], str]) -> str:
-    """A source with a header in the place of its inclusion, changed."""
-    text = (host.TEMPLATES / "include" / "sage" / f"{header}.cuh").read_text()
-    include = f"#include <sage/{header}.cuh>"
-    assert include in source
-    return source.replace(include, change(text).replace("#pragma once", ""))
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:
@@ -129,6 +126,8 @@ def attend(
     tile: QueryTile = QUERY_BLOCK,
     splits: int = 1,
     seed: int = 0,
+    rotary: Rotary | None = None,
+    launches: int | None = None,
 ) -> Result:
     """Run one attention.
 
@@ -137,6 +136,8 @@ def attend(
         change: of what is launched.
         tile, splits: how the products are cut.
         seed: of the order in which threads and blocks run.
+        rotary: how Q and K are rotated.
+        launches: how many of its kernels to run, the first ones; by default all.
 
     Raises:
         DriverError: a check failed.
@@ -147,6 +148,9 @@ def attend(
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
+    for tables in () if rotary is None else (rotary.query, rotary.key):
+        for table in () if tables is None else (tables.cosine, tables.sine):
+            here.allow(table, writable=False)
     scratch: list[Tensor] = []
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -172,6 +176,8 @@ def attend(
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
         softcap=kernel.has_softcap(call.semantics),
+        rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
+        rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
         tile=tile,
     )
     running = kernel.Call(
@@ -185,13 +191,15 @@ def attend(
         lse,
         call.sinks,
         call.attn_mask,
+        rotary,
         splits,
     )
     if running.mask is not None:
         mask = running.mask
         for read in (mask.values, mask.tiles, mask.live, mask.keys, mask.counts):
             here.allow(read, writable=False)
-    running.run()
+    for step in running.steps()[:launches]:
+        step()
     return Result(output, lse, running, scratch)
 
 

@@ -334,7 +334,8 @@ DECODE = make_call(5, 514, 64, torch.float16, kv_heads=2, group=3, seed=1, mask_
     ],
 )  # fmt: skip
 def test_broken_parts_and_rows_are_noticed(where: str, old: str, new: str) -> None:
-    kernels = broken(where, replacing(old, new))
+    kind, _, header = where.partition("/")
+    kernels = broken(kind, replacing(old, new), header)
     # DriverError: what is read outside of the tensors ends the launch.
     with pytest.raises((AssertionError, DriverError)):
         assert_right(DECODE, "int4_fp16", splits=4, kernels=kernels)
@@ -349,7 +350,7 @@ def test_heads_of_a_mask_left_out_are_noticed() -> None:
     change = replacing("p_.tiles.head_stride == 0 ? 1 : static_cast<int>(p_.group)", "1")
     with pytest.raises(AssertionError):
         assert_right(
-            call, "int4_fp16", change=windowed, kernels=broken("attend/query_rows", change)
+            call, "int4_fp16", change=windowed, kernels=broken("attend", change, "query_rows")
         )
 
 
