@@ -105,35 +105,9 @@ def _attention(
         recipe, extras = "exact", ()
     if recipe == "exact" and dead_rows == "zero" and not extras:
         is_causal = _PLAIN.get(mask_class)
-        if is_causal is not None and (attn_mask is None or not is_causal):
-            shape, key_shape = query.shape, key.shape
-            if (
-                len(shape) == 4
-                and len(key_shape) == 4
-                and shape[0] == key_shape[0]
-                and shape[3] == key_shape[3]
-                and key_shape[1]
-                and key_shape == value.shape
-                and query.dtype in DTYPES
-                and (attn_mask is None or attn_mask.dim() in (2, 3, 4))
-                and (scale is None or -inf < scale < inf)
-                and forward_ad._current_level < 0
-            ):
-                try:
-                    output = F.scaled_dot_product_attention(
-                        query,
-                        key,
-                        value,
-                        attn_mask,
-                        0.0,
-                        is_causal,
-                        scale=scale,
-                        enable_gqa=shape[1] != key_shape[1],
-                    )
-                except RuntimeError:
-                    # In our words where the arguments are wrong; else it is not ours to say.
-                    check_arguments(query, key, value, attn_mask)
-                    raise
+        if is_causal is not None:
+            output = plain(query, key, value, attn_mask, is_causal, scale)
+            if output is not None:
                 strides = output.stride()
                 # Those of query, where its batch is outermost: in the promised layout already.
                 if strides == query.stride() and strides[0] >= max(strides) and strides[3] == 1:
@@ -142,6 +116,53 @@ def _attention(
     return _general(
         query, key, value, attn_mask, mask_class, scale, recipe, dead_rows, *rest, want_lse=False
     )[0]
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """Exact attention by scaled_dot_product_attention alone, in whatever layout it likes.
+
+    None where that would not be the same as the operator: for what it does not take, and for what
+    it takes and the operator refuses.
+
+    Raises:
+        InvalidAttentionError: arguments that do not describe an attention.
+    """
+    shape, key_shape = query.shape, key.shape
+    if not (
+        len(shape) == 4
+        and len(key_shape) == 4
+        and shape[0] == key_shape[0]
+        and shape[3] == key_shape[3]
+        and key_shape[1]
+        and key_shape == value.shape
+        and query.dtype in DTYPES
+        and (attn_mask is None or (attn_mask.dim() in (2, 3, 4) and not is_causal))
+        and (scale is None or -inf < scale < inf)
+        and forward_ad._current_level < 0
+    ):
+        return None
+    try:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale=scale,
+            enable_gqa=shape[1] != key_shape[1],
+        )
+    except RuntimeError:
+        # In our words where the arguments are wrong; else it is not ours to say.
+        check_arguments(query, key, value, attn_mask)
+        raise
 
 
 def is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
