@@ -100,8 +100,9 @@ def attention(
         mask_class, left, right = parse_band(is_causal, causal, window)
     cu_q, cu_k = (None, None) if cu_seqlens is None else _both_sides(cu_seqlens)
     arguments = (
-        query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
-        left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
+        query, key, value, attn_mask, mask_class, scale, precision,
+        ops.SHIPPED_GATE if precision == AUTO else 0,
+        "zero", softcap, sinks, left, right, cu_q, cu_k,
     )  # fmt: skip
     if not return_lse:
         output: Tensor = _attention(*arguments)
