@@ -64,11 +64,11 @@ class Call:
                 str(s.mask_class),
                 s.scale,
                 recipe,
-                str(s.dead_rows),
-                s.softcap,
-                self.sinks,
-                s.window_left,
-                s.window_right,
+                dead_rows=str(s.dead_rows),
+                softcap=s.softcap,
+                sinks=self.sinks,
+                window_left=s.window_left,
+                window_right=s.window_right,
             )
         return output
 
