@@ -25,6 +25,7 @@ from sage_compiler.kernels.cuda.spec import (
     HopperAttendSpec,
     KernelSpec,
     KeySpec,
+    MergeSpec,
     OperandSpec,
     QuerySpec,
     StatisticsSpec,
@@ -179,7 +180,7 @@ def is_default(spec: KernelSpec) -> bool:
             return qk is recipe.qk
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec() | PreparationSpec():
+        case StatisticsSpec() | MergeSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 
