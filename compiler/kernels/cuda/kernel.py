@@ -7,7 +7,8 @@ quantized, then the fused attention. Nothing is copied: inputs are read with the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log, nan
 from typing import Final
@@ -20,16 +21,16 @@ from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
+from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Sizes, Span, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.precision import Accumulator
-from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
+from sage_compiler.semantics import UNBOUNDED, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
-_LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
+LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
 
 Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
@@ -91,14 +92,7 @@ def attention(
             neither found nor compiled here, or would have to be loaded while a CUDA graph is
             captured.
     """
-    with torch.cuda.device(query.device):
-        index = query.device.index or 0
-        target = Target(
-            _arch(index),
-            index,
-            torch.cuda.current_stream(query.device).cuda_stream,
-            default_loader(),
-        )
+    with on_device(query.device) as target:
         return run(
             target,
             query,
@@ -110,6 +104,19 @@ def attention(
             attn_mask=attn_mask,
             sinks=sinks,
         )
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[Target]:
+    """The current stream of a device, which is the current device meanwhile.
+
+    Raises:
+        KernelUnavailableError: there are no kernels for it, or no driver.
+    """
+    with torch.cuda.device(device):
+        index = device.index or 0
+        stream = torch.cuda.current_stream(device).cuda_stream
+        yield Target(_arch(index), index, stream, default_loader())
 
 
 def run(
@@ -204,7 +211,7 @@ class Call:
         self.group = self.heads // self.kv_heads
         self.scale = semantics.scale_for(head_dim)
 
-        # Query i sees the keys i + lower to i + upper; all keys that one sees count.
+        # All keys that a query sees count.
         visible = semantics.band(self.query_length, self.key_length)
         self.mask = None
         if attn_mask is not None:
@@ -217,13 +224,14 @@ class Call:
                 self.query_length,
                 self.key_length,
             )
-        band = visible or Band(None, None, 0)
-        self.lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
-        self.upper = FAR if band.right is None else min(FAR, band.offset + band.right)
-        self.first_key = min(self.key_length, max(0, self.lower))
-        self.end_key = max(self.first_key, min(self.key_length, self.query_length + self.upper))
-        self.first_live = min(self.query_length, max(0, -self.upper))
-        self.end_live = max(self.first_live, min(self.query_length, self.key_length - self.lower))
+        (
+            self.lower,
+            self.upper,
+            self.first_key,
+            self.end_key,
+            self.first_live,
+            self.end_live,
+        ) = Span.of(visible, self.query_length, self.key_length)
         self._blocks = sizes.blocks()
 
         self.tile: KeyValueTile = kernels.attend.tile
@@ -254,8 +262,8 @@ class Call:
 
     def _statistics(self) -> None:
         packed = params.STATISTICS.pack(
-            *_tensor(self.key),
-            *_tensor(self.value),
+            *strided(self.key),
+            *strided(self.value),
             self.key_sums,
             self.value_amax,
             *self._key_flags(),
@@ -270,7 +278,7 @@ class Call:
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
-            *_tensor(self.query),
+            *strided(self.query),
             self.key_sums,
             self.query_codes,
             self.query_scales,
@@ -294,7 +302,7 @@ class Call:
 
     def _key(self) -> None:
         packed = params.KEY.pack(
-            *_tensor(self.key),
+            *strided(self.key),
             self.key_sums,
             self.means,
             self.tiles,
@@ -314,7 +322,7 @@ class Call:
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
-            *_tensor(self.value),
+            *strided(self.value),
             self.value_amax,
             self.tiles + self.tile.value_offset,
             self.value_scales,
@@ -352,7 +360,8 @@ class Call:
             self.lower,
             self.upper,
             self.value.shape[3],
-            max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
+            self.key_blocks,
+            max(self.semantics.softcap or 0.0, LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
         self.target.launch(self.kernels.attend, self._blocks[4], packed)
@@ -364,8 +373,8 @@ class Call:
         return 0 if self.mask is None else self.mask.counts.data_ptr()
 
 
-def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    """Data, strides, channels."""
+def strided(tensor: Tensor) -> tuple[int, ...]:
+    """``struct Strided`` of a tensor of 4 dims."""
     return (tensor.data_ptr(), *tensor.stride(), tensor.shape[3])
 
 

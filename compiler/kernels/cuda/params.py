@@ -12,12 +12,18 @@ from typing import Final
 _TENSOR: Final = "P5q"
 _FLAGS: Final = "P3q"
 _MASK: Final = "P5q"
+_STAGED: Final = "P3q"
 
 STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
 QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
-ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}13q2f")
+
+# Of a cache.
+KEY_MEAN: Final = struct.Struct(f"@{_TENSOR}{_STAGED}P3q")
+APPEND: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}{_STAGED}{_STAGED}2P7q")
+DELTA: Final = struct.Struct("@4P4q")
 
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.
 MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")

@@ -9,6 +9,7 @@ from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels.cuda.spec import padded_dim
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
+from sage_compiler.semantics import Band
 
 FAR: Final = 1 << 30  # beyond any length, and twice of it within 32 bits
 ALIGNMENT: Final = 256  # of each part of the scratch memory, in bytes
@@ -92,6 +93,39 @@ class Sizes(NamedTuple):
             kv_heads * self.key_blocks * attend.tile.bytes,
             kv_heads * padded_value * _FLOAT_BYTES,
             delta if smooths_query else 0,
+        )
+
+
+class Span(NamedTuple):
+    """What a band shows: query i sees the keys i + lower to i + upper.
+
+    Attributes:
+        first_key, end_key: the keys that some query sees.
+        first_live, end_live: the queries that see a key.
+    """
+
+    lower: int
+    upper: int
+    first_key: int
+    end_key: int
+    first_live: int
+    end_live: int
+
+    @classmethod
+    def of(cls, visible: Band | None, query_length: int, key_length: int) -> Span:
+        """That of a band, None: of everything, with lengths as ``Sizes`` takes them."""
+        band = visible or Band(None, None, 0)
+        lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
+        upper = FAR if band.right is None else min(FAR, band.offset + band.right)
+        first_key = min(key_length, max(0, lower))
+        first_live = min(query_length, max(0, -upper))
+        return cls(
+            lower,
+            upper,
+            first_key,
+            max(first_key, min(key_length, query_length + upper)),
+            first_live,
+            max(first_live, min(query_length, key_length - lower)),
         )
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     QuerySpec,
     StatisticsSpec,
@@ -90,9 +93,64 @@ def variant(
             qk,
             pv,
             accumulator,
+            tile_scales=False,
             warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
             stages=geometry.stages,
         ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheVariant:
+    """The kernels of a cache: ``key_mean`` and ``append`` of new tokens, the others of attention.
+
+    Attributes:
+        delta: with INT4, which comes with Q smoothing.
+    """
+
+    key_mean: KeyMeanSpec
+    append: AppendSpec
+    query: QuerySpec
+    delta: DeltaSpec | None
+    attend: AttendSpec
+
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """All of them, in the order of their launches."""
+        delta = () if self.delta is None else (self.delta,)
+        return (self.key_mean, self.append, self.query, *delta, self.attend)
+
+
+@functools.cache
+def cache_variant(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    recipe: str,
+    *,
+    value_head_dim: int | None = None,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+) -> CacheVariant:
+    """The kernels of a cache, with arguments as of ``variant``."""
+    found = variant(
+        arch,
+        dtype,
+        head_dim,
+        recipe,
+        value_head_dim=value_head_dim,
+        window=window,
+        masked=masked,
+        softcap=softcap,
+    )
+    attend = replace(found.attend, tile_scales=True)
+    padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+    return CacheVariant(
+        key_mean=KeyMeanSpec(arch, dtype, padded),
+        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        query=found.query,
+        delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
+        attend=attend,
     )
 
 
@@ -131,6 +189,20 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
 
 
+def cache_variants(arch: str) -> Iterator[CacheVariant]:
+    """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
+    for recipe in ARCHS[arch].recipes:
+        for head_dim in HEAD_DIMS:
+            yield cache_variant(arch, "bfloat16", head_dim, recipe)
+        yield cache_variant(arch, "float16", 128, recipe)
+        yield cache_variant(arch, "float32", 128, recipe)
+        yield cache_variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
+        yield cache_variant(arch, "bfloat16", 64, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, window=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
+
+
 def standalone_variants(arch: str) -> Iterator[Variant]:
     """What a host needs that cannot compile: every mask and softcap, and more dims."""
     for dtype in PACKED_DTYPES:
@@ -160,4 +232,5 @@ def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     if not further:
         return tuple(packed)
     others = dict.fromkeys(spec for each in further_variants(arch) for spec in each.specs())
+    others |= dict.fromkeys(spec for each in cache_variants(arch) for spec in each.specs())
     return tuple(spec for spec in others if spec not in packed)

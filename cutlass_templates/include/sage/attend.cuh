@@ -16,7 +16,7 @@
 namespace sage {
 
 template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow, bool kMasked,
-          bool kSoftcap, bool kHalfAccumulator, int kWarpRows, int kStages>
+          bool kSoftcap, bool kHalfAccumulator, bool kTileScales, int kWarpRows, int kStages>
 class Attend {
  public:
     using Params = AttendParams;
@@ -25,8 +25,13 @@ class Attend {
     static_assert(kWarpRows == 16 || kWarpRows == kQueryWarp);
     static constexpr bool kDelta = Qk::kBits == 4;  // Q was smoothed
     using QueryTile = Tile<kQueryBlock, padded_dim(kHeadDim) * Qk::kBits / 8>;
+    // Scales of V are those of a head, in memory, or with kTileScales those of a tile, inside of
+    // it, but none for a V that FP16 holds as it is.
+    static constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+    static constexpr bool kScaledProduct = kTileScales && !(Pv::kBits == 16 && kHalfOutput);
     // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it.
-    using Packed = KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim)>;
+    using Packed =
+        KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim), kScaledProduct>;
     using KeyTile = typename Packed::Key;
     using ValueTile = typename Packed::Value;
     static constexpr int kDeltaBytes = kDelta ? kKeyBlock * sizeof(float) : 0;
@@ -151,7 +156,7 @@ class Attend {
                 Weights weights;
                 float decay[kBands][kHalves];
                 softmax(weights, decay, scores, query_scale, tile, shown, stage(now));
-                multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+                multiply_weights_value(weights, decay, stage(now));
             }
 
             now = now + 1 == kStages ? 0 : now + 1;
@@ -197,13 +202,20 @@ class Attend {
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
         char const* const packed = static_cast<char const*>(p_.key_value_tiles) +
-                                   (kv_head_ * p_.key_blocks + tile) * Packed::kBytes;
+                                   (kv_head_ * p_.head_tiles + tile) * Packed::kBytes;
         char* const to = stage(place);
         KeyTile::template copy_async<kThreads>(to, packed);
         ValueTile::template copy_async<kThreads, kValueDim>(to + Packed::kValueOffset,
                                                             packed + Packed::kValueOffset);
         if (arch::thread_index() == 0) {
             arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
+        }
+        if constexpr (kScaledProduct) {
+            int const byte = arch::thread_index() * kAccessBytes;
+            if (byte < Packed::kValueScalesBytes) {
+                arch::copy_async(to + Packed::kValueScalesOffset + byte,
+                                 packed + Packed::kValueScalesOffset + byte);
+            }
         }
         if constexpr (kDelta) {
             int const byte = arch::thread_index() * kAccessBytes;
@@ -426,14 +438,15 @@ class Attend {
     }
 
     // output = output * decay + P V. E4M3 tensor cores keep fewer bits of an accumulator than a
-    // float has, so there the product of a tile has one of its own.
+    // float has, so there the product of a tile has one of its own, as where its V has scales.
     SAGE_DEVICE void multiply_weights_value(Weights const& weights,
                                             float const (&decay)[kBands][kHalves],
-                                            char const* value_tile) {
+                                            char const* stage) {
+        char const* const value_tile = stage + Packed::kValueOffset;
         int const of_lane = ValueTile::of_lane();
         SAGE_UNROLL
         for (int pair = 0; pair < kChannelAtoms / 2; ++pair) {
-            if constexpr (Pv::kBits == 16) {
+            if constexpr (Pv::kBits == 16 && !kScaledProduct) {
                 decay_output(decay, pair);
                 SAGE_UNROLL
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
@@ -445,7 +458,7 @@ class Attend {
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
                     add_product(product, 0, weights, value_tile, of_lane, pair, step);
                 }
-                decay_output(decay, pair, product);
+                decay_output(decay, pair, product, stage);
             }
         }
     }
@@ -478,20 +491,33 @@ class Attend {
 
     template <class Product>
     SAGE_DEVICE void decay_output(float const (&decay)[kBands][kHalves], int pair,
-                                  Product const& product) {
+                                  Product const& product, char const* stage) {
         SAGE_UNROLL
-        for (int band = 0; band < kBands; ++band) {
+        for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            float2 scale;
+            if constexpr (kScaledProduct) scale = scale_of_tile(stage, 2 * pair + of_pair);
             SAGE_UNROLL
-            for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            for (int band = 0; band < kBands; ++band) {
                 SAGE_UNROLL
                 for (int half = 0; half < kHalves; ++half) {
-                    float2 const sum = in_float(product[band][of_pair], half);
+                    float2 sum = in_float(product[band][of_pair], half);
+                    if constexpr (kScaledProduct) {
+                        sum = make_float2(sum.x * scale.x, sum.y * scale.y);
+                    }
                     float* const of_row = output_[band][2 * pair + of_pair] + 2 * half;
                     of_row[0] = arch::fma(of_row[0], decay[band][half], sum.x);
                     of_row[1] = arch::fma(of_row[1], decay[band][half], sum.y);
                 }
             }
         }
+    }
+
+    // V's scales of the tile, for the thread's two channels of every eight.
+    SAGE_DEVICE static float2 scale_of_tile(char const* stage, int atom) {
+        float const* const scales =
+            reinterpret_cast<float const*>(stage + Packed::kValueScalesOffset);
+        return arch::load_shared(
+            reinterpret_cast<float2 const*>(scales + atom * 8 + first_column()));
     }
 
     SAGE_DEVICE static float2 in_float(float const (&product)[4], int half) {
@@ -507,7 +533,7 @@ class Attend {
                                head.outer * p_.output_batch_stride +
                                head.inner * p_.output_head_stride;
         float const* const value_scales =
-            p_.value_scales + int64_t{kv_head_} * padded_dim(kValueDim);
+            kTileScales ? nullptr : p_.value_scales + int64_t{kv_head_} * padded_dim(kValueDim);
         // Of every eight channels, the two that the thread holds: as a pair, or one by one.
         bool const pairs = p_.channels % 2 == 0 && p_.output_token_stride % 2 == 0 &&
                            reinterpret_cast<uintptr_t>(output) % (2 * sizeof(Output)) == 0;
@@ -546,8 +572,11 @@ class Attend {
                 for (int atom = 0; atom < kChannelAtoms; ++atom) {
                     int const channel = atom * 8 + first_column();
                     if (channel >= p_.channels) continue;
-                    float2 const scale =
-                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                    float2 scale = make_float2(1.0f, 1.0f);
+                    if constexpr (!kTileScales) {
+                        scale = arch::load_global(
+                            reinterpret_cast<float2 const*>(value_scales + channel));
+                    }
                     float const* const sums = output_[band][atom] + 2 * half;
                     float const low = dead ? of_dead : bounded(sums[0] * factor, scale.x);
                     float const high = dead ? of_dead : bounded(sums[1] * factor, scale.y);
@@ -568,7 +597,12 @@ class Attend {
     // An average of V, with its scale back. The rounded P may sum to a little more than 1, which
     // may not make an infinity of a V near the top of its range.
     SAGE_DEVICE static float bounded(float average, float scale) {
-        if constexpr (Pv::kBits == 8) {
+        if constexpr (kTileScales) {  // it has the scales already
+            constexpr float kLimit = Half::kLimit;
+            if (kHalfOutput && average < infinity() && average > -infinity()) {
+                average = average > kLimit ? kLimit : average < -kLimit ? -kLimit : average;
+            }
+        } else if constexpr (Pv::kBits == 8) {
             constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Pv::kLimit;
             average = average > kLimit ? kLimit : average < -kLimit ? -kLimit : average;
         }
