@@ -1,0 +1,85 @@
+"""Random calls of the operator on the CPU-executed CUDA kernels: see ``random_calls``."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from torch import Tensor
+
+from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.driver import DriverError
+from sage_compiler.kernels.cuda.loader import Loader
+from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
+from tests.compiler.kernels.cuda.emulation import RECIPE_VARIANTS, broken, replacing
+from tests.compiler.kernels.cuda.random_calls import (
+    CALLS,
+    TEMPLATES,
+    assert_right,
+    random_call,
+    templates,
+)
+from tests.cutlass_templates import host
+
+pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+
+RUN = 0  # that of continuous integration
+FURTHER_RUNS = range(1, 21)
+
+
+@pytest.mark.parametrize("template", range(TEMPLATES))
+def test_random_calls(template: int) -> None:
+    for call in range(CALLS):
+        assert_right(random_call(RUN, call * TEMPLATES + template))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", FURTHER_RUNS)
+@pytest.mark.parametrize("template", range(TEMPLATES))
+def test_more_random_calls(template: int, run: int) -> None:
+    for call in range(CALLS):
+        assert_right(random_call(run, call * TEMPLATES + template))
+
+
+def test_a_run_has_its_share_of_everything() -> None:
+    assert TEMPLATES * CALLS >= 300
+    for run in (RUN, *FURTHER_RUNS):
+        chosen = templates(run)
+        for values, least in (
+            (Counter((each.recipe, each.accumulator) for each in chosen), len(RECIPE_VARIANTS)),
+            (Counter(each.dtype for each in chosen), len(DTYPES)),
+            (Counter(each.head_dim for each in chosen), len(HEAD_DIMS)),
+        ):
+            assert len(values) == least
+            assert min(values.values()) >= TEMPLATES // 8
+        for kind in ("window", "masked", "softcap"):
+            assert sum(getattr(each, kind) for each in chosen) >= TEMPLATES // 4
+
+
+def assert_found(loader: Loader | None = None) -> None:
+    """One of the first calls fails, and says how it is repeated."""
+    with pytest.raises((AssertionError, DriverError)) as found:
+        for number in range(TEMPLATES):
+            assert_right(random_call(RUN, number), loader)
+    assert f"cuda.random_calls {RUN} " in found.value.__notes__[-1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("attend", "? key : end;", "? key : end + 1;"),
+        ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
+        ("key", "key[t][i] - mean[i]", "key[t][i]"),
+        ("value", "arch::barrier();", ""),
+    ],
+)
+def test_a_broken_kernel_is_found(kind: str, old: str, new: str) -> None:
+    assert_found(broken(kind, replacing(old, new)))
+
+
+def test_lost_strides_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(tensor: Tensor) -> tuple[int, ...]:
+        return (tensor.data_ptr(), *tensor.contiguous().stride(), tensor.shape[3])
+
+    monkeypatch.setattr(kernel, "_tensor", dense)
+    assert_found()
