@@ -25,6 +25,15 @@ KEY_MEAN: Final = struct.Struct(f"@{_TENSOR}{_STAGED}P3q")
 APPEND: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}{_STAGED}{_STAGED}2P7q")
 DELTA: Final = struct.Struct("@4P4q")
 
+# The tables of a rotary embedding, data and five strides each; the channels, and the dtype.
+ROTARY: Final = struct.Struct("@P5qP5q2q")
+
+
+def with_rotary(plain: struct.Struct) -> struct.Struct:
+    """The parameters of a kernel that rotates: those of the plain one, and ``ROTARY``."""
+    return struct.Struct(plain.format + ROTARY.format.removeprefix("@"))
+
+
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.
 MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")
 MASK_KEYS: Final = struct.Struct(f"@{_MASK}2P7q")
