@@ -18,7 +18,7 @@ from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, KernelSpec, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
@@ -57,21 +57,32 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(kind: str, change: Callable[[str], str]) -> Loader:
-    """Kernels of which those of one kind have their header changed; their images are not kept."""
+def broken(where: str, change: Callable[[str], str]) -> Loader:
+    """Kernels of which those of one kind have a header changed; their images are not kept.
+
+    Args:
+        where: a kind, whose header is changed, or "kind/header", one that this includes.
+    """
+    kind = where.split("/")[0]
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
         if spec.kind == kind:
-            header = (host.TEMPLATES / "include" / "sage" / f"{kind}.cuh").read_text()
-            changed = change(header)
-            assert changed != header, "there is nothing to break"
-            include = f"#include <sage/{kind}.cuh>"
-            assert include in source
-            source = source.replace(include, changed.replace("#pragma once", ""))
+            *outer, changed = where.split("/")
+            for header in outer:
+                source = inlined(source, header, lambda same: same)
+            source = inlined(source, changed, change)
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
+
+
+def inlined(source: str, header: str, change: Callable[[str], str]) -> str:
+    """A source with a header in the place of its inclusion, changed."""
+    text = (host.TEMPLATES / "include" / "sage" / f"{header}.cuh").read_text()
+    include = f"#include <sage/{header}.cuh>"
+    assert include in source
+    return source.replace(include, change(text).replace("#pragma once", ""))
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:
@@ -115,6 +126,8 @@ def attend(
     want_lse: bool = True,
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
+    tile: QueryTile = QUERY_BLOCK,
+    splits: int = 1,
     seed: int = 0,
 ) -> Result:
     """Run one attention.
@@ -122,6 +135,7 @@ def attend(
     Args:
         kernels: other than ``loader()``.
         change: of what is launched.
+        tile, splits: how the products are cut.
         seed: of the order in which threads and blocks run.
 
     Raises:
@@ -158,6 +172,7 @@ def attend(
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
         softcap=kernel.has_softcap(call.semantics),
+        tile=tile,
     )
     running = kernel.Call(
         target,
@@ -170,6 +185,7 @@ def attend(
         lse,
         call.sinks,
         call.attn_mask,
+        splits,
     )
     if running.mask is not None:
         mask = running.mask
