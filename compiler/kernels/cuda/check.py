@@ -27,6 +27,7 @@ from sage_compiler.kernels.cuda.spec import (
     KernelSpec,
     KeyMeanSpec,
     KeySpec,
+    MergeSpec,
     OperandSpec,
     QuerySpec,
     StatisticsSpec,
@@ -168,7 +169,7 @@ def is_default(spec: KernelSpec) -> bool:
             return recipe.qk is Format.INT4
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec() | KeyMeanSpec() | PreparationSpec():
+        case StatisticsSpec() | KeyMeanSpec() | MergeSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 

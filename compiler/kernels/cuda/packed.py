@@ -1,15 +1,15 @@
 """A cache in the memory of a GPU: packed tiles that ``append`` adds to and ``attend`` walks.
 
 An append is one launch, or two until there are MEAN_TOKENS tokens: their mean of K, by which K is
-smoothed from then on, and the tiles that change. An attention is the two launches that are left of
-five: Q quantized, and the fused attention. docs/cuda-kernels.md, "A cache", has the reasons.
+smoothed from then on, and the tiles that change. An attention is the launches that are left: Q
+quantized, the fused attention, and one more where that splits the keys. docs/cuda-kernels.md, "A
+cache", has the reasons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from math import nan
 from typing import Final
 
 import torch
@@ -18,27 +18,20 @@ from torch import Tensor
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
 from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS
-from sage_compiler.kernels.cuda.kernel import (
-    LEAST_SOFTCAP,
-    LOG2_E,
-    Target,
-    has_softcap,
-    on_device,
-    strided,
-)
-from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.sizes import FAR, Sizes, Span
-from sage_compiler.kernels.cuda.spec import DeltaSpec, KernelSpec, padded_dim
+from sage_compiler.kernels.cuda.attending import Attending, Operands
+from sage_compiler.kernels.cuda.cut import choose
+from sage_compiler.kernels.cuda.kernel import LOG2_E, Target, has_softcap, on_device, strided
+from sage_compiler.kernels.cuda.masks import NO_FLAGS, Mask, flags
+from sage_compiler.kernels.cuda.sizes import FAR, Reach, Sizes
+from sage_compiler.kernels.cuda.spec import DeltaSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import CacheVariant, cache_variant
 from sage_compiler.kernels.packed import PackedShape
 from sage_compiler.precision import TILE_MMA
-from sage_compiler.semantics import UNBOUNDED, DeadRows, Semantics
+from sage_compiler.semantics import UNBOUNDED, Semantics
 
 MEAN_TOKENS: Final = 256
 """The first tokens, whose mean K is smoothed by: kMeanTokens of params.cuh."""
 
-_FLOAT_BYTES: Final = 4
-_QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _ONE_KEY: Final = (0, 1, 1)  # of sums that are a mean: first_key, end_key, chunks
 
 
@@ -197,18 +190,43 @@ class CudaStore:
                     lse.copy_(sinks[:, None])
             return
         with self._on(self._device) as target:
-            kernels = cache_variant(
-                target.arch,
-                self._dtype,
-                self.shape.head_dim,
-                self.precision,
-                value_head_dim=self.shape.value_head_dim,
-                window=semantics.window_left != UNBOUNDED,
-                masked=attn_mask is not None,
-                softcap=has_softcap(semantics),
-            )
-            call = _Call(self, target, kernels, length, query, semantics, output, attn_mask)
-            call.run(sinks, lse)
+            _Call(self, target, length, query, semantics, output, attn_mask, sinks, lse).run()
+
+    def plan(
+        self,
+        target: Target,
+        sizes: Sizes,
+        reach: Reach,
+        *,
+        window: bool,
+        masked: bool,
+        softcap: bool,
+    ) -> tuple[CacheVariant, int]:
+        """The kernels of one attention, and into how many parts they split the keys."""
+        shape = self.shape
+        cut = choose(
+            target.arch,
+            self.precision,
+            self._dtype,
+            shape.head_dim,
+            shape.value_head_dim,
+            sizes,
+            reach.key_tiles,
+            target.multiprocessors or ARCHS[target.arch].multiprocessors,
+            masked=masked,
+        )
+        kernels = cache_variant(
+            target.arch,
+            self._dtype,
+            shape.head_dim,
+            self.precision,
+            value_head_dim=shape.value_head_dim,
+            window=window,
+            masked=masked,
+            softcap=softcap,
+            tile=cut.tile,
+        )
+        return kernels, cut.splits
 
 
 class _Call:
@@ -218,125 +236,108 @@ class _Call:
         self,
         store: CudaStore,
         target: Target,
-        kernels: CacheVariant,
         length: int,
         query: Tensor,
         semantics: Semantics,
         output: Tensor,
         attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        lse: Tensor | None,
     ) -> None:
-        self.store, self.target, self.kernels = store, target, kernels
-        self.query, self.output, self.semantics = query, output, semantics
+        """Decide what is launched, and take the scratch memory; no length is zero."""
+        self.store, self.target, self.query = store, target, query
         batch, heads, query_length, head_dim = query.shape
         kv_heads = store.shape.kv_heads
         self.sizes = Sizes.of(batch, heads, kv_heads, query_length, length)
-        self.group = heads // kv_heads
         self.scale = semantics.scale_for(head_dim)
-        visible = semantics.band(query_length, length)
-        self.span = Span.of(visible, query_length, length)
+        self.reach = Reach.of(semantics, query_length, length)
+        self.kernels, splits = store.plan(
+            target,
+            self.sizes,
+            self.reach,
+            window=semantics.window_left != UNBOUNDED,
+            masked=attn_mask is not None,
+            softcap=has_softcap(semantics),
+        )
         self.mask = None
         if attn_mask is not None:
-            self.mask = Mask.of(
-                attn_mask, visible, batch, kv_heads, self.group, query_length, length
-            )
+            band = semantics.band(query_length, length)
+            group = self.sizes.group
+            self.mask = Mask.of(attn_mask, band, batch, kv_heads, group, query_length, length)
 
-    def run(self, sinks: Tensor | None, lse: Tensor | None) -> None:
-        """Start the kernels."""
-        sizes, attend = self.sizes, self.kernels.attend
-        smooths_query = self.kernels.delta is not None
-        rows = sizes.batch * sizes.heads * sizes.query_blocks
-        width = sizes.key_blocks * TILE_MMA.kv_block
+        attend = self.kernels.attend
         row_term = lse is not None or sinks is not None or attend.softcap
-        parts = (
-            rows * attend.query_tile_bytes,
-            rows * _QUERY_SCALES * _FLOAT_BYTES,
-            rows * padded_dim(attend.head_dim) * _FLOAT_BYTES if smooths_query else 0,
-            sizes.batch * sizes.heads * sizes.query_length * _FLOAT_BYTES if row_term else 0,
-            rows * width * _FLOAT_BYTES if smooths_query else 0,
+        parts = self.sizes.query_scratch(attend, row_term=row_term, splits=splits)
+        addresses, self._scratch = target.allocate(parts, query.device)
+        present = [address if size else 0 for address, size in zip(addresses, parts, strict=True)]
+        codes, scales, self.means, self.row_term, delta, part_outputs, part_sums = present
+        self.operands = Operands(
+            codes,
+            scales,
+            store.tiles.data_ptr(),
+            0,
+            delta,
+            self.row_term,
+            part_outputs,
+            part_sums,
+            store.head_tiles,
         )
-        addresses, scratch = self.target.allocate(parts, self.query.device)
-        codes, scales, means, row_terms, delta = (
-            address if size else 0 for address, size in zip(addresses, parts, strict=True)
+        self.attending = Attending(
+            target,
+            self.kernels,
+            self.sizes,
+            self.reach,
+            semantics,
+            self.operands,
+            output,
+            lse,
+            sinks,
+            self.mask,
+            splits,
         )
-        self._query(codes, scales, means, row_terms)
-        if self.kernels.delta is not None:
-            self._delta(self.kernels.delta, means, delta)
-        self._attend(codes, scales, delta, row_terms, sinks, lse)
-        del scratch  # it was needed up to here: what follows on the stream may have it
 
-    def _query(self, codes: int, scales: int, means: int, row_term: int) -> None:
-        sizes, span = self.sizes, self.span
+    def run(self) -> None:
+        """Start the kernels."""
+        self._query()
+        if self.kernels.delta is not None:
+            self._delta(self.kernels.delta)
+        for step in self.attending.steps():
+            step()
+
+    def _query(self) -> None:
+        sizes, reach = self.sizes, self.reach
         packed = params.QUERY.pack(
             *strided(self.query),
             self.store.mean.data_ptr(),
-            codes,
-            scales,
-            means,
-            row_term,
+            self.operands.query_codes,
+            self.operands.query_scales,
+            self.means,
+            self.row_term,
             0,
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             sizes.heads,
-            self.group,
+            sizes.group,
             sizes.query_length,
             sizes.query_blocks,
-            span.first_live,
-            span.end_live,
+            reach.first_live,
+            reach.end_live,
             *_ONE_KEY,
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
-        self.target.launch(self.kernels.query, sizes.blocks()[1], packed)
+        blocks = sizes.batch * sizes.heads * sizes.query_blocks
+        self.target.launch(self.kernels.query, blocks, packed)
 
-    def _delta(self, spec: DeltaSpec, means: int, delta: int) -> None:
+    def _delta(self, spec: DeltaSpec) -> None:
         sizes, store = self.sizes, self.store
-        tiles = store.tiles.data_ptr()
         packed = params.DELTA.pack(
-            means,
-            tiles,
-            tiles + store.tile.scales_offset,
-            delta,
+            self.means,
+            self.operands.tiles,
+            self.operands.tiles + store.tile.scales_offset,
+            self.operands.delta,
             store.tile.bytes,
             store.head_tiles,
             sizes.key_blocks,
-            self.group * sizes.query_blocks,
+            sizes.group * sizes.query_blocks,
         )
-        self.target.launch(spec, sizes.blocks()[2], packed)
-
-    def _attend(
-        self,
-        codes: int,
-        scales: int,
-        delta: int,
-        row_term: int,
-        sinks: Tensor | None,
-        lse: Tensor | None,
-    ) -> None:
-        sizes, span, mask = self.sizes, self.span, self.mask
-        packed = params.ATTEND.pack(
-            codes,
-            scales,
-            self.store.tiles.data_ptr(),
-            0,
-            delta,
-            row_term,
-            0 if sinks is None else sinks.data_ptr(),
-            self.output.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            *(NO_MASK if mask is None else mask.packed()),
-            *(NO_FLAGS if mask is None else flags(mask.tiles)),
-            *(NO_FLAGS if mask is None else flags(mask.live)),
-            *self.output.stride()[:3],
-            sizes.heads,
-            self.group,
-            sizes.query_length,
-            sizes.key_length,
-            sizes.query_blocks,
-            sizes.key_blocks,
-            span.lower,
-            span.upper,
-            self.output.shape[3],
-            self.store.head_tiles,
-            max(self.semantics.softcap or 0.0, LEAST_SOFTCAP),
-            nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
-        )
-        self.target.launch(self.kernels.attend, sizes.blocks()[4], packed)
+        self.target.launch(spec, sizes.batch * sizes.kv_heads * sizes.key_blocks, packed)

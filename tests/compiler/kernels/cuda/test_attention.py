@@ -505,12 +505,12 @@ def test_broken_synchronization_is_reported(
     ("kind", "old", "new"),
     [
         # a scale of the wrong rows, of the wrong columns, of the wrong channel
-        ("attend", "kQueryGroups + thread % 32 / 4;", "kQueryGroups + thread % 8;"),
+        ("attend/query_rows", "query % kQueryGroups;", "0;"),
         ("attend", "load_shared(key_scales + column / 2)", "load_shared(key_scales)"),
         ("value", "at.channel + i, scale[i]", "at.channel + i, scale[0]"),
         # one key more than there are, and one fewer than the diagonal shows
         ("attend", "? key : end;", "? key : end + 1;"),
-        ("attend", "row + static_cast<int>(p_.upper) + 1", "row + static_cast<int>(p_.upper)"),
+        ("attend", "query + static_cast<int>(p_.upper) + 1", "query + static_cast<int>(p_.upper)"),
         # sums not made relative to the new maximum
         ("attend", "arch::fma(total_[band][half], decay[band][half], total)", "total"),
         # tokens of V in the order of memory
@@ -555,7 +555,7 @@ def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
         ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
         ("attend", "if (shown != kHidesAll) {", "if (shown == kMixed) {"),
         ("attend", "capped(x[atom][i] + row_term)", "x[atom][i] * kLog2E"),
-        ("attend", "if (p_.sinks != nullptr) {", "if (false) {"),
+        ("attend", "if (p_.sinks != nullptr) end", "if (false) end"),
         ("statistics", "seen & kCounts ? sum + x : sum", "sum + x"),
         ("key", "counted_keys(p.counts, head, p.first_key, p.end_key)", "100.0f"),
         ("query", "seen.of(token(t)) != 0", "true"),

@@ -354,6 +354,32 @@ def test_decoding_is_causal_attention() -> None:
     check(torch.cat(outputs, 2), expected, call.value, "int8_fp8")
 
 
+@pytest.mark.parametrize(("precision", "dtype"), KINDS, ids=str)
+def test_few_queries_split_the_keys(precision: str, dtype: torch.dtype) -> None:
+    """Of all heads that share them, in one tile; the parts are merged."""
+    call = make_call(2, 600, batch=1, heads=6, kv_heads=2, head_dim=64, dtype=dtype)
+    sinks = gaussian(6, seed=7)
+    for top in ({}, {"sinks": sinks, "softcap": 3.0}, {"window": (100, 0)}):
+        emulation.the_host().reset()
+        cache = filled(call, precision, 300)
+        output, lse = cache.attend(call.query, return_lse=True, **top)
+        window = top.get("window")
+        assert (launches()[-1] == "merge") == (window is None)
+        band = Semantics(softcap=top.get("softcap"))
+        if window is not None:
+            band = Semantics(MaskClass.WINDOW_BOTTOM_RIGHT, window_left=100, window_right=0)
+        expected, expected_lse = dense(
+            dataclasses.replace(call, semantics=band, sinks=top.get("sinks"))
+        )
+        check(output, expected, call.value, precision)
+        check_lse(lse, expected_lse, precision)
+
+
+def launches() -> list[str]:
+    """Which kernels were launched."""
+    return [launch["symbol"].split("_")[1] for launch in emulation.the_host().launches()]
+
+
 def test_an_empty_cache_gives_zeros() -> None:
     call = make_call(3, 10, kv_heads=2, head_dim=64)
     cache = new(call)
@@ -541,7 +567,7 @@ def test_a_kernel_that_cannot_be_loaded_leaves_it_as_it_was() -> None:
         with pytest.raises(KernelUnavailableError, match="not now"):
             append(cache, call, 50)
         assert cache.length == 0
-        assert [launch["symbol"] for launch in emulation.the_host().launches()] == []
+        assert launches() == []
         refusing = False
         append(cache, call, 50, 100)
         assert same(cache, expected)
@@ -555,8 +581,7 @@ def test_a_token_is_one_launch_once_the_mean_is_known() -> None:
     for end in (256, 257):
         append(cache, call, end)
     cache.attend(call.query)
-    kinds = [launch["symbol"].split("_")[1] for launch in emulation.the_host().launches()]
-    assert kinds == ["key", "append", "append", "query", "attend"]
+    assert launches() == ["key", "append", "append", "query", "attend"]
 
 
 @pytest.mark.parametrize("inference", [True, False])
