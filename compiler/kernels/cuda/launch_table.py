@@ -47,7 +47,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 _ABSENT: Final = -1
 _Word = str | int

@@ -479,7 +479,13 @@ MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of mean
     ("kind", "old", "new", "call", "words"),
     [
         ("attend", "arch::copy_async_wait<kStages - 2>();", "", CAUSAL, "in flight"),
-        ("attend", "arch::copy_async_wait<0>(); store();", "store();", DEAD_BLOCK, "in flight"),
+        (
+            "attend",
+            "arch::copy_async_wait<0>(); sum_up_totals();",
+            "sum_up_totals();",
+            DEAD_BLOCK,
+            "in flight",
+        ),
         ("attend", f"arch::barrier(); {PREFETCH}", PREFETCH, CAUSAL, "race"),
         (
             "attend",
@@ -530,7 +536,8 @@ def test_broken_synchronization_is_reported(
     ],
 )
 def test_broken_numerics_are_noticed(kind: str, old: str, new: str) -> None:
-    loader = broken(kind, replacing(old, new))
+    kind, _, header = kind.partition("/")
+    loader = broken(kind, replacing(old, new), header)
     with pytest.raises(AssertionError):
         assert_right(CAUSAL, "int8_fp8", Accumulator.FP32, kernels=loader)
 

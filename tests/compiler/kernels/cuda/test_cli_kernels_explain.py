@@ -111,7 +111,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
     assert found["launches"][4]["symbol"] == (
-        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False"
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False_False"
     )
     assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
     assert not any(each["packed"] for each in found["launches"])
