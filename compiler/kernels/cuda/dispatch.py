@@ -27,6 +27,7 @@ def decide(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
 ) -> Variant | str:
     """The kernels of one attention, or in one sentence why there are none.
@@ -40,6 +41,7 @@ def decide(
         window: whether a window hides the first keys.
         masked: whether there is an explicit mask.
         softcap: whether there is a softcap that does something.
+        varlen: whether it is of a packed batch of sequences, in one set of launches.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
     """
     lack = lacking(arch, recipe)
@@ -50,6 +52,8 @@ def decide(
     for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
         if not 1 <= size <= HEAD_DIMS[-1]:
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
+    if masked and varlen:
+        return "a packed batch takes no explicit mask"
     if accumulator not in accumulators(recipe):
         return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
     return variant(
@@ -62,6 +66,7 @@ def decide(
         window=window,
         masked=masked,
         softcap=softcap,
+        varlen=varlen,
     )
 
 

@@ -23,14 +23,16 @@ from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
-from sage_compiler.precision import Accumulator
+from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
 from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
 _LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
+_LARGE_DELTA: Final = 1 << 30  # bytes of scratch memory that nobody may need
 
 Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
 """Sizes in bytes to addresses, aligned to 256, and what keeps them alive."""
@@ -77,6 +79,7 @@ def attention(
     sinks: Tensor | None,
     want_lse: bool,
     recipe: str,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, on the current stream of the tensors' device.
 
@@ -85,6 +88,7 @@ def attention(
         attn_mask: any strides; read as it lies.
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``arch.Arch``.
+        lengths: of a packed batch, whose tensors are (1, heads, total, channels).
 
     Raises:
         KernelUnavailableError: ``dispatch.decide`` has none for the call; or the kernels can be
@@ -109,7 +113,48 @@ def attention(
             recipe=recipe,
             attn_mask=attn_mask,
             sinks=sinks,
+            lengths=lengths,
         )
+
+
+def attention_of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    sinks: Tensor | None,
+    want_lse: bool,
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, of a packed batch: see ``kernel.RunPacked``.
+
+    Offsets on the device are not read by the host, so that a CUDA graph can be captured. There is
+    one exception: where Q is smoothed, the kernels keep a float for each pair of a query block and
+    a key of one sequence, and where that would be more than 1 GiB if one sequence had all keys,
+    the longest one is looked for.
+
+    Raises:
+        InvalidAttentionError: offsets that the host reads are wrong.
+        KernelUnavailableError: as ``attention``.
+    """
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    delta = heads * (queries // TILE_MMA.q_block + cu_seqlens_q.shape[0]) * keys * 4
+    read = RECIPES[recipe].qk is Format.INT4 and delta > _LARGE_DELTA
+    lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, query, key, read=read)
+    return attention(
+        query,
+        key,
+        value,
+        semantics,
+        attn_mask=None,
+        sinks=sinks,
+        want_lse=want_lse,
+        recipe=recipe,
+        lengths=lengths,
+    )
 
 
 def run(
@@ -123,6 +168,7 @@ def run(
     recipe: str,
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    lengths: Lengths | None = None,
     accumulator: Accumulator = Accumulator.FP32,
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
@@ -142,12 +188,15 @@ def run(
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
+        varlen=lengths is not None,
         accumulator=accumulator,
     )
     if isinstance(kernels, str):
         raise KernelUnavailableError(f"{kernels}; use precision='exact'")
     wanted = lse if want_lse else None
-    Call(target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask).run()
+    Call(
+        target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask, lengths
+    ).run()
     return output, lse
 
 
@@ -171,6 +220,7 @@ class Call:
         lse: Tensor | None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
 
@@ -179,6 +229,8 @@ class Call:
             lse: float32 (B, H, Lq), dense, if it is wanted.
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
+            lengths: of a packed batch; then ``kernels`` are for one, and what depends on lengths
+                here they find themselves, for each sequence.
 
         Raises:
             InvalidAttentionError: a length that positions in the kernels do not hold.
@@ -189,7 +241,12 @@ class Call:
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.semantics = semantics
         batch, heads, query_length, head_dim = query.shape
-        sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        if lengths is None:
+            sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+            self._sequences = b""
+        else:
+            sizes = lengths.sizes(heads, key.shape[1], query_length, key.shape[2])
+            self._sequences = lengths.packed(sizes, semantics)
         (
             self.batch,
             self.heads,
@@ -200,6 +257,8 @@ class Call:
             self.key_blocks,
             self.chunks,
             self.chunk_tokens,
+            _,
+            _,
         ) = sizes
         self.group = self.heads // self.kv_heads
         self.scale = semantics.scale_for(head_dim)
@@ -266,7 +325,7 @@ class Call:
             self.chunk_tokens,
             self.batch * self.kv_heads * self.chunks,
         )
-        self.target.launch(self.kernels.statistics, self._blocks[0], packed)
+        self._launch(self.kernels.statistics, self._blocks[0], packed)
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
@@ -290,7 +349,7 @@ class Call:
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
-        self.target.launch(self.kernels.query, self._blocks[1], packed)
+        self._launch(self.kernels.query, self._blocks[1], packed)
 
     def _key(self) -> None:
         packed = params.KEY.pack(
@@ -310,7 +369,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
-        self.target.launch(self.kernels.key, self._blocks[2], packed)
+        self._launch(self.kernels.key, self._blocks[2], packed)
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
@@ -326,7 +385,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
-        self.target.launch(self.kernels.value, self._blocks[3], packed)
+        self._launch(self.kernels.value, self._blocks[3], packed)
 
     def _attend(self) -> None:
         packed = params.ATTEND.pack(
@@ -343,6 +402,7 @@ class Call:
             *(NO_FLAGS if self.mask is None else flags(self.mask.tiles)),
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             *self.output.stride()[:3],
+            0 if self.lse is None else self.lse.stride(1),
             self.heads,
             self.group,
             self.query_length,
@@ -355,7 +415,10 @@ class Call:
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
-        self.target.launch(self.kernels.attend, self._blocks[4], packed)
+        self._launch(self.kernels.attend, self._blocks[4], packed)
+
+    def _launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
+        self.target.launch(spec, blocks, packed + self._sequences)
 
     def _key_flags(self) -> tuple[int, ...]:
         return NO_FLAGS if self.mask is None else flags(self.mask.keys)
@@ -429,6 +492,7 @@ KERNELS: Final = tuple(
         refuse=functools.partial(_refuse, recipe),
         gate=functools.partial(_gate, recipe),
         run=functools.partial(attention, recipe=recipe),
+        run_packed=functools.partial(attention_of_sequences, recipe=recipe),
         smallest=functools.partial(dispatch.smallest, recipe),
     )
     for recipe in dict.fromkeys(recipe for arch in ARCHS.values() for recipe in arch.recipes)

@@ -60,6 +60,7 @@ def variant(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
 
@@ -68,6 +69,7 @@ def variant(
             first.
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
+        varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
@@ -75,10 +77,10 @@ def variant(
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
     return Variant(
-        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
-        query=QuerySpec(arch, dtype, padded, qk),
-        key=KeySpec(arch, dtype, padded, qk),
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
+        statistics=StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen),
+        query=QuerySpec(arch, dtype, padded, qk, varlen=varlen),
+        key=KeySpec(arch, dtype, padded, qk, varlen=varlen),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
         attend=AttendSpec(
             arch,
             dtype,
@@ -92,6 +94,7 @@ def variant(
             accumulator,
             warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
             stages=geometry.stages,
+            varlen=varlen,
         ),
     )
 
@@ -117,7 +120,7 @@ def variants(arch: str) -> Iterator[Variant]:
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: the other dims, float32, softcap."""
+    """What is compiled on first use, one of each kind: other dims, float32, packed batches."""
     for recipe in ARCHS[arch].recipes:
         for head_dim in HEAD_DIMS:
             if head_dim not in PACKED_HEAD_DIMS:
@@ -129,6 +132,9 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
+        yield variant(arch, "bfloat16", 64, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:

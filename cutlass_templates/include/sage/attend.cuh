@@ -12,6 +12,7 @@
 #include <sage/params.cuh>
 #include <sage/tile.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -57,7 +58,36 @@ class Attend {
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { Attend(p, task).run(); }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_query_block() * p.heads;
+        int64_t const task = sequence.task_of_queries(block - before, p.heads);
+        if (task < 0) return task;
+        int64_t const kv_heads = Split(p.heads, p.group).outer;
+        p.query_codes = static_cast<char const*>(p.query_codes) + before * QueryTile::kBytes;
+        p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
+        p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
+                            sequence.first_key_block() * kv_heads * Packed::kBytes;
+        p.value_scales += sequence.index() * kv_heads * padded_dim(kValueDim);
+        if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
+        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+        p.output =
+            static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
+        if (p.lse != nullptr) p.lse += sequence.first_query_token();
+        p.query_length = sequence.query_length();
+        p.key_length = sequence.key_length();
+        p.query_blocks = sequence.query_blocks();
+        p.key_blocks = sequence.key_blocks();
+        p.lower = sequence.lower();
+        p.upper = sequence.upper();
+        if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
+        return task;
+    }
 
  private:
     Params const& p_;
@@ -71,11 +101,11 @@ class Attend {
     float total_[kBands][kHalves];  // of the thread's own columns
     float output_[kBands][kChannelAtoms][4];
 
-    SAGE_DEVICE explicit Attend(Params const& p) : p_(p), shared_(arch::shared_memory()) {
+    SAGE_DEVICE Attend(Params const& p, int64_t task) : p_(p), shared_(arch::shared_memory()) {
         // The last blocks first: under a causal mask they have the most to do.
-        Split const task(arch::block_index(), p.query_blocks);
-        query_block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
+        Split const block(task, p.query_blocks);
+        query_block_ = static_cast<int>(p.query_blocks) - 1 - block.inner;
+        head_ = block.outer;
         kv_head_ = Split(head_, p.group).outer;  // G divides H
         int const first = query_block_ * kQueryBlock;
         first_tile_ = first_key(first) / kKeyBlock;
@@ -559,7 +589,7 @@ class Attend {
                     }
                 }
                 if (p_.lse != nullptr && first_column() == 0) {
-                    arch::store_global(p_.lse + head_ * p_.query_length + row, lse);
+                    arch::store_global(p_.lse + head_ * p_.lse_head_stride + row, lse);
                 }
             }
         }

@@ -20,6 +20,7 @@ from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
 from sage_compiler.semantics import UNBOUNDED
@@ -57,21 +58,36 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(kind: str, change: Callable[[str], str]) -> Loader:
-    """Kernels of which those of one kind have their header changed; their images are not kept."""
+def broken(name: str, change: Callable[[str], str]) -> Loader:
+    """Kernels that have a header changed; their images are not kept.
+
+    Args:
+        name: of the header: a kind of kernel, or one that those of kernels include.
+    """
+    changed = change(_header(name))
+    assert changed != _header(name), "there is nothing to break"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
-        if spec.kind == kind:
-            header = (host.TEMPLATES / "include" / "sage" / f"{kind}.cuh").read_text()
-            changed = change(header)
-            assert changed != header, "there is nothing to break"
-            include = f"#include <sage/{kind}.cuh>"
-            assert include in source
-            source = source.replace(include, changed.replace("#pragma once", ""))
+        if name != spec.kind and _include(name) in _header(spec.kind):
+            source = _in_place(source, spec.kind, _header(spec.kind))
+        source = _in_place(source, name, changed)
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
+
+
+def _include(name: str) -> str:
+    return f"#include <sage/{name}.cuh>"
+
+
+def _header(name: str) -> str:
+    return (host.TEMPLATES / "include" / "sage" / f"{name}.cuh").read_text()
+
+
+def _in_place(source: str, name: str, header: str) -> str:
+    """The source with a header's text where it includes it."""
+    return source.replace(_include(name), header.replace("#pragma once", ""))
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:
@@ -115,6 +131,7 @@ def attend(
     want_lse: bool = True,
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
+    lengths: Lengths | None = None,
     seed: int = 0,
 ) -> Result:
     """Run one attention.
@@ -122,6 +139,7 @@ def attend(
     Args:
         kernels: other than ``loader()``.
         change: of what is launched.
+        lengths: of a packed batch.
         seed: of the order in which threads and blocks run.
 
     Raises:
@@ -133,6 +151,10 @@ def attend(
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
+    if lengths is not None:
+        here.allow(lengths.queries, writable=False)
+        if lengths.keys is not lengths.queries:
+            here.allow(lengths.keys, writable=False)
     scratch: list[Tensor] = []
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -158,6 +180,7 @@ def attend(
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
         softcap=kernel.has_softcap(call.semantics),
+        varlen=lengths is not None,
     )
     running = kernel.Call(
         target,
@@ -170,6 +193,7 @@ def attend(
         lse,
         call.sinks,
         call.attn_mask,
+        lengths,
     )
     if running.mask is not None:
         mask = running.mask
