@@ -37,6 +37,13 @@ nor a compiler is needed. The shape is that of the query: batch, heads, length, 
     sagec kernels explain 1x32x4096x128 --arch sm_89 --kv 1x8x4096x128 --mask causal"""
 
 
+_SEQUENCES: Final = (
+    "One set of launches serves all sequences of a recipe that is asked for by name; their offsets "
+    "are read on the device. Blocks and scratch are the most that lengths of these sums can need. "
+    f"With {AUTO}, a least length or a guard, each sequence is a call of its own."
+)
+
+
 class Server(StrEnum):
     """Who serves an attention."""
 
@@ -59,7 +66,8 @@ class Answer:
         sizes: how they are cut into blocks.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
-            None where the kernels do not take it, left out where there is no prediction.
+            None where the kernels do not take it, left out where there is no prediction, as of
+            sequences whose lengths are not known.
     """
 
     served_by: Server
@@ -96,6 +104,10 @@ def answer(question: Question) -> Answer:
     batch, heads, length, head_dim = question.query.shape
     key_length = question.key.shape[2]
     sizes = Sizes.of(batch, heads, problem.kv_heads, length, key_length)
+    if question.sequences is not None:
+        sizes = Sizes.of_sequences(
+            question.sequences, heads, problem.kv_heads, length, key_length, key_length
+        )
     products = question.query.numel() * key_length
     least = SHIPPED_GATE if recipe == AUTO else 0  # as in sage.attention
     chosen = registry.choose(recipe, problem, least, length, key_length, products)
@@ -118,6 +130,7 @@ def answer(question: Question) -> Answer:
             window=semantics.window_left != UNBOUNDED,
             masked=problem.has_mask,
             softcap=has_softcap(semantics),
+            varlen=question.sequences is not None,
         )
         kernels = None if isinstance(decided, str) else decided
     scratch_bytes = None
@@ -139,7 +152,7 @@ def answer(question: Question) -> Answer:
         {
             name: rates.seconds(arch.name, name, work)
             for name in (*arch.recipes, EXACT)
-            if name != EXACT or _has_exact_time(question)
+            if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
     )
 
@@ -181,6 +194,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
     """Plain data; sizes in bytes, times in seconds."""
     about: dict[str, Any] = {
         "attention": str(question),
+        "sequences": question.sequences,
         "capability": list(question.capability),
         "arch": None if found.arch is None else found.arch.name,
         "asked": question.recipe,
@@ -260,6 +274,8 @@ def _lines(question: Question, found: Answer) -> list[str]:
         )
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
+        if question.sequences is not None:
+            lines += wrap(_SEQUENCES, width=_WIDTH)
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
     cells = [
         (name, _duration(found.seconds.get(name)), reason)

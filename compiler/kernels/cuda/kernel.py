@@ -402,7 +402,7 @@ class Call:
             *(NO_FLAGS if self.mask is None else flags(self.mask.tiles)),
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             *self.output.stride()[:3],
-            0 if self.lse is None else self.lse.stride(1),
+            self.query_length,  # of the LSE, from head to head
             self.heads,
             self.group,
             self.query_length,
