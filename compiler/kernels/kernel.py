@@ -10,6 +10,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.semantics import MaskClass, Semantics
 
 
@@ -51,6 +52,23 @@ class RunPacked(Protocol):
         *,
         sinks: Tensor | None,
         want_lse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class RunRotary(Protocol):
+    """As ``Run``, of query and key that the kernel rotates as it reads them."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        *,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        want_lse: bool,
+        rotary: Rotary,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -139,6 +157,8 @@ class Kernel:
         run: the call.
         smallest: the least sizes of all its gates, without a look at the problem.
         run_packed: the call of a packed batch; None: its sequences are calls of their own.
+        run_rotary: the call with a rotary embedding of Q and K in it; None: the kernel does not
+            rotate, and gets them rotated.
     """
 
     name: Callable[[], str]
@@ -149,3 +169,4 @@ class Kernel:
     run: Run
     smallest: Callable[[], Gate] = lambda: OPEN
     run_packed: RunPacked | None = None
+    run_rotary: RunRotary | None = None

@@ -14,6 +14,7 @@ from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
 from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
 from sage_compiler.kernels.kernel import CLOSED, Gate
 from sage_compiler.precision import RECIPES, Accumulator
+from sage_compiler.semantics import RotaryPairs
 
 
 @functools.cache
@@ -29,6 +30,8 @@ def decide(
     softcap: bool = False,
     varlen: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
 ) -> Variant | str:
     """The kernels of one attention, or in one sentence why there are none.
 
@@ -43,6 +46,7 @@ def decide(
         softcap: whether there is a softcap that does something.
         varlen: whether it is of a packed batch of sequences, in one set of launches.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
+        rotary_query, rotary_key: how Q and K are rotated as they are read, if they are.
     """
     lack = lacking(arch, recipe)
     if lack is not None:
@@ -54,6 +58,8 @@ def decide(
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
     if masked and varlen:
         return "a packed batch takes no explicit mask"
+    if varlen and (rotary_query is not None or rotary_key is not None):
+        return "Q and K of a packed batch are not rotated as they are read, but before"
     if accumulator not in accumulators(recipe):
         return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
     return variant(
@@ -66,6 +72,8 @@ def decide(
         window=window,
         masked=masked,
         softcap=softcap,
+        rotary_query=rotary_query,
+        rotary_key=rotary_key,
         varlen=varlen,
     )
 

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, nan
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +19,14 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
-from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
+from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
 from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
 
@@ -79,6 +80,7 @@ def attention(
     sinks: Tensor | None,
     want_lse: bool,
     recipe: str,
+    rotary: Rotary | None = None,
     lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, on the current stream of the tensors' device.
@@ -88,6 +90,7 @@ def attention(
         attn_mask: any strides; read as it lies.
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``arch.Arch``.
+        rotary: how query and key are rotated, in float32, as they are read.
         lengths: of a packed batch, whose tensors are (1, heads, total, channels).
 
     Raises:
@@ -113,6 +116,7 @@ def attention(
             recipe=recipe,
             attn_mask=attn_mask,
             sinks=sinks,
+            rotary=rotary,
             lengths=lengths,
         )
 
@@ -170,6 +174,7 @@ def run(
     sinks: Tensor | None = None,
     lengths: Lengths | None = None,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
     output = empty_output(query, value)
@@ -190,12 +195,25 @@ def run(
         softcap=has_softcap(semantics),
         varlen=lengths is not None,
         accumulator=accumulator,
+        rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
+        rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
     )
     if isinstance(kernels, str):
         raise KernelUnavailableError(f"{kernels}; use precision='exact'")
     wanted = lse if want_lse else None
     Call(
-        target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask, lengths
+        target,
+        kernels,
+        query,
+        key,
+        value,
+        semantics,
+        output,
+        wanted,
+        sinks,
+        attn_mask,
+        rotary,
+        lengths,
     ).run()
     return output, lse
 
@@ -220,6 +238,7 @@ class Call:
         lse: Tensor | None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
         lengths: Lengths | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
@@ -229,6 +248,7 @@ class Call:
             lse: float32 (B, H, Lq), dense, if it is wanted.
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
+            rotary: what ``kernels`` rotate by, if they do.
             lengths: of a packed batch; then ``kernels`` are for one, and what depends on lengths
                 here they find themselves, for each sequence.
 
@@ -240,6 +260,7 @@ class Call:
         self.output, self.lse = output, lse
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.semantics = semantics
+        self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
         if lengths is None:
             sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
@@ -325,6 +346,7 @@ class Call:
             self.chunk_tokens,
             self.batch * self.kv_heads * self.chunks,
         )
+        packed += self._rotary("key")
         self._launch(self.kernels.statistics, self._blocks[0], packed)
 
     def _query(self) -> None:
@@ -349,6 +371,7 @@ class Call:
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
+        packed += self._rotary("query")
         self._launch(self.kernels.query, self._blocks[1], packed)
 
     def _key(self) -> None:
@@ -369,6 +392,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
+        packed += self._rotary("key")
         self._launch(self.kernels.key, self._blocks[2], packed)
 
     def _value(self) -> None:
@@ -419,6 +443,21 @@ class Call:
 
     def _launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         self.target.launch(spec, blocks, packed + self._sequences)
+
+    def _rotary(self, side: Literal["query", "key"]) -> bytes:
+        """What a kernel on Q or K takes besides, where it rotates."""
+        rotary = self.rotary
+        tables = None if rotary is None else rotary.query if side == "query" else rotary.key
+        if rotary is None or tables is None:
+            return b""
+        return params.ROTARY.pack(
+            tables.cosine.data_ptr(),
+            *rotary.strides(tables.cosine),
+            tables.sine.data_ptr(),
+            *rotary.strides(tables.sine),
+            rotary.channels,
+            KINDS[tables.cosine.dtype],
+        )
 
     def _key_flags(self) -> tuple[int, ...]:
         return NO_FLAGS if self.mask is None else flags(self.mask.keys)
@@ -494,6 +533,7 @@ KERNELS: Final = tuple(
         run=functools.partial(attention, recipe=recipe),
         run_packed=functools.partial(attention_of_sequences, recipe=recipe),
         smallest=functools.partial(dispatch.smallest, recipe),
+        run_rotary=functools.partial(attention, recipe=recipe),
     )
     for recipe in dict.fromkeys(recipe for arch in ARCHS.values() for recipe in arch.recipes)
 )

@@ -22,6 +22,15 @@ ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}13q2f")
 # What the kernels for packed batches take behind their own struct; see varlen.py.
 SEQUENCES: Final = struct.Struct("@2P10q")
 
+# The tables of a rotary embedding, data and five strides each; the channels, and the dtype.
+ROTARY: Final = struct.Struct("@P5qP5q2q")
+
+
+def with_rotary(plain: struct.Struct) -> struct.Struct:
+    """The parameters of a kernel that rotates: those of the plain one, and ``ROTARY``."""
+    return struct.Struct(plain.format + ROTARY.format.removeprefix("@"))
+
+
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.
 MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")
 MASK_KEYS: Final = struct.Struct(f"@{_MASK}2P7q")

@@ -19,11 +19,15 @@ from sage_compiler.kernels.cuda.spec import (
     KernelSpec,
     KeySpec,
     QuerySpec,
+    RotaryKeySpec,
+    RotaryQuerySpec,
+    RotaryStatisticsSpec,
     StatisticsSpec,
     ValueSpec,
     padded_dim,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format
+from sage_compiler.semantics import RotaryPairs
 
 # What a kernel pack has, of all recipes: what most models ask for, at some 40 kB a kernel. Masks,
 # windows, softcap and float32 would be eight times as many and more, and compile in a second.
@@ -60,6 +64,8 @@ def variant(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
     varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
@@ -69,6 +75,7 @@ def variant(
             first.
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
+        rotary_query, rotary_key: how Q and K are rotated, if they are.
         varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
@@ -76,10 +83,18 @@ def variant(
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
+    if rotary_query is not None:
+        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
+    if rotary_key is not None:
+        statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
+        key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key)
     return Variant(
-        statistics=StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen),
-        query=QuerySpec(arch, dtype, padded, qk, varlen=varlen),
-        key=KeySpec(arch, dtype, padded, qk, varlen=varlen),
+        statistics=statistics,
+        query=query,
+        key=key,
         value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
         attend=AttendSpec(
             arch,
@@ -132,6 +147,11 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
+        for head_dim in (64, 128, 256):
+            for pairs in RotaryPairs:
+                yield variant(
+                    arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
+                )
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)

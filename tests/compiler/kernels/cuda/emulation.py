@@ -22,6 +22,7 @@ from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
 from sage_compiler.semantics import UNBOUNDED
 from tests.compiler.kernels.dense import Call
@@ -58,20 +59,23 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(name: str, change: Callable[[str], str]) -> Loader:
-    """Kernels that have a header changed; their images are not kept.
+def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
+    """Kernels of which those of one kind have a header changed; their images are not kept.
 
     Args:
-        name: of the header: a kind of kernel, or one that those of kernels include.
+        kind: of kernels; empty: all, whose templates include the header.
+        header: which; by default that of the kind's template, which includes it otherwise.
     """
-    changed = change(_header(name))
-    assert changed != _header(name), "there is nothing to break"
+    header = header or kind
+    changed = change(_header(header))
+    assert changed != _header(header), "there is nothing to break"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
-        if name != spec.kind and _include(name) in _header(spec.kind):
-            source = _in_place(source, spec.kind, _header(spec.kind))
-        source = _in_place(source, name, changed)
+        if kind in ("", spec.kind):
+            for name in dict.fromkeys((spec.kind, header)):
+                assert _include(name) in source
+                source = _in_place(source, name, changed if name == header else _header(name))
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
@@ -133,6 +137,8 @@ def attend(
     change: Callable[[Variant], Variant] = lambda same: same,
     lengths: Lengths | None = None,
     seed: int = 0,
+    rotary: Rotary | None = None,
+    launches: int = 5,
 ) -> Result:
     """Run one attention.
 
@@ -141,6 +147,8 @@ def attend(
         change: of what is launched.
         lengths: of a packed batch.
         seed: of the order in which threads and blocks run.
+        rotary: how Q and K are rotated.
+        launches: how many of its kernels to run, the first ones.
 
     Raises:
         DriverError: a check failed.
@@ -151,6 +159,9 @@ def attend(
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
+    for tables in () if rotary is None else (rotary.query, rotary.key):
+        for table in () if tables is None else (tables.cosine, tables.sine):
+            here.allow(table, writable=False)
     if lengths is not None:
         here.allow(lengths.queries, writable=False)
         if lengths.keys is not lengths.queries:
@@ -180,6 +191,8 @@ def attend(
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
         softcap=kernel.has_softcap(call.semantics),
+        rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
+        rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
         varlen=lengths is not None,
     )
     running = kernel.Call(
@@ -193,13 +206,15 @@ def attend(
         lse,
         call.sinks,
         call.attn_mask,
+        rotary,
         lengths,
     )
     if running.mask is not None:
         mask = running.mask
         for read in (mask.values, mask.tiles, mask.live, mask.keys, mask.counts):
             here.allow(read, writable=False)
-    running.run()
+    for step in running.steps()[:launches]:
+        step()
     return Result(output, lse, running, scratch)
 
 

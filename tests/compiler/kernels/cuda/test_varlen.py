@@ -21,13 +21,13 @@ from torch import Tensor
 import sage_compiler as sage
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import reference, registry
-from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda import dispatch, kernel
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import OPEN, Kernel
 from sage_compiler.precision import RECIPES, Accumulator
-from sage_compiler.semantics import DeadRows, MaskClass
+from sage_compiler.semantics import DeadRows, MaskClass, RotaryPairs
 from tests.compiler.kernels.cuda.emulation import (
     ARCH,
     attend,
@@ -435,6 +435,26 @@ def test_the_operator_launches_once_for_all_sequences(monkeypatch: pytest.Monkey
         assert not output.any() and (lse == -inf).all()
 
 
+def test_rotated_sequences_are_rotated_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch((65, 70), (64, 129), dtype=torch.float32)
+    call, lengths = batch.call, batch.lengths()
+    offsets = {"cu_seqlens_q": lengths.queries, "cu_seqlens_k": lengths.keys}
+    angles = torch.arange(135.0).view(-1, 1) / torch.arange(1.0, 33.0)
+    how = (angles.cos(), angles.sin(), None, None, "half", 64, "float32")
+    tensors = (call.query, call.key, call.value)
+    with registered(monkeypatch):
+        output = torch.ops.sage.rotary_attention(*tensors, *how, recipe="int8_fp8", **offsets)
+        assert launched_kinds() == KINDS
+        first, second = call.query.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        expected = torch.ops.sage.attention(rotated, *tensors[1:], recipe="int8_fp8", **offsets)
+    assert torch.equal(output, expected)
+    assert "rotated" in dispatch.decide(
+        ARCH, "int8_fp8", "float16", 64, 64, varlen=True, rotary_query=RotaryPairs.HALF
+    )
+
+
 def test_where_lengths_decide_each_sequence_is_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate, of `auto` or a call's own, and a guard; and a gradient is that of exact attention."""
     batch = make_batch((65, 70), (65, 70), dtype=torch.float32)
@@ -499,14 +519,14 @@ BATCH = make_batch(
     ],
 )
 def test_what_is_broken_is_noticed(name: str, old: str, new: str) -> None:
-    kernels = broken(name, replacing(old, new))
+    kernels = broken("" if name == "varlen" else name, replacing(old, new), name)
     # DriverError: what is read or written outside of the tensors ends the launch.
     with pytest.raises((AssertionError, DriverError)):
         assert_as_each_alone(BATCH, "int4_fp8", kernels=kernels)
 
 
 def test_offsets_that_are_not_clamped_are_noticed() -> None:
-    kernels = broken("varlen", replacing("x < low ? low : x < high ? x : high", "x"))
+    kernels = broken("", replacing("x < low ? low : x < high ? x : high", "x"), "varlen")
     lengths = Lengths(torch.tensor([0, 200]), torch.tensor([0, 5000]), 523)
     with pytest.raises(DriverError):
         attend(BATCH.call, "int8_fp8", lengths=lengths, kernels=kernels)
