@@ -1,15 +1,16 @@
 """The CUDA kernels as the registry knows them: attention on tensors of a GPU.
 
 An attention is five launches on the caller's stream: statistics of K and V, then Q, K and V
-quantized, then the fused attention. Nothing is copied: inputs are read with their strides.
+quantized, then the fused attention; and one more where that splits the keys. Nothing is copied:
+inputs are read with their strides.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import log, nan
+from dataclasses import dataclass, replace
+from math import log
 from typing import Final, Literal
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
+from sage_compiler.kernels.cuda.attending import Attending, Operands
+from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
-from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
+from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
+from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
@@ -28,10 +31,9 @@ from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
-from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
+from sage_compiler.semantics import UNBOUNDED, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
-_LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
 _LARGE_DELTA: Final = 1 << 30  # bytes of scratch memory that nobody may need
 
@@ -57,6 +59,8 @@ class Target:
         stream: a CUstream of it, as torch gives it.
         loader: where the kernels come from.
         allocate: where scratch memory comes from.
+        multiprocessors: of the device; None: those of the architecture's usual board.
+        sequences: what kernels of a packed batch take behind their own parameters, ``varlen.py``.
     """
 
     arch: str
@@ -64,10 +68,14 @@ class Target:
     stream: int
     loader: Loader
     allocate: Allocate = allocate
+    multiprocessors: int | None = None
+    sequences: bytes = b""
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         """Start one kernel."""
-        self.loader.loaded(spec, self.device, self.stream)(blocks, self.stream, packed)
+        self.loader.loaded(spec, self.device, self.stream)(
+            blocks, self.stream, packed + self.sequences
+        )
 
 
 def attention(
@@ -100,11 +108,13 @@ def attention(
     """
     with torch.cuda.device(query.device):
         index = query.device.index or 0
+        loader = default_loader()
         target = Target(
             _arch(index),
             index,
             torch.cuda.current_stream(query.device).cuda_stream,
-            default_loader(),
+            loader,
+            multiprocessors=_multiprocessors(loader.driver, index),
         )
         return run(
             target,
@@ -176,7 +186,7 @@ def run(
     accumulator: Accumulator = Accumulator.FP32,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
+    """As ``attention``, on a target; ``accumulator`` as of ``dispatch.decide``."""
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
     if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
@@ -184,12 +194,17 @@ def run(
         if sinks is not None and want_lse:
             lse.copy_(sinks[:, None])
         return output.zero_(), lse
-    kernels = dispatch.decide(
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1:3]
+    planned = dispatch.plan(
         target.arch,
         recipe,
         _dtype_name(query.dtype),
-        query.shape[3],
+        head_dim,
         value.shape[3],
+        Sizes.of(batch, heads, kv_heads, query_length, key_length),
+        Reach.of(semantics, query_length, key_length),
+        target.multiprocessors,
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
@@ -198,12 +213,12 @@ def run(
         rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
         rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
     )
-    if isinstance(kernels, str):
-        raise KernelUnavailableError(f"{kernels}; use precision='exact'")
+    if isinstance(planned, str):
+        raise KernelUnavailableError(f"{planned}; use precision='exact'")
     wanted = lse if want_lse else None
     Call(
         target,
-        kernels,
+        planned.kernels,
         query,
         key,
         value,
@@ -213,6 +228,7 @@ def run(
         sinks,
         attn_mask,
         rotary,
+        planned.cut.splits,
         lengths,
     ).run()
     return output, lse
@@ -239,6 +255,7 @@ class Call:
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
         rotary: Rotary | None = None,
+        splits: int = 1,
         lengths: Lengths | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
@@ -249,6 +266,7 @@ class Call:
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
             rotary: what ``kernels`` rotate by, if they do.
+            splits: parts of the keys, of kernels that split them; else 1.
             lengths: of a packed batch; then ``kernels`` are for one, and what depends on lengths
                 here they find themselves, for each sequence.
 
@@ -262,12 +280,13 @@ class Call:
         self.semantics = semantics
         self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
+        self.splits = splits
         if lengths is None:
             sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
-            self._sequences = b""
         else:
             sizes = lengths.sizes(heads, key.shape[1], query_length, key.shape[2])
-            self._sequences = lengths.packed(sizes, semantics)
+            self.target = replace(target, sequences=lengths.packed(sizes, semantics))
+        self.sizes = sizes
         (
             self.batch,
             self.heads,
@@ -281,34 +300,34 @@ class Call:
             _,
             _,
         ) = sizes
-        self.group = self.heads // self.kv_heads
+        self.group = sizes.group
         self.scale = semantics.scale_for(head_dim)
 
-        # Query i sees the keys i + lower to i + upper; all keys that one sees count.
-        visible = semantics.band(self.query_length, self.key_length)
         self.mask = None
         if attn_mask is not None:
             self.mask = Mask.of(
                 attn_mask,
-                visible,
+                semantics.band(self.query_length, self.key_length),
                 self.batch,
                 self.kv_heads,
                 self.group,
                 self.query_length,
                 self.key_length,
             )
-        band = visible or Band(None, None, 0)
-        self.lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
-        self.upper = FAR if band.right is None else min(FAR, band.offset + band.right)
-        self.first_key = min(self.key_length, max(0, self.lower))
-        self.end_key = max(self.first_key, min(self.key_length, self.query_length + self.upper))
-        self.first_live = min(self.query_length, max(0, -self.upper))
-        self.end_live = max(self.first_live, min(self.query_length, self.key_length - self.lower))
-        self._blocks = sizes.blocks()
+        self.reach = Reach.of(semantics, self.query_length, self.key_length)
+        (
+            self.lower,
+            self.upper,
+            self.first_key,
+            self.end_key,
+            self.first_live,
+            self.end_live,
+        ) = self.reach
+        self._blocks = sizes.blocks(kernels, splits)
 
         self.tile: KeyValueTile = kernels.attend.tile
         row_term = lse is not None or sinks is not None or kernels.attend.softcap
-        parts = sizes.scratch(kernels, row_term=row_term)
+        parts = sizes.scratch(kernels, row_term=row_term, splits=splits)
         addresses, self._scratch = target.allocate(parts, query.device)
         present = [address if size else 0 for address, size in zip(addresses, parts, strict=True)]
         (
@@ -321,6 +340,8 @@ class Call:
             self.tiles,
             self.value_scales,
             self.delta,
+            self.part_outputs,
+            self.part_sums,
         ) = present
 
     def run(self) -> None:
@@ -330,7 +351,8 @@ class Call:
 
     def steps(self) -> tuple[Callable[[], None], ...]:
         """Each launches one kernel, in the order of what they need: K's mean, then Q's."""
-        return (self._statistics, self._query, self._key, self._value, self._attend)
+        quantizing = (self._statistics, self._query, self._key, self._value)
+        return (*quantizing, *self._attending().steps())
 
     def _statistics(self) -> None:
         packed = params.STATISTICS.pack(
@@ -347,7 +369,7 @@ class Call:
             self.batch * self.kv_heads * self.chunks,
         )
         packed += self._rotary("key")
-        self._launch(self.kernels.statistics, self._blocks[0], packed)
+        self.target.launch(self.kernels.statistics, self._blocks[0], packed)
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
@@ -372,7 +394,7 @@ class Call:
             self.scale,
         )
         packed += self._rotary("query")
-        self._launch(self.kernels.query, self._blocks[1], packed)
+        self.target.launch(self.kernels.query, self._blocks[1], packed)
 
     def _key(self) -> None:
         packed = params.KEY.pack(
@@ -393,7 +415,7 @@ class Call:
             self.chunks,
         )
         packed += self._rotary("key")
-        self._launch(self.kernels.key, self._blocks[2], packed)
+        self.target.launch(self.kernels.key, self._blocks[2], packed)
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
@@ -409,40 +431,32 @@ class Call:
             self.end_key,
             self.chunks,
         )
-        self._launch(self.kernels.value, self._blocks[3], packed)
+        self.target.launch(self.kernels.value, self._blocks[3], packed)
 
-    def _attend(self) -> None:
-        packed = params.ATTEND.pack(
+    def _attending(self) -> Attending:
+        operands = Operands(
             self.query_codes,
             self.query_scales,
             self.tiles,
             self.value_scales,
             self.delta,
             self.row_term,
-            0 if self.sinks is None else self.sinks.data_ptr(),
-            self.output.data_ptr(),
-            0 if self.lse is None else self.lse.data_ptr(),
-            *(NO_MASK if self.mask is None else self.mask.packed()),
-            *(NO_FLAGS if self.mask is None else flags(self.mask.tiles)),
-            *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
-            *self.output.stride()[:3],
-            self.query_length,  # of the LSE, from head to head
-            self.heads,
-            self.group,
-            self.query_length,
-            self.key_length,
-            self.query_blocks,
-            self.key_blocks,
-            self.lower,
-            self.upper,
-            self.value.shape[3],
-            max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
-            nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
+            self.part_outputs,
+            self.part_sums,
         )
-        self._launch(self.kernels.attend, self._blocks[4], packed)
-
-    def _launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
-        self.target.launch(spec, blocks, packed + self._sequences)
+        return Attending(
+            self.target,
+            self.kernels,
+            self.sizes,
+            self.reach,
+            self.semantics,
+            operands,
+            self.output,
+            self.lse,
+            self.sinks,
+            self.mask,
+            self.splits,
+        )
 
     def _rotary(self, side: Literal["query", "key"]) -> bytes:
         """What a kernel on Q or K takes besides, where it rotates."""
@@ -475,6 +489,11 @@ def _tensor(tensor: Tensor) -> tuple[int, ...]:
 def _arch(device: int) -> str:
     """The architecture whose kernels a device runs; KernelUnavailableError where there are none."""
     return arch_of(torch.cuda.get_device_capability(device)).name
+
+
+@functools.cache
+def _multiprocessors(driver: Driver, device: int) -> int:
+    return driver.multiprocessors(device)
 
 
 def _arch_of(problem: Problem) -> str:

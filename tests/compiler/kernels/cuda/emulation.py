@@ -18,7 +18,7 @@ from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, KernelSpec, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.layout import empty_output
@@ -135,20 +135,23 @@ def attend(
     want_lse: bool = True,
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
+    tile: QueryTile = QUERY_BLOCK,
+    splits: int = 1,
     lengths: Lengths | None = None,
     seed: int = 0,
     rotary: Rotary | None = None,
-    launches: int = 5,
+    launches: int | None = None,
 ) -> Result:
     """Run one attention.
 
     Args:
         kernels: other than ``loader()``.
         change: of what is launched.
+        tile, splits: how the products are cut.
         lengths: of a packed batch.
         seed: of the order in which threads and blocks run.
         rotary: how Q and K are rotated.
-        launches: how many of its kernels to run, the first ones.
+        launches: how many of its kernels to run, the first ones; by default all.
 
     Raises:
         DriverError: a check failed.
@@ -193,6 +196,7 @@ def attend(
         softcap=kernel.has_softcap(call.semantics),
         rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
         rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
+        tile=tile,
         varlen=lengths is not None,
     )
     running = kernel.Call(
@@ -207,6 +211,7 @@ def attend(
         call.sinks,
         call.attn_mask,
         rotary,
+        splits,
         lengths,
     )
     if running.mask is not None:

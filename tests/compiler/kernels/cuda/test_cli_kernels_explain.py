@@ -111,7 +111,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
     assert found["launches"][4]["symbol"] == (
-        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2"
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False"
     )
     assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
     assert not any(each["packed"] for each in found["launches"])
@@ -130,6 +130,22 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_few_queries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads that are packed, keys that are split, and the kernel that merges."""
+    words = ("1x32x1x128", "--arch", "sm_89", "--kv", "1x8x4096x128", "--recipe", "int8_fp8")
+    lines = explained(capsys, *words).splitlines()
+    assert "cut: heads packed by 4, keys in 16 parts" in lines
+    assert "tile: 32 queries and 64 keys, 16 queries a warp, 2 stages" in lines
+    found = explained_json(capsys, *words)
+    assert [each["blocks"] for each in found["launches"]] == [256, 32, 512, 512, 8 * 16, 8]
+    assert found["launches"][5]["symbol"] == "sage_merge_sm_89_bfloat16_128"
+    about = found["cut"]
+    assert (about["packed_heads"], about["splits"], about["multiprocessors"]) == (4, 16, 128)
+    assert "a last kernel merges" in about["reason"]
+    whole = explained_json(capsys, *words[:3], "--kv", "1x8x200x128", *words[5:])
+    assert found["scratch_bytes"] - 16 * 32 * (128 + 2) * 4 > whole["scratch_bytes"]
+
+
 def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("1x4x1000x64", "--arch", "sm_89", "--kv", "1x2x700x64", "--sequences", "5")
     found = explained_json(capsys, *words, "--recipe", "int4_fp8")
@@ -144,7 +160,7 @@ def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(each["seconds"] is None for each in found["recipes"])
     text = " ".join(explained(capsys, *words).split())
     assert "int8_fp8, where it is asked for by name, launches" in text
-    assert "With auto, a least length or a guard, each sequence is a call of its own." in text
+    assert "With auto, a least length or a guard, each sequence is a call of its own" in text
 
 
 def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
