@@ -320,7 +320,9 @@ def test_the_host_does_not_read_offsets_on_the_device() -> None:
         offsets = torch.empty(6, dtype=torch.int32), torch.empty(6, dtype=torch.int64)
     lengths = Lengths.of(*offsets, query, key, read=False)
     assert lengths.longest == 700
-    target = kernel.Target(ARCH, 0, 0, Recorder(None, None), lambda sizes, _: ([256] * 9, None))  # type: ignore[arg-type]
+    target = kernel.Target(
+        ARCH, 0, 0, Recorder(None, None), lambda sizes, _: ([256] * len(sizes), None)
+    )  # type: ignore[arg-type]
     kernel.run(
         target,
         query,
