@@ -99,6 +99,7 @@ class Attending:
             operands.part_outputs,
             operands.part_sums,
             *self.output.stride()[:3],
+            sizes.query_length,  # of the LSE, from head to head
             sizes.heads,
             sizes.group,
             sizes.query_length,

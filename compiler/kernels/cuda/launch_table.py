@@ -77,7 +77,7 @@ def _arch(arch: Arch, at: Mapping[KernelSpec, int]) -> Sequence[_Word]:
 
 
 def _kernel(spec: KernelSpec, entry: Entry) -> Sequence[_Word]:
-    geometry = (spec.threads, spec.shared_bytes, spec.params.size)
+    geometry = (spec.threads, spec.shared_bytes, spec.params_bytes)
     return ("kernel", spec.arch, spec.symbol, *geometry, entry.size, entry.sha256)
 
 

@@ -9,7 +9,7 @@ import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple
 
@@ -37,9 +37,12 @@ class KernelSpec(ABC):
 
     Attributes:
         arch: a key of ``arch.ARCHS``.
+        varlen: whether it takes a packed batch of sequences, whose lengths it reads itself: any
+            kernel on Q, K or V may.
     """
 
     arch: str
+    varlen: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
@@ -48,8 +51,19 @@ class KernelSpec(ABC):
     @property
     def symbol(self) -> str:
         """The name of the kernel in its binary, unique among all specs; also a file's name."""
-        values = (str(getattr(self, field.name)) for field in fields(self))
-        return "_".join(("sage", self.kind, *values))
+        values = [str(getattr(self, each.name)) for each in fields(self) if each.name != "varlen"]
+        return "_".join(("sage", self.kind, *values, *(["varlen"] if self.varlen else [])))
+
+    @property
+    def instance(self) -> str:
+        """The instance of the template, in C++."""
+        plain = f"sage::{self.template}<{', '.join(self.arguments)}>"
+        return f"sage::Varlen<{plain}>" if self.varlen else plain
+
+    @property
+    def params_bytes(self) -> int:
+        """The size of its struct of parameters."""
+        return self.params.size + (params.SEQUENCES.size if self.varlen else 0)
 
     @property
     @abstractmethod

@@ -83,6 +83,7 @@ def variant(
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
     tile: QueryTile = QUERY_BLOCK,
+    varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
 
@@ -93,14 +94,16 @@ def variant(
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
         tile: what a block of the attention kernel does.
+        varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
-    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
-    query, key = QuerySpec(arch, dtype, padded, qk), KeySpec(arch, dtype, padded, qk)
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
     if rotary_query is not None:
         query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
     if rotary_key is not None:
@@ -110,7 +113,7 @@ def variant(
         statistics=statistics,
         query=query,
         key=key,
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
         attend=AttendSpec(
             arch,
             dtype,
@@ -127,6 +130,7 @@ def variant(
             tile_rows=tile.rows,
             packed_heads=tile.packed_heads,
             split=tile.split,
+            varlen=varlen,
         ),
         merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
     )
@@ -233,7 +237,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: other dims, float32, softcap, split keys."""
+    """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
     for recipe in ARCHS[arch].recipes:
         for head_dim in HEAD_DIMS:
             if head_dim not in PACKED_HEAD_DIMS:
@@ -252,6 +256,9 @@ def further_variants(arch: str) -> Iterator[Variant]:
                 )
         split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
         yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        yield variant(arch, "bfloat16", 64, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
 
 
 def cache_variants(arch: str) -> Iterator[CacheVariant]:

@@ -17,6 +17,7 @@
 #include <sage/row_end.cuh>
 #include <sage/tile.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -70,7 +71,37 @@ class Attend {
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { Attend(p, task).run(); }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
+        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_query_block() * p.heads;
+        int64_t const task = sequence.task_of_queries(block - before, p.heads);
+        if (task < 0) return task;
+        int64_t const kv_heads = Split(p.heads, p.group).outer;
+        p.query_codes = static_cast<char const*>(p.query_codes) + before * QueryTile::kBytes;
+        p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
+        p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
+                            sequence.first_key_block() * kv_heads * Packed::kBytes;
+        p.value_scales += sequence.index() * kv_heads * padded_dim(kValueDim);
+        if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
+        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+        p.output =
+            static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
+        if (p.lse != nullptr) p.lse += sequence.first_query_token();
+        p.query_length = sequence.query_length();
+        p.key_length = sequence.key_length();
+        p.query_blocks = sequence.query_blocks();
+        p.key_blocks = p.head_tiles = sequence.key_blocks();
+        p.lower = sequence.lower();
+        p.upper = sequence.upper();
+        if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
+        return task;
+    }
 
  private:
     Params const& p_;
@@ -85,8 +116,8 @@ class Attend {
     float total_[kBands][kHalves];  // of the thread's own columns
     float output_[kBands][kChannelAtoms][4];
 
-    SAGE_DEVICE explicit Attend(Params const& p)
-        : Attend(p, Split(arch::block_index(), kSplitKeys ? p.parts : 1)) {}
+    SAGE_DEVICE Attend(Params const& p, int64_t task)
+        : Attend(p, Split(task, kSplitKeys ? p.parts : 1)) {}
 
     SAGE_DEVICE Attend(Params const& p, Split const& task)
         : p_(p), rows_(p, task.outer), part_(task.inner), shared_(arch::shared_memory()) {
@@ -636,7 +667,8 @@ class Attend {
                     }
                 }
                 if (p_.lse != nullptr && first_column() == 0) {
-                    arch::store_global(p_.lse + index_of(band, half), end.lse());
+                    int64_t const index = rows_.head(band, half) * p_.lse_head_stride;
+                    arch::store_global(p_.lse + index + rows_.query(band, half), end.lse());
                 }
             }
         }

@@ -145,14 +145,15 @@ struct AttendParams {
     float const* row_term;        // (B, H, Lq); null where neither LSE, softcap nor sinks need it
     float const* sinks;   // (H): one more logit of each head, in the denominator; may be null
     void* output;         // (B, H, Lq, channels) of the output type, channels contiguous
-    float* lse;           // (B, H, Lq), natural logarithm; may be null
+    float* lse;           // (B, H, Lq) by its stride, natural logarithm; may be null
     Mask mask;            // of a kernel that has one
     Flags tiles;          // what it is in each: a token is a query block, and has N bytes
     Flags live;           // queries that see a key through it
     float* part_outputs;  // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
     float* part_sums;     // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
     int64_t output_batch_stride, output_head_stride, output_token_stride;
-    int64_t heads, group;  // H, G
+    int64_t lse_head_stride;  // Lq, or more
+    int64_t heads, group;     // H, G
     int64_t query_length, key_length;
     int64_t query_blocks, key_blocks;
     int64_t row_blocks;    // tiles that G * Lq rows make, of a kernel that packs heads
@@ -230,6 +231,20 @@ struct MergeParams {
     int64_t dead_is_nan;       // whether a row that sees no key is NaN; else it is 0
     float log2_weight_factor;  // of P, see numeric.cuh
     float limit;               // of |V| as it is summed up
+};
+
+// The sequences of a packed batch, which lie one after another along the lengths of a batch of 1:
+// what a kernel of varlen.cuh takes besides the struct of its own, where it ignores what depends on
+// lengths. Offsets are cumulative lengths, (count + 1) of 4 or 8 bytes each.
+struct Sequences {
+    void const *query_offsets, *key_offsets;
+    int64_t query_offset_bytes, key_offset_bytes;
+    int64_t count;
+    int64_t queries, keys;    // of the whole batch
+    int64_t group;            // G
+    int64_t most_key_blocks;  // of one sequence
+    int64_t left, right;      // keys that a query sees on both sides of the diagonal
+    int64_t bottom_right;     // the last query and the last key are on it; else the first ones
 };
 
 // The kernels below are for hosts without torch: what a mask shows, and sinks as floats. A mask has

@@ -276,6 +276,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        a.heads * a.query_length * a.value_head_dim,
                                        a.query_length * a.value_head_dim,
                                        a.value_head_dim,
+                                       a.query_length,
                                        a.heads,
                                        group_,
                                        a.query_length,
