@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from sage_compiler.kernels.cuda.arch import ARCHS, Geometry
@@ -16,9 +16,12 @@ from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
     QUERY_BLOCK,
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     HopperAttendSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     MergeSpec,
     QuerySpec,
@@ -81,6 +84,7 @@ def variant(
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
     tile: QueryTile = QUERY_BLOCK,
+    varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
 
@@ -91,6 +95,7 @@ def variant(
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
         tile: what a block of the attention kernel does; that of wgmma has ``QUERY_BLOCK`` only.
+        varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
@@ -100,7 +105,7 @@ def variant(
     wgmma = ARCHS[arch].uses_wgmma(recipe)
     attend: AttendSpec | HopperAttendSpec
     if wgmma:
-        assert tile == QUERY_BLOCK
+        assert tile == QUERY_BLOCK and not varlen
         ring = ARCHS[arch].ring(longest)
         attend = HopperAttendSpec(
             arch,
@@ -131,10 +136,11 @@ def variant(
             tile_rows=tile.rows,
             packed_heads=tile.packed_heads,
             split=tile.split,
+            varlen=varlen,
         )
-    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
-    query = QuerySpec(arch, dtype, padded, qk, panels=wgmma)
-    key = KeySpec(arch, dtype, padded, qk, panels=wgmma)
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
     if rotary_query is not None:
         query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query, panels=wgmma)
     if rotary_key is not None:
@@ -144,9 +150,70 @@ def variant(
         statistics=statistics,
         query=query,
         key=key,
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, panels=wgmma),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, panels=wgmma, varlen=varlen),
         attend=attend,
         merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheVariant:
+    """The kernels of a cache: ``key_mean`` and ``append`` of new tokens, the others of attention.
+
+    Attributes:
+        delta: with INT4, which comes with Q smoothing.
+        merge: as of ``Variant``.
+    """
+
+    key_mean: KeyMeanSpec
+    append: AppendSpec
+    query: QuerySpec
+    delta: DeltaSpec | None
+    attend: AttendSpec
+    merge: MergeSpec | None = None
+
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """All of them, in the order of their launches."""
+        delta = () if self.delta is None else (self.delta,)
+        merge = () if self.merge is None else (self.merge,)
+        return (self.key_mean, self.append, self.query, *delta, self.attend, *merge)
+
+
+@functools.cache
+def cache_variant(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    recipe: str,
+    *,
+    value_head_dim: int | None = None,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+    tile: QueryTile = QUERY_BLOCK,
+) -> CacheVariant:
+    """The kernels of a cache, with arguments as of ``variant``."""
+    found = variant(
+        arch,
+        dtype,
+        head_dim,
+        recipe,
+        value_head_dim=value_head_dim,
+        window=window,
+        masked=masked,
+        softcap=softcap,
+        tile=tile,
+    )
+    assert isinstance(found.attend, AttendSpec)
+    attend = replace(found.attend, tile_scales=True)
+    padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+    return CacheVariant(
+        key_mean=KeyMeanSpec(arch, dtype, padded),
+        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        query=found.query,
+        delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
+        attend=attend,
+        merge=found.merge,
     )
 
 
@@ -184,16 +251,14 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
-                if ARCHS[arch].uses_wgmma(recipe):
-                    continue
+            for recipe in ARCHS[arch].portable_recipes:
                 for split in (False, True):
                     tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: other dims, float32, softcap, split keys."""
+    """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
     for recipe in ARCHS[arch].recipes:
         for head_dim in HEAD_DIMS:
             if head_dim not in PACKED_HEAD_DIMS:
@@ -210,9 +275,31 @@ def further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
-        if not ARCHS[arch].uses_wgmma(recipe):
-            split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
-            yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        if ARCHS[arch].uses_wgmma(recipe):
+            continue
+        split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
+        yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        yield variant(arch, "bfloat16", 64, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
+
+
+def cache_variants(arch: str) -> Iterator[CacheVariant]:
+    """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
+    for recipe in ARCHS[arch].portable_recipes:
+        for head_dim in HEAD_DIMS:
+            yield cache_variant(arch, "bfloat16", head_dim, recipe)
+        yield cache_variant(arch, "float16", 128, recipe)
+        yield cache_variant(arch, "float32", 128, recipe)
+        yield cache_variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
+        yield cache_variant(arch, "bfloat16", 64, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, window=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
+        for head_dim in PACKED_HEAD_DIMS:
+            for split in (False, True):
+                tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:
@@ -244,4 +331,5 @@ def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     if not further:
         return tuple(packed)
     others = dict.fromkeys(spec for each in further_variants(arch) for spec in each.specs())
+    others |= dict.fromkeys(spec for each in cache_variants(arch) for spec in each.specs())
     return tuple(spec for spec in others if spec not in packed)
