@@ -35,7 +35,7 @@ class KernelSpec(ABC):
     """One kernel, compiled for one architecture.
 
     Attributes:
-        arch: a key of ``arch.ARCHS``.
+        arch: a key of ``arch.ARCHS``, or the name of ``arch.PORTABLE``.
     """
 
     arch: str
