@@ -84,25 +84,28 @@ def attention(
     if window is None and causal == "top_left":
         mask_class, left, right = ("causal" if is_causal else "none"), UNBOUNDED, UNBOUNDED
         plain = softcap is None and sinks is None and cu_seqlens is None and not return_lse
-        # What `auto` leaves alone is told here where it can be: each argument costs the dispatcher
-        # time. A graph that is being traced gets a call that serves all sizes.
+        # What `auto` leaves alone does not pass through the dispatcher: it costs time, and the
+        # layout that the operator promises may cost a copy. A graph that is being traced gets a
+        # call that serves all sizes.
         if (
             plain
             and precision == AUTO
             and not torch.compiler.is_compiling()
             and ops.is_too_small(query, key, ops.SHIPPED_GATE)
         ):
-            output: Tensor = _attention(query, key, value, attn_mask, mask_class, scale)
-            return output.squeeze(0) if unbatched else output
+            exact = ops.plain(query, key, value, attn_mask, is_causal, scale)
+            if exact is not None:
+                return exact.squeeze(0) if unbatched else exact
     else:
         mask_class, left, right = parse_band(is_causal, causal, window)
     cu_q, cu_k = (None, None) if cu_seqlens is None else _both_sides(cu_seqlens)
     arguments = (
-        query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
-        left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
+        query, key, value, attn_mask, mask_class, scale, precision,
+        ops.SHIPPED_GATE if precision == AUTO else 0,
+        "zero", softcap, sinks, left, right, cu_q, cu_k,
     )  # fmt: skip
     if not return_lse:
-        output = _attention(*arguments)
+        output: Tensor = _attention(*arguments)
         return output.squeeze(0) if unbatched else output
     output, lse = torch.ops.sage.attention.lse(*arguments)
     return (output.squeeze(0), lse.squeeze(0)) if unbatched else (output, lse)

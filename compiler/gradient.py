@@ -32,7 +32,7 @@ _VJP_KEYS: Final = (
 )
 
 
-def _vjp_on() -> AbstractContextManager[None]:
+def vjp_on() -> AbstractContextManager[None]:
     """Make ``torch.func.vjp`` work whoever calls the operator."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _VJP_KEYS:
@@ -92,11 +92,11 @@ def backward(
 
     primals = [tensor for index in wanted if (tensor := given[index]) is not None]
     cotangent = grad_output if grad_lse is None else (grad_output, grad_lse)
-    with _vjp_on():
+    with vjp_on():
         pull_back = torch.func.vjp(forward, *primals)[1]
         gradients = dict(zip(wanted, pull_back(cotangent), strict=True))
     return tuple(
-        _dense_like(gradients[index], tensor)
+        dense_like(gradients[index], tensor)
         if tensor is not None and index in gradients
         else query.new_empty(0)
         for index, tensor in enumerate(given)
@@ -128,14 +128,14 @@ def fake_backward(
 
 
 # Positions of the differentiable arguments in the schema.
-_DIFFERENTIABLE: Final = (0, 1, 2, 3, 9)
+_DIFFERENTIABLE: Final = (0, 1, 2, 3, 10)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (query, key, value, mask, mask_class, scale, _, dead_rows, softcap, sinks, left, right) = (
-        inputs[:12]
+    (query, key, value, mask, mask_class, scale, _, _, dead_rows, softcap, sinks, left, right) = (
+        inputs[:13]
     )
-    ctx.save_for_backward(query, key, value, mask, sinks, inputs[12], inputs[13])
+    ctx.save_for_backward(query, key, value, mask, sinks, inputs[13], inputs[14])
     ctx.scalars = (mask_class, scale, dead_rows, softcap, left, right)
 
 
@@ -161,6 +161,6 @@ def differentiate_lse(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[
     return _gradients(ctx, grad_output, grad_lse)
 
 
-def _dense_like(gradient: Tensor, primal: Tensor) -> Tensor:
+def dense_like(gradient: Tensor, primal: Tensor) -> Tensor:
     """The gradient, freshly allocated with the strides that ``empty_like(primal)`` has."""
     return torch.empty_like(primal).copy_(gradient)

@@ -19,9 +19,11 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import dispatch
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch, arch_of
+from sage_compiler.kernels.cuda.cut import Cut
+from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
 from sage_compiler.kernels.cuda.kernel import has_softcap
 from sage_compiler.kernels.cuda.pack import find_packs
-from sage_compiler.kernels.cuda.sizes import Sizes, arrange
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
@@ -58,7 +60,8 @@ class Answer:
         shown: the recipe whose kernels are shown, though nobody may take them: for `auto` the one
             that it means; None for "exact" and what is refused.
         kernels: the kernels of ``shown``.
-        sizes: how they are cut into blocks.
+        sizes: how tokens are cut into blocks.
+        cut: how the products are.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
             None where the kernels do not take it, left out where there is no prediction.
@@ -71,6 +74,7 @@ class Answer:
     shown: str | None
     kernels: Variant | None
     sizes: Sizes
+    cut: Cut | None
     scratch_bytes: int | None
     seconds: dict[str, float | None]
 
@@ -105,27 +109,31 @@ def answer(question: Question) -> Answer:
     try:
         arch = arch_of(question.capability)
     except KernelUnavailableError:
-        return Answer(served_by, computed, reason, None, None, None, sizes, None, {})
+        return Answer(served_by, computed, reason, None, None, None, sizes, None, None, {})
 
     shown = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
-    kernels = None
+    kernels = cut = None
     if shown != EXACT:
         semantics = question.semantics
-        decided = dispatch.decide(
+        planned = dispatch.plan(
             arch.name,
             shown,
             dtype_name(problem.dtype),
             head_dim,
             problem.value_head_dim,
+            sizes,
+            Reach.of(semantics, length, key_length),
             window=semantics.window_left != UNBOUNDED,
             masked=problem.has_mask,
             softcap=has_softcap(semantics),
         )
-        kernels = None if isinstance(decided, str) else decided
+        if not isinstance(planned, str):
+            kernels, cut = planned
     scratch_bytes = None
-    if kernels is not None:
+    if kernels is not None and cut is not None:
         row_term = question.sinks is not None or kernels.attend.softcap
-        scratch_bytes = arrange(sizes.scratch(kernels, row_term=row_term))[1]
+        parts = sizes.scratch(kernels, row_term=row_term, splits=cut.splits)
+        scratch_bytes = arrange(parts)[1]
     work = rates.Work.of(
         question.query, question.key, question.value, question.semantics, question.attn_mask
     )
@@ -137,6 +145,7 @@ def answer(question: Question) -> Answer:
         None if kernels is None else shown,
         kernels,
         sizes,
+        cut,
         scratch_bytes,
         {
             name: rates.seconds(arch.name, name, work)
@@ -192,6 +201,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         "shown": found.shown,
         "launches": [],
         "tile": None,
+        "cut": None,
         "scratch_bytes": found.scratch_bytes,
         "recipes": [],
         "exact_seconds": found.seconds.get(EXACT),
@@ -204,7 +214,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         for name, offered, reason in _recipes(found.arch)
     ]
     about["times"] = _caveat(found.arch)
-    if found.kernels is not None:
+    if found.kernels is not None and found.cut is not None:
         attend = found.kernels.attend
         about["launches"] = [
             {
@@ -218,11 +228,17 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
             for spec, blocks, packed, shipped in _launches(found)
         ]
         about["tile"] = {
-            "queries": TILE_MMA.q_block,
+            "queries": attend.tile_rows,
             "keys": TILE_MMA.kv_block,
             "warp_rows": attend.warp_rows,
             "stages": attend.stages,
             "reason": _geometry_reason(found.arch, found.kernels),
+        }
+        about["cut"] = {
+            "packed_heads": found.sizes.group if attend.packed_heads else 1,
+            "splits": found.cut.splits,
+            "multiprocessors": found.arch.multiprocessors,
+            "reason": reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors),
         }
     return about
 
@@ -238,7 +254,7 @@ def _lines(question: Question, found: Answer) -> list[str]:
     lines = [f"{question}; on {where}", _decision(question, found)]
     if found.arch is None:
         return lines
-    if found.kernels is not None:
+    if found.kernels is not None and found.cut is not None:
         assert found.scratch_bytes is not None
         attend = found.kernels.attend
         named = "" if found.served_by == Server.KERNELS else ", where it is asked for by name,"
@@ -256,15 +272,14 @@ def _lines(question: Question, found: Answer) -> list[str]:
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
-            f"tile: {TILE_MMA.q_block} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
+            f"tile: {attend.tile_rows} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
             f"queries a warp, {attend.stages} stages"
         )
-        lines += wrap(
-            _geometry_reason(found.arch, found.kernels),
-            width=_WIDTH,
-            initial_indent="  ",
-            subsequent_indent="  ",
-        )
+        lines += _prose(_geometry_reason(found.arch, found.kernels))
+        heads = f"heads packed by {found.sizes.group}" if attend.packed_heads else "a head a tile"
+        splits = found.cut.splits
+        lines.append(f"cut: {heads}, {f'keys in {splits} parts' if splits > 1 else 'all keys'}")
+        lines += _prose(reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
@@ -316,17 +331,27 @@ def _recipes(arch: Arch) -> list[tuple[str, bool, str]]:
     ]
 
 
+def _prose(sentence: str) -> list[str]:
+    return wrap(sentence, width=_WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
 def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
     """Each kernel, its blocks, whether a pack here has it, and whether release wheels do."""
-    assert found.arch is not None and found.kernels is not None
+    assert found.arch is not None and found.kernels is not None and found.cut is not None
     packs, shipped = find_packs(), set(all_specs(found.arch.name))
+    blocks = found.sizes.blocks(found.kernels, found.cut.splits)
     return [
-        (spec, blocks, any(pack.has(spec) for pack in packs), spec in shipped)
-        for spec, blocks in zip(found.kernels.specs(), found.sizes.blocks(), strict=True)
+        (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
+        for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)
     ]
 
 
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:
+    if kernels.attend.packed_heads:
+        return (
+            "each packed row has a scale of its own to keep, and few rows want many warps: 16 rows "
+            "a warp; stages as for many queries"
+        )
     return arch.geometry(max(kernels.attend.head_dim, kernels.attend.value_head_dim)).reason
 
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -88,7 +88,10 @@ def environment(tree: Path, pack: Path, tmp_path_factory: pytest.TempPathFactory
         if name in seen or name.startswith(("nvidia", "cuda", "triton")):
             continue
         seen.add(name)
-        found = distribution(name)
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:  # of another system
+            continue
         for file in found.files or ():
             top = file.parts[0]
             if top not in ("..", "__pycache__") and not (required / top).is_symlink():
@@ -151,7 +154,7 @@ def test_kernels_are_found_without_a_compiler(environment: Path) -> None:
     place = f"pack {environment / 'site' / PLACE.rstrip('/')}"
     assert {row["where"] for row in rows} == {place}
     for arch, recipe in (("sm_89", "int8_fp8"), ("sm_121", "int8_fp16")):
-        words = ("1x2x64x64", "--arch", arch, "--recipe", recipe)
+        words = ("1x2x128x64", "--arch", arch, "--recipe", recipe)
         lines = run(environment, "kernels", "explain", *words).splitlines()
         built = [line.rsplit("  ", 1)[1] for line in lines if line.startswith("  sage_")]
         assert built == ["in the pack", *["on first use; release wheels have it"] * 4]

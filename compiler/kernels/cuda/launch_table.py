@@ -47,7 +47,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -122,7 +122,7 @@ def _layout(kernels: Variant) -> tuple[int, ...]:
         int(attend.qk is Format.INT4),
         padded_dim(attend.head_dim),
         padded_dim(attend.value_head_dim),
-        attend.query_tile_bytes,
+        attend.query_block_bytes,
         tile.value_offset,
         tile.scales_offset,
         tile.bytes,

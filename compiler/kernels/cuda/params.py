@@ -17,7 +17,17 @@ STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
 QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
-ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P14q2f")
+MERGE: Final = struct.Struct("@7P10q2f")
+
+# The tables of a rotary embedding, data and five strides each; the channels, and the dtype.
+ROTARY: Final = struct.Struct("@P5qP5q2q")
+
+
+def with_rotary(plain: struct.Struct) -> struct.Struct:
+    """The parameters of a kernel that rotates: those of the plain one, and ``ROTARY``."""
+    return struct.Struct(plain.format + ROTARY.format.removeprefix("@"))
+
 
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.
 MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")

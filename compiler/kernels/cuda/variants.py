@@ -13,19 +13,26 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
-from sage_compiler.kernels.cuda.arch import named
+from sage_compiler.kernels.cuda.arch import Geometry, named
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
+    QUERY_BLOCK,
     AttendSpec,
     KernelSpec,
     KeySpec,
+    MergeSpec,
     QuerySpec,
+    QueryTile,
+    RotaryKeySpec,
+    RotaryQuerySpec,
+    RotaryStatisticsSpec,
     StatisticsSpec,
     ValueSpec,
     padded_dim,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format
+from sage_compiler.semantics import RotaryPairs
 
 PACKED_DTYPES: Final = ("float16", "bfloat16")
 
@@ -82,8 +89,8 @@ PACK: Final = (
         reason="Phi-3 mini, and the 80 channels of ViT-H and Stable Diffusion. Its operands are "
         "filled up to 128, so that it shares all kernels but one with 128",
     ),
-    # Kernels that split the keys of short queries, and the one that merges, belong here as a group
-    # of their own: 64 and 128, the first recipe, once a GPU has shown from where on they gain.
+    # What few queries get, ``short_variants``, belongs here as a group of its own, with the first
+    # recipe of each architecture, once a GPU has shown where it gains: until then, on first use.
 )
 """What a kernel pack has, in float16 and bfloat16: what most models ask for. All else is compiled
 on first use, in a second or two.
@@ -101,20 +108,30 @@ RARE: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
 # A host that cannot compile needs masks, windows and softcap too, and pays for them in bytes.
 STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 
+PACKED_ROWS: Final = (32, 64, 128)
+"""The rows of a tile of packed heads; at a padded head_dim of 256 from the second on."""
+_PACKED_WARP_ROWS: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The kernels of one attention, in the order of their launches."""
+    """The kernels of one attention, in the order of their launches.
+
+    Attributes:
+        merge: of an ``attend`` that splits keys; else None.
+    """
 
     statistics: StatisticsSpec
     query: QuerySpec
     key: KeySpec
     value: ValueSpec
     attend: AttendSpec
+    merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
         """All of them."""
-        return (self.statistics, self.query, self.key, self.value, self.attend)
+        merge = () if self.merge is None else (self.merge,)
+        return (self.statistics, self.query, self.key, self.value, self.attend, *merge)
 
 
 @functools.cache
@@ -129,6 +146,9 @@ def variant(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
+    tile: QueryTile = QUERY_BLOCK,
 ) -> Variant:
     """The kernels for one call.
 
@@ -137,16 +157,25 @@ def variant(
             first.
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
+        rotary_query, rotary_key: how Q and K are rotated, if they are.
+        tile: what a block of the attention kernel does.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = named(arch).geometry(max(key_dim, value_dim))
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
+    query, key = QuerySpec(arch, dtype, padded, qk), KeySpec(arch, dtype, padded, qk)
+    if rotary_query is not None:
+        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
+    if rotary_key is not None:
+        statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
+        key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key)
     return Variant(
-        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
-        query=QuerySpec(arch, dtype, padded, qk),
-        key=KeySpec(arch, dtype, padded, qk),
+        statistics=statistics,
+        query=query,
+        key=key,
         value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
         attend=AttendSpec(
             arch,
@@ -159,10 +188,20 @@ def variant(
             qk,
             pv,
             accumulator,
-            warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
+            warp_rows=_warp_rows(geometry, masked, tile),
             stages=geometry.stages,
+            tile_rows=tile.rows,
+            packed_heads=tile.packed_heads,
+            split=tile.split,
         ),
+        merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
     )
+
+
+def _warp_rows(geometry: Geometry, masked: bool, tile: QueryTile) -> int:
+    if tile.packed_heads:  # each row has a scale of its own to keep, and few rows want many warps
+        return _PACKED_WARP_ROWS
+    return geometry.masked_warp_rows if masked else geometry.warp_rows
 
 
 def _least_dim(head_dim: int) -> int:
@@ -185,8 +224,22 @@ def variants(arch: str) -> Iterator[Variant]:
                 yield variant(arch, dtype, head_dim, recipe, masked=group.masked)
 
 
+def short_variants(arch: str) -> Iterator[Variant]:
+    """What few queries get, of the dims and dtypes of a pack: see ``cut.choose``.
+
+    One tile of packed heads, which decoding has, over all keys where there are many sequences, and
+    over parts of them else.
+    """
+    for dtype in PACKED_DTYPES:
+        for head_dim in (64, 128):
+            for recipe in named(arch).recipes:
+                for split in (False, True):
+                    tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                    yield variant(arch, dtype, head_dim, recipe, tile=tile)
+
+
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: the other dims, float32, softcap."""
+    """What is compiled on first use, one of each kind: other dims, float32, softcap, split keys."""
     packed = set(variants(arch))
     for each in _further_variants(arch):
         if each not in packed:
@@ -204,6 +257,13 @@ def _further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
+        for head_dim in (64, 128, 256):
+            for pairs in RotaryPairs:
+                yield variant(
+                    arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
+                )
+        split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
+        yield variant(arch, "bfloat16", 128, recipe, tile=split)
         yield from half_sums(arch, recipe)
 
 

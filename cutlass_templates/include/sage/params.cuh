@@ -52,6 +52,24 @@ struct Mask {
     MaskKind kind;
 };
 
+// The cosines or the sines of a rotary embedding. A pair has an entry for each of its two channels,
+// the first and the second; strides in elements, zero where both have the same, or it broadcasts.
+struct RotaryTable {
+    void const* data;
+    int64_t batch_stride, head_stride, token_stride, pair_stride, side_stride;
+};
+struct Rotary {
+    RotaryTable cosine, sine;
+    int64_t channels;  // how many are rotated, the first ones; even
+    MaskKind kind;     // of both tables, a float type
+};
+
+// The parameters of a kernel that rotates what it quantizes (of StatisticsParams: K).
+template <class Params>
+struct WithRotary : Params {
+    Rotary rotary;
+};
+
 // What a mask is in a tile of kQueryBlock queries and kKeyBlock keys.
 constexpr uint8_t kHidesAll = 0;
 constexpr uint8_t kShowsAll = 1;  // and adds nothing
@@ -116,7 +134,8 @@ struct ValueParams {
     int64_t first_key, end_key, chunks;
 };
 
-// One block per (query block, head).
+// One block per (query block, head); with packed heads one per (tile of rows, key/value head);
+// where keys are split, one per part of these.
 struct AttendParams {
     void const* query_codes;
     float const* query_scales;
@@ -130,14 +149,39 @@ struct AttendParams {
     Mask mask;              // of a kernel that has one
     Flags tiles;            // what it is in each: a token is a query block, and has N bytes
     Flags live;             // queries that see a key through it
+    float* part_outputs;    // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
+    float* part_sums;       // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
     int64_t output_batch_stride, output_head_stride, output_token_stride;
     int64_t heads, group;  // H, G
     int64_t query_length, key_length;
     int64_t query_blocks, key_blocks;
+    int64_t row_blocks;    // tiles that G * Lq rows make, of a kernel that packs heads
+    int64_t parts;         // of the keys, of a kernel that splits them
     int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
     int64_t channels;      // of V and the output
     float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
+};
+
+// One block per Merge::kRows rows: what the parts of the keys made of each, joined.
+struct MergeParams {
+    float const* part_outputs;  // as of AttendParams; a part whose sum of P is 0 has none
+    float const* part_sums;
+    float const* value_scales;  // (B, Hkv, D of V)
+    float const* row_term;      // (B, H, Lq); null where neither LSE nor sinks need it, and where
+                                // scores have it already, under a softcap
+    float const* sinks;
+    void* output;
+    float* lse;
+    int64_t output_batch_stride, output_head_stride, output_token_stride;
+    int64_t heads, group;
+    int64_t query_length;
+    int64_t rows;  // B * H * Lq
+    int64_t parts;
+    int64_t channels;
+    int64_t dead_is_nan;       // whether a row that sees no key is NaN; else it is 0
+    float log2_weight_factor;  // of P, see numeric.cuh
+    float limit;               // of |V| as it was quantized
 };
 
 // The kernels below are for hosts without torch: what a mask shows, and sinks as floats. A mask has

@@ -100,7 +100,9 @@ def test_a_gpu_without_kernels(recipe: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_gpu_with_ptx_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = explained(capsys, "1x2x64x64", "--arch", "sm_121", "--recipe", "int8_fp16").splitlines()
+    lines = explained(
+        capsys, "1x2x128x64", "--arch", "sm_121", "--recipe", "int8_fp16"
+    ).splitlines()
     assert lines[0].endswith("; on compute capability 12.1, by PTX of compute_80")
     assert lines[1] == "int8_fp16: int8_fp16, kernel cuda-mma"
     assert len([line for line in lines if line.startswith("  sage_")]) == 5
@@ -110,12 +112,12 @@ def test_a_gpu_with_ptx_alone(capsys: pytest.CaptureFixture[str]) -> None:
         "int8_fp16", "int4_fp16", "int8_fp8", "int4_fp8", "exact",
     ]  # fmt: skip
     assert {time for _, time in names} == {"-"}
-    refused = explained(capsys, "1x2x64x64", "--arch", "sm_103", "--recipe", "int8_fp8")
+    refused = explained(capsys, "1x2x128x64", "--arch", "sm_103", "--recipe", "int8_fp8")
     assert (
         "no int8_fp8 on compute_80, but int8_fp16: this GPU has no kernels of its own but PTX for "
         "all from compute capability 8.0 on, which has no FP8 products. The reference"
     ) in refused.splitlines()[1]
-    found = explained_json(capsys, "1x2x64x64", "--arch", "sm_87")
+    found = explained_json(capsys, "1x2x128x64", "--arch", "sm_87")
     assert (found["arch"], found["asked"], found["served_by"]) == ("compute_80", "auto", "exact")
     assert "int8_fp16 is not measured on this GPU" in found["reason"]
     assert all(each["shipped"] and not each["packed"] for each in found["launches"])
@@ -134,7 +136,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
     assert found["launches"][4]["symbol"] == (
-        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2"
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False"
     )
     assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
     assert not any(each["packed"] or each["shipped"] for each in found["launches"])
@@ -151,6 +153,22 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["scratch_bytes"] == (
         sums + amax + codes + scales + row_term + tiles + scales_of_v + alignment
     )
+
+
+def test_few_queries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads that are packed, keys that are split, and the kernel that merges."""
+    words = ("1x32x1x128", "--arch", "sm_89", "--kv", "1x8x4096x128", "--recipe", "int8_fp8")
+    lines = explained(capsys, *words).splitlines()
+    assert "cut: heads packed by 4, keys in 16 parts" in lines
+    assert "tile: 32 queries and 64 keys, 16 queries a warp, 2 stages" in lines
+    found = explained_json(capsys, *words)
+    assert [each["blocks"] for each in found["launches"]] == [256, 32, 512, 512, 8 * 16, 8]
+    assert found["launches"][5]["symbol"] == "sage_merge_sm_89_bfloat16_128"
+    about = found["cut"]
+    assert (about["packed_heads"], about["splits"], about["multiprocessors"]) == (4, 16, 128)
+    assert "a last kernel merges" in about["reason"]
+    whole = explained_json(capsys, *words[:3], "--kv", "1x8x200x128", *words[5:])
+    assert found["scratch_bytes"] - 16 * 32 * (128 + 2) * 4 > whole["scratch_bytes"]
 
 
 def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
