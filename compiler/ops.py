@@ -27,7 +27,7 @@ from sage_compiler import gradient
 from sage_compiler import guard as guards
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
-from sage_compiler.kernels.kernel import Kernel, Problem
+from sage_compiler.kernels.kernel import Kernel, Problem, RunPacked
 from sage_compiler.kernels.layout import empty_output, in_layout
 from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.packed import join, sequences
@@ -229,9 +229,35 @@ def general(
     else:
         if rotary is not None:
             query, key = rotary.rotated(query, key)
-        parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
-        output, lse = join(parts, query, value)
+        run_packed = _packed_kernel(query, key, value, semantics, recipe, min_seq_len, guard)
+        offsets = cu_seqlens_q, cu_seqlens_k
+        if run_packed is not None:
+            output, lse = run_packed(
+                query, key, value, semantics, *offsets, sinks=sinks, want_lse=want_lse
+            )
+        else:
+            parts = [serve(*part) for part in sequences(query, key, value, *offsets)]
+            output, lse = join(parts, query, value)
     return in_layout(output, query), lse.contiguous()
+
+
+def _packed_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    recipe: str,
+    min_seq_len: int,
+    guard: str,
+) -> RunPacked | None:
+    """What serves a packed batch at once; None: each sequence is a call of its own.
+
+    It is one where its length decides, by a gate, or where a guard looks at it.
+    """
+    if recipe not in RECIPES or min_seq_len != 0 or guard:
+        return None
+    found = registry.find(recipe, Problem.of(query, key, value, semantics, None))
+    return found.run_packed if isinstance(found, Kernel) else None
 
 
 def _serve(

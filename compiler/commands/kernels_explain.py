@@ -41,6 +41,13 @@ nor a compiler is needed. The shape is that of the query: batch, heads, length, 
     sagec kernels explain 1x32x4096x128 --arch sm_89 --kv 1x8x4096x128 --mask causal"""
 
 
+_SEQUENCES: Final = (
+    "one set of launches serves all sequences of a recipe that is asked for by name, and reads "
+    "their offsets on the device; blocks and scratch are the most that lengths of these sums can "
+    f"need. With {AUTO}, a least length or a guard, each sequence is a call of its own"
+)
+
+
 class Server(StrEnum):
     """Who serves an attention."""
 
@@ -64,7 +71,8 @@ class Answer:
         cut: how the products are.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
-            None where the kernels do not take it, left out where there is no prediction.
+            None where the kernels do not take it, left out where there is no prediction, as of
+            sequences whose lengths are not known.
     """
 
     served_by: Server
@@ -102,6 +110,10 @@ def answer(question: Question) -> Answer:
     batch, heads, length, head_dim = question.query.shape
     key_length = question.key.shape[2]
     sizes = Sizes.of(batch, heads, problem.kv_heads, length, key_length)
+    if question.sequences is not None:
+        sizes = Sizes.of_sequences(
+            question.sequences, heads, problem.kv_heads, length, key_length, key_length
+        )
     products = question.query.numel() * key_length
     least = SHIPPED_GATE if recipe == AUTO else 0  # as in sage.attention
     chosen = registry.choose(recipe, problem, least, length, key_length, products)
@@ -126,6 +138,7 @@ def answer(question: Question) -> Answer:
             window=semantics.window_left != UNBOUNDED,
             masked=problem.has_mask,
             softcap=has_softcap(semantics),
+            varlen=question.sequences is not None,
         )
         if not isinstance(planned, str):
             kernels, cut = planned
@@ -150,7 +163,7 @@ def answer(question: Question) -> Answer:
         {
             name: rates.seconds(arch.name, name, work)
             for name in (() if arch is PORTABLE else (*arch.recipes, EXACT))
-            if name != EXACT or _has_exact_time(question)
+            if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
     )
 
@@ -192,6 +205,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
     """Plain data; sizes in bytes, times in seconds."""
     about: dict[str, Any] = {
         "attention": str(question),
+        "sequences": question.sequences,
         "capability": list(question.capability),
         "arch": None if found.arch is None else found.arch.name,
         "asked": question.recipe,
@@ -238,7 +252,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
             "packed_heads": found.sizes.group if attend.packed_heads else 1,
             "splits": found.cut.splits,
             "multiprocessors": found.arch.multiprocessors,
-            "reason": reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors),
+            "reason": _cut_reason(question, found),
         }
     return about
 
@@ -279,7 +293,7 @@ def _lines(question: Question, found: Answer) -> list[str]:
         heads = f"heads packed by {found.sizes.group}" if attend.packed_heads else "a head a tile"
         splits = found.cut.splits
         lines.append(f"cut: {heads}, {f'keys in {splits} parts' if splits > 1 else 'all keys'}")
-        lines += _prose(reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors))
+        lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
@@ -344,6 +358,13 @@ def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
         (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
         for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)
     ]
+
+
+def _cut_reason(question: Question, found: Answer) -> str:
+    if question.sequences is not None:
+        return _SEQUENCES
+    assert found.cut is not None and found.arch is not None
+    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
 
 
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:

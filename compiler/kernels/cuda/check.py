@@ -21,8 +21,11 @@ from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
 from sage_compiler.kernels.cuda.spec import (
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     MergeSpec,
     OperandSpec,
@@ -158,11 +161,15 @@ def is_default(spec: KernelSpec) -> bool:
     match spec:
         case AttendSpec(qk=qk, pv=pv, accumulator=accumulator):
             return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)
+        case AppendSpec(qk=qk, pv=pv):
+            return (qk, pv) == (recipe.qk, recipe.pv)
         case QuerySpec(qk=qk) | KeySpec(qk=qk):
             return qk is recipe.qk
+        case DeltaSpec():
+            return recipe.qk is Format.INT4
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec() | MergeSpec() | PreparationSpec():
+        case StatisticsSpec() | KeyMeanSpec() | MergeSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 

@@ -32,6 +32,7 @@ def decide(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
@@ -48,6 +49,7 @@ def decide(
         window: whether a window hides the first keys.
         masked: whether there is an explicit mask.
         softcap: whether there is a softcap that does something.
+        varlen: whether it is of a packed batch of sequences, in one set of launches.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
         rotary_query, rotary_key: how Q and K are rotated as they are read, if they are.
         tile: what a block of the attention kernel does; ``plan`` finds it.
@@ -60,6 +62,10 @@ def decide(
     for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
         if not 1 <= size <= HEAD_DIMS[-1]:
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
+    if masked and varlen:
+        return "a packed batch takes no explicit mask"
+    if varlen and (rotary_query is not None or rotary_key is not None):
+        return "Q and K of a packed batch are not rotated as they are read, but before"
     if accumulator not in accumulators(recipe):
         return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
     return variant(
@@ -74,6 +80,7 @@ def decide(
         softcap=softcap,
         rotary_query=rotary_query,
         rotary_key=rotary_key,
+        varlen=varlen,
         tile=tile,
     )
 
@@ -101,6 +108,7 @@ def plan(
     accumulator: Accumulator = Accumulator.FP32,
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
+    varlen: bool = False,
 ) -> Plan | str:
     """As ``decide``, with the cut for these sizes.
 
@@ -121,12 +129,15 @@ def plan(
             accumulator=accumulator,
             rotary_query=rotary_query,
             rotary_key=rotary_key,
+            varlen=varlen,
             tile=tile,
         )
 
     refusal = kernels(QUERY_BLOCK)
     if isinstance(refusal, str):
         return refusal
+    if varlen:  # each sequence has another number of queries
+        return Plan(refusal, Cut(QUERY_BLOCK, 1))
     cut = choose(
         arch,
         recipe,

@@ -8,8 +8,9 @@ inputs are read with their strides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import log
 from typing import Final, Literal
 
@@ -26,14 +27,16 @@ from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
-from sage_compiler.precision import Accumulator
+from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
 from sage_compiler.semantics import UNBOUNDED, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
+_LARGE_DELTA: Final = 1 << 30  # bytes of scratch memory that nobody may need
 
 Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
 """Sizes in bytes to addresses, aligned to 256, and what keeps them alive."""
@@ -58,6 +61,7 @@ class Target:
         loader: where the kernels come from.
         allocate: where scratch memory comes from.
         multiprocessors: of the device; None: those of the architecture's usual board.
+        sequences: what kernels of a packed batch take behind their own parameters, ``varlen.py``.
     """
 
     arch: str
@@ -66,10 +70,13 @@ class Target:
     loader: Loader
     allocate: Allocate = allocate
     multiprocessors: int | None = None
+    sequences: bytes = b""
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         """Start one kernel."""
-        self.loader.loaded(spec, self.device, self.stream)(blocks, self.stream, packed)
+        self.loader.loaded(spec, self.device, self.stream)(
+            blocks, self.stream, packed + self.sequences
+        )
 
 
 def attention(
@@ -83,6 +90,7 @@ def attention(
     want_lse: bool,
     recipe: str,
     rotary: Rotary | None = None,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, on the current stream of the tensors' device.
 
@@ -92,22 +100,14 @@ def attention(
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``arch.Arch``.
         rotary: how query and key are rotated, in float32, as they are read.
+        lengths: of a packed batch, whose tensors are (1, heads, total, channels).
 
     Raises:
         KernelUnavailableError: ``dispatch.decide`` has none for the call; or the kernels can be
             neither found nor compiled here, or would have to be loaded while a CUDA graph is
             captured.
     """
-    with torch.cuda.device(query.device):
-        index = query.device.index or 0
-        loader = default_loader()
-        target = Target(
-            _arch(index),
-            index,
-            torch.cuda.current_stream(query.device).cuda_stream,
-            loader,
-            multiprocessors=_multiprocessors(loader.driver, index),
-        )
+    with on_device(query.device) as target:
         return run(
             target,
             query,
@@ -119,7 +119,67 @@ def attention(
             attn_mask=attn_mask,
             sinks=sinks,
             rotary=rotary,
+            lengths=lengths,
         )
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[Target]:
+    """The current stream of a device, which is the current device meanwhile.
+
+    Raises:
+        KernelUnavailableError: there are no kernels for it, or no driver.
+    """
+    with torch.cuda.device(device):
+        index = device.index or 0
+        loader = default_loader()
+        yield Target(
+            _arch(index),
+            index,
+            torch.cuda.current_stream(device).cuda_stream,
+            loader,
+            multiprocessors=_multiprocessors(loader.driver, index),
+        )
+
+
+def attention_of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    sinks: Tensor | None,
+    want_lse: bool,
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, of a packed batch: see ``kernel.RunPacked``.
+
+    Offsets on the device are not read by the host, so that a CUDA graph can be captured. There is
+    one exception: where Q is smoothed, the kernels keep a float for each pair of a query block and
+    a key of one sequence, and where that would be more than 1 GiB if one sequence had all keys,
+    the longest one is looked for.
+
+    Raises:
+        InvalidAttentionError: offsets that the host reads are wrong.
+        KernelUnavailableError: as ``attention``.
+    """
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    delta = heads * (queries // TILE_MMA.q_block + cu_seqlens_q.shape[0]) * keys * 4
+    read = RECIPES[recipe].qk is Format.INT4 and delta > _LARGE_DELTA
+    lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, query, key, read=read)
+    return attention(
+        query,
+        key,
+        value,
+        semantics,
+        attn_mask=None,
+        sinks=sinks,
+        want_lse=want_lse,
+        recipe=recipe,
+        lengths=lengths,
+    )
 
 
 def run(
@@ -133,6 +193,7 @@ def run(
     recipe: str,
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    lengths: Lengths | None = None,
     accumulator: Accumulator = Accumulator.FP32,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -158,6 +219,7 @@ def run(
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
+        varlen=lengths is not None,
         accumulator=accumulator,
         rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
         rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
@@ -178,6 +240,7 @@ def run(
         attn_mask,
         rotary,
         planned.cut.splits,
+        lengths,
     ).run()
     return output, lse
 
@@ -204,6 +267,7 @@ class Call:
         attn_mask: Tensor | None = None,
         rotary: Rotary | None = None,
         splits: int = 1,
+        lengths: Lengths | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
 
@@ -214,6 +278,8 @@ class Call:
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
             rotary: what ``kernels`` rotate by, if they do.
             splits: parts of the keys, of kernels that split them; else 1.
+            lengths: of a packed batch; then ``kernels`` are for one, and what depends on lengths
+                here they find themselves, for each sequence.
 
         Raises:
             InvalidAttentionError: a length that positions in the kernels do not hold.
@@ -226,7 +292,12 @@ class Call:
         self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
         self.splits = splits
-        self.sizes = sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        if lengths is None:
+            sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        else:
+            sizes = lengths.sizes(heads, key.shape[1], query_length, key.shape[2])
+            self.target = replace(target, sequences=lengths.packed(sizes, semantics))
+        self.sizes = sizes
         (
             self.batch,
             self.heads,
@@ -237,6 +308,8 @@ class Call:
             self.key_blocks,
             self.chunks,
             self.chunk_tokens,
+            _,
+            _,
         ) = sizes
         self.group = sizes.group
         self.scale = semantics.scale_for(head_dim)
@@ -294,8 +367,8 @@ class Call:
 
     def _statistics(self) -> None:
         packed = params.STATISTICS.pack(
-            *_tensor(self.key),
-            *_tensor(self.value),
+            *strided(self.key),
+            *strided(self.value),
             self.key_sums,
             self.value_amax,
             *self._key_flags(),
@@ -311,7 +384,7 @@ class Call:
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
-            *_tensor(self.query),
+            *strided(self.query),
             self.key_sums,
             self.query_codes,
             self.query_scales,
@@ -336,7 +409,7 @@ class Call:
 
     def _key(self) -> None:
         packed = params.KEY.pack(
-            *_tensor(self.key),
+            *strided(self.key),
             self.key_sums,
             self.means,
             self.tiles,
@@ -357,7 +430,7 @@ class Call:
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
-            *_tensor(self.value),
+            *strided(self.value),
             self.value_amax,
             self.tiles + self.tile.value_offset,
             self.value_scales,
@@ -418,8 +491,8 @@ class Call:
         return 0 if self.mask is None else self.mask.counts.data_ptr()
 
 
-def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    """Data, strides, channels."""
+def strided(tensor: Tensor) -> tuple[int, ...]:
+    """``struct Strided`` of a tensor of 4 dims."""
     return (tensor.data_ptr(), *tensor.stride(), tensor.shape[3])
 
 
@@ -488,6 +561,7 @@ KERNELS: Final = tuple(
         refuse=functools.partial(_refuse, recipe),
         gate=functools.partial(_gate, recipe),
         run=functools.partial(attention, recipe=recipe),
+        run_packed=functools.partial(attention_of_sequences, recipe=recipe),
         smallest=functools.partial(dispatch.smallest, recipe),
         run_rotary=functools.partial(attention, recipe=recipe),
     )

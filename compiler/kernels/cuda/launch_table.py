@@ -47,7 +47,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -79,7 +79,7 @@ def _arch(arch: Arch, at: Mapping[KernelSpec, int]) -> Sequence[_Word]:
 
 
 def _kernel(spec: KernelSpec, entry: Entry) -> Sequence[_Word]:
-    geometry = (spec.threads, spec.shared_bytes, spec.params.size)
+    geometry = (spec.threads, spec.shared_bytes, spec.params_bytes)
     return ("kernel", spec.arch, spec.symbol, *geometry, entry.size, entry.sha256)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
-from sage_compiler.kernels.cuda.spec import QueryTile, padded_dim
+from sage_compiler.kernels.cuda.spec import AttendSpec, QueryTile, padded_dim
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
@@ -68,6 +68,9 @@ class Sizes(NamedTuple):
     Attributes:
         query_blocks, key_blocks: tiles of 128 queries and of 64 keys, the last ones cut off.
         chunks: parts of the keys, ``chunk_tokens`` each, whose statistics are taken apart.
+        sequences: those of a packed batch, whose ``batch`` is 1 and whose lengths are sums; 1 of
+            any other call.
+        most_key_blocks: tiles of keys that one sequence has at most.
     """
 
     batch: int
@@ -79,6 +82,8 @@ class Sizes(NamedTuple):
     key_blocks: int
     chunks: int
     chunk_tokens: int
+    sequences: int
+    most_key_blocks: int
 
     @classmethod
     def of(cls, batch: int, heads: int, kv_heads: int, query_length: int, key_length: int) -> Sizes:
@@ -89,6 +94,7 @@ class Sizes(NamedTuple):
                 f"fewer than {FAR} of each; split the sequence"
             )
         chunk_tokens = max(_LEAST_CHUNK, -(-key_length // _MOST_CHUNKS))
+        key_blocks = -(-key_length // TILE_MMA.kv_block)
         return cls(
             batch,
             heads,
@@ -96,9 +102,36 @@ class Sizes(NamedTuple):
             query_length,
             key_length,
             -(-query_length // TILE_MMA.q_block),
-            -(-key_length // TILE_MMA.kv_block),
+            key_blocks,
             -(-key_length // chunk_tokens),
             chunk_tokens,
+            1,
+            key_blocks,
+        )
+
+    @classmethod
+    def of_sequences(
+        cls, count: int, heads: int, kv_heads: int, queries: int, keys: int, longest: int
+    ) -> Sizes:
+        """Those of a packed batch, at most, when each sequence begins with blocks of its own.
+
+        What is behind the last sequence counts as one more, of queries without keys. See
+        varlen.cuh, which has the same numbers.
+
+        Args:
+            count: how many sequences there are.
+            queries, keys: the sums of their lengths, at most.
+            longest: the keys of one sequence, at most.
+
+        Raises:
+            InvalidAttentionError: sums that positions in the kernels do not hold.
+        """
+        return cls.of(1, heads, kv_heads, queries, keys)._replace(
+            query_blocks=queries // TILE_MMA.q_block + count + 1,
+            key_blocks=keys // TILE_MMA.kv_block + count,
+            chunks=keys // _LEAST_CHUNK + count,
+            sequences=count + 1,
+            most_key_blocks=-(-longest // TILE_MMA.kv_block),
         )
 
     @property
@@ -148,20 +181,38 @@ class Sizes(NamedTuple):
         """
         attend = kernels.attend
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
-        smooths_query = attend.qk is Format.INT4
-        rows = self.batch * self.heads * self.query_blocks
         kv_heads = self.batch * self.kv_heads
-        delta = rows * self.key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
-        parts = self.rows * splits if attend.split else 0
+        *of_query, delta, part_outputs, part_sums = self.query_scratch(
+            attend, row_term=row_term, splits=splits
+        )
         return (
             kv_heads * self.chunks * padded * _FLOAT_BYTES,
             kv_heads * self.chunks * padded_value * _FLOAT_BYTES,
+            *of_query,
+            kv_heads * self.key_blocks * attend.tile.bytes,
+            kv_heads * self.sequences * padded_value * _FLOAT_BYTES,
+            delta,
+            part_outputs,
+            part_sums,
+        )
+
+    def query_scratch(
+        self, attend: AttendSpec, *, row_term: bool, splits: int = 1
+    ) -> tuple[int, int, int, int, int, int, int]:
+        """What ``scratch`` has for queries: codes, scales, means, row term, delta, both of parts.
+
+        It is all that an attention needs whose K and V are packed already.
+        """
+        padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+        smooths_query = attend.qk is Format.INT4
+        rows = self.batch * self.heads * self.query_blocks
+        delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
+        parts = self.rows * splits if attend.split else 0
+        return (
             rows * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,
-            kv_heads * self.key_blocks * attend.tile.bytes,
-            kv_heads * padded_value * _FLOAT_BYTES,
             delta if smooths_query else 0,
             parts * padded_value * _FLOAT_BYTES,
             parts * 2 * _FLOAT_BYTES,

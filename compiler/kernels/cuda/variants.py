@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
@@ -18,8 +18,11 @@ from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
     QUERY_BLOCK,
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     MergeSpec,
     QuerySpec,
@@ -35,6 +38,7 @@ from sage_compiler.precision import RECIPES, Accumulator, Format
 from sage_compiler.semantics import RotaryPairs
 
 PACKED_DTYPES: Final = ("float16", "bfloat16")
+PACKED_HEAD_DIMS: Final = (64, 128)
 
 
 class Share(StrEnum):
@@ -65,7 +69,7 @@ PACK: Final = (
     Group(
         "plain",
         Share.OFFERED,
-        (64, 128),
+        PACKED_HEAD_DIMS,
         masked=False,
         reason="nearly all models have these head_dims, and what is between is filled up with "
         "zeros: 64 has all from 33 on, 40 of Stable Diffusion among them, 128 all from 97 on. "
@@ -75,7 +79,7 @@ PACK: Final = (
     Group(
         "masked",
         Share.FIRST,
-        (64, 128),
+        PACKED_HEAD_DIMS,
         masked=True,
         reason="padded batches: BERT and other encoders at 64, batched generation at 128. A key "
         "padding and any other explicit mask, bool or float, with any strides, are one kernel, "
@@ -149,6 +153,7 @@ def variant(
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
     tile: QueryTile = QUERY_BLOCK,
+    varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
 
@@ -159,14 +164,16 @@ def variant(
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
         tile: what a block of the attention kernel does.
+        varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = named(arch).geometry(max(key_dim, value_dim))
-    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
-    query, key = QuerySpec(arch, dtype, padded, qk), KeySpec(arch, dtype, padded, qk)
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
     if rotary_query is not None:
         query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
     if rotary_key is not None:
@@ -176,7 +183,7 @@ def variant(
         statistics=statistics,
         query=query,
         key=key,
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
         attend=AttendSpec(
             arch,
             dtype,
@@ -193,8 +200,69 @@ def variant(
             tile_rows=tile.rows,
             packed_heads=tile.packed_heads,
             split=tile.split,
+            varlen=varlen,
         ),
         merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheVariant:
+    """The kernels of a cache: ``key_mean`` and ``append`` of new tokens, the others of attention.
+
+    Attributes:
+        delta: with INT4, which comes with Q smoothing.
+        merge: as of ``Variant``.
+    """
+
+    key_mean: KeyMeanSpec
+    append: AppendSpec
+    query: QuerySpec
+    delta: DeltaSpec | None
+    attend: AttendSpec
+    merge: MergeSpec | None = None
+
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """All of them, in the order of their launches."""
+        delta = () if self.delta is None else (self.delta,)
+        merge = () if self.merge is None else (self.merge,)
+        return (self.key_mean, self.append, self.query, *delta, self.attend, *merge)
+
+
+@functools.cache
+def cache_variant(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    recipe: str,
+    *,
+    value_head_dim: int | None = None,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+    tile: QueryTile = QUERY_BLOCK,
+) -> CacheVariant:
+    """The kernels of a cache, with arguments as of ``variant``."""
+    found = variant(
+        arch,
+        dtype,
+        head_dim,
+        recipe,
+        value_head_dim=value_head_dim,
+        window=window,
+        masked=masked,
+        softcap=softcap,
+        tile=tile,
+    )
+    attend = replace(found.attend, tile_scales=True)
+    padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+    return CacheVariant(
+        key_mean=KeyMeanSpec(arch, dtype, padded),
+        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        query=found.query,
+        delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
+        attend=attend,
+        merge=found.merge,
     )
 
 
@@ -231,7 +299,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
     over parts of them else.
     """
     for dtype in PACKED_DTYPES:
-        for head_dim in (64, 128):
+        for head_dim in PACKED_HEAD_DIMS:
             for recipe in named(arch).recipes:
                 for split in (False, True):
                     tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
@@ -239,7 +307,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: other dims, float32, softcap, split keys."""
+    """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
     packed = set(variants(arch))
     for each in _further_variants(arch):
         if each not in packed:
@@ -264,14 +332,35 @@ def _further_variants(arch: str) -> Iterator[Variant]:
                 )
         split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
         yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        yield variant(arch, "bfloat16", 64, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
         yield from half_sums(arch, recipe)
 
 
 def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
     """SageAttention2++'s variants of a recipe, which no call asks for yet: they are checked."""
     for accumulator in accumulators(recipe)[1:]:
-        for head_dim in (64, 128):
+        for head_dim in PACKED_HEAD_DIMS:
             yield variant(arch, "bfloat16", head_dim, recipe, accumulator)
+
+
+def cache_variants(arch: str) -> Iterator[CacheVariant]:
+    """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
+    for recipe in named(arch).recipes:
+        for head_dim in HEAD_DIMS:
+            yield cache_variant(arch, "bfloat16", head_dim, recipe)
+        yield cache_variant(arch, "float16", 128, recipe)
+        yield cache_variant(arch, "float32", 128, recipe)
+        yield cache_variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
+        yield cache_variant(arch, "bfloat16", 64, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, window=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
+        for head_dim in PACKED_HEAD_DIMS:
+            for split in (False, True):
+                tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:
@@ -302,7 +391,8 @@ def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     packed = _specs(variants(arch))
     if not further:
         return packed
-    return tuple(spec for spec in _specs(further_variants(arch)) if spec not in packed)
+    others = (*_specs(further_variants(arch)), *_specs(cache_variants(arch)))
+    return tuple(spec for spec in dict.fromkeys(others) if spec not in packed)
 
 
 def checked_specs(arch: str) -> tuple[KernelSpec, ...]:
@@ -311,5 +401,5 @@ def checked_specs(arch: str) -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys((*all_specs(arch), *_specs(halves))))
 
 
-def _specs(variants: Iterable[Variant]) -> tuple[KernelSpec, ...]:
+def _specs(variants: Iterable[Variant | CacheVariant]) -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys(spec for each in variants for spec in each.specs()))

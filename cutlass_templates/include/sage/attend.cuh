@@ -17,12 +17,13 @@
 #include <sage/row_end.cuh>
 #include <sage/tile.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
 template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow, bool kMasked,
-          bool kSoftcap, bool kHalfAccumulator, bool kPackedHeads, bool kSplitKeys, int kTileRows,
-          int kWarpRows, int kStages>
+          bool kSoftcap, bool kHalfAccumulator, bool kTileScales, bool kPackedHeads,
+          bool kSplitKeys, int kTileRows, int kWarpRows, int kStages>
 class Attend {
  public:
     using Params = AttendParams;
@@ -33,9 +34,14 @@ class Attend {
     using Rows = cute::conditional_t<kPackedHeads, PackedRows<kTileRows, kWarpRows>,
                                      HeadRows<kTileRows, kWarpRows>>;
     using QueryTile = Tile<kTileRows, padded_dim(kHeadDim) * Qk::kBits / 8>;
+    // Scales of V are those of a head, in memory, or with kTileScales those of a tile, inside of
+    // it, but none for a V that FP16 holds as it is.
+    static constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+    static constexpr bool kScaledProduct = kTileScales && !(Pv::kBits == 16 && kHalfOutput);
     // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it where all
     // rows have the same.
-    using Packed = KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim)>;
+    using Packed =
+        KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim), kScaledProduct>;
     using KeyTile = typename Packed::Key;
     using ValueTile = typename Packed::Value;
     static constexpr int kDeltaBytes = kDelta && !kPackedHeads ? kKeyBlock * sizeof(float) : 0;
@@ -65,7 +71,37 @@ class Attend {
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { Attend(p, task).run(); }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
+        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_query_block() * p.heads;
+        int64_t const task = sequence.task_of_queries(block - before, p.heads);
+        if (task < 0) return task;
+        int64_t const kv_heads = Split(p.heads, p.group).outer;
+        p.query_codes = static_cast<char const*>(p.query_codes) + before * QueryTile::kBytes;
+        p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
+        p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
+                            sequence.first_key_block() * kv_heads * Packed::kBytes;
+        p.value_scales += sequence.index() * kv_heads * padded_dim(kValueDim);
+        if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
+        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+        p.output =
+            static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
+        if (p.lse != nullptr) p.lse += sequence.first_query_token();
+        p.query_length = sequence.query_length();
+        p.key_length = sequence.key_length();
+        p.query_blocks = sequence.query_blocks();
+        p.key_blocks = p.head_tiles = sequence.key_blocks();
+        p.lower = sequence.lower();
+        p.upper = sequence.upper();
+        if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
+        return task;
+    }
 
  private:
     Params const& p_;
@@ -80,8 +116,8 @@ class Attend {
     float total_[kBands][kHalves];  // of the thread's own columns
     float output_[kBands][kChannelAtoms][4];
 
-    SAGE_DEVICE explicit Attend(Params const& p)
-        : Attend(p, Split(arch::block_index(), kSplitKeys ? p.parts : 1)) {}
+    SAGE_DEVICE Attend(Params const& p, int64_t task)
+        : Attend(p, Split(task, kSplitKeys ? p.parts : 1)) {}
 
     SAGE_DEVICE Attend(Params const& p, Split const& task)
         : p_(p), rows_(p, task.outer), part_(task.inner), shared_(arch::shared_memory()) {
@@ -157,7 +193,7 @@ class Attend {
                 Weights weights;
                 float decay[kBands][kHalves];
                 softmax(weights, decay, scores, query_scales, tile, shown, stage(now));
-                multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+                multiply_weights_value(weights, decay, stage(now));
             }
 
             now = now + 1 == kStages ? 0 : now + 1;
@@ -205,13 +241,20 @@ class Attend {
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
         char const* const packed = static_cast<char const*>(p_.key_value_tiles) +
-                                   (rows_.kv_head() * p_.key_blocks + tile) * Packed::kBytes;
+                                   (rows_.kv_head() * p_.head_tiles + tile) * Packed::kBytes;
         char* const to = stage(place);
         KeyTile::template copy_async<kThreads>(to, packed);
         ValueTile::template copy_async<kThreads, kValueDim>(to + Packed::kValueOffset,
                                                             packed + Packed::kValueOffset);
         if (arch::thread_index() == 0) {
             arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
+        }
+        if constexpr (kScaledProduct) {
+            int const byte = arch::thread_index() * kAccessBytes;
+            if (byte < Packed::kValueScalesBytes) {
+                arch::copy_async(to + Packed::kValueScalesOffset + byte,
+                                 packed + Packed::kValueScalesOffset + byte);
+            }
         }
         if constexpr (kDeltaBytes > 0) {
             int const byte = arch::thread_index() * kAccessBytes;
@@ -445,14 +488,15 @@ class Attend {
     }
 
     // output = output * decay + P V. E4M3 tensor cores keep fewer bits of an accumulator than a
-    // float has, so there the product of a tile has one of its own.
+    // float has, so there the product of a tile has one of its own, as where its V has scales.
     SAGE_DEVICE void multiply_weights_value(Weights const& weights,
                                             float const (&decay)[kBands][kHalves],
-                                            char const* value_tile) {
+                                            char const* stage) {
+        char const* const value_tile = stage + Packed::kValueOffset;
         int const of_lane = ValueTile::of_lane();
         SAGE_UNROLL
         for (int pair = 0; pair < kChannelAtoms / 2; ++pair) {
-            if constexpr (Pv::kBits == 16) {
+            if constexpr (Pv::kBits == 16 && !kScaledProduct) {
                 decay_output(decay, pair);
                 SAGE_UNROLL
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
@@ -464,7 +508,7 @@ class Attend {
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
                     add_product(product, 0, weights, value_tile, of_lane, pair, step);
                 }
-                decay_output(decay, pair, product);
+                decay_output(decay, pair, product, stage);
             }
         }
     }
@@ -497,20 +541,33 @@ class Attend {
 
     template <class Product>
     SAGE_DEVICE void decay_output(float const (&decay)[kBands][kHalves], int pair,
-                                  Product const& product) {
+                                  Product const& product, char const* stage) {
         SAGE_UNROLL
-        for (int band = 0; band < kBands; ++band) {
+        for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            float2 scale;
+            if constexpr (kScaledProduct) scale = scale_of_tile(stage, 2 * pair + of_pair);
             SAGE_UNROLL
-            for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            for (int band = 0; band < kBands; ++band) {
                 SAGE_UNROLL
                 for (int half = 0; half < kHalves; ++half) {
-                    float2 const sum = in_float(product[band][of_pair], half);
+                    float2 sum = in_float(product[band][of_pair], half);
+                    if constexpr (kScaledProduct) {
+                        sum = make_float2(sum.x * scale.x, sum.y * scale.y);
+                    }
                     float* const of_row = output_[band][2 * pair + of_pair] + 2 * half;
                     of_row[0] = arch::fma(of_row[0], decay[band][half], sum.x);
                     of_row[1] = arch::fma(of_row[1], decay[band][half], sum.y);
                 }
             }
         }
+    }
+
+    // V's scales of the tile, for the thread's two channels of every eight.
+    SAGE_DEVICE static float2 scale_of_tile(char const* stage, int atom) {
+        float const* const scales =
+            reinterpret_cast<float const*>(stage + Packed::kValueScalesOffset);
+        return arch::load_shared(
+            reinterpret_cast<float2 const*>(scales + atom * 8 + first_column()));
     }
 
     SAGE_DEVICE static float2 in_float(float const (&product)[4], int half) {
@@ -565,8 +622,13 @@ class Attend {
 
     SAGE_DEVICE void store() const {
         float const* const value_scales =
-            p_.value_scales + int64_t{rows_.kv_head()} * padded_dim(kValueDim);
-        float const limit = value_limit<Pv, kHalfAccumulator>();
+            kTileScales ? nullptr
+                        : p_.value_scales + int64_t{rows_.kv_head()} * padded_dim(kValueDim);
+        // With the scales of tiles a sum has the size of V itself, whose type the output has too.
+        constexpr bool kIsBounded = !kTileScales || (kScaledProduct && kHalfOutput);
+        float const limit = !kIsBounded   ? infinity()
+                            : kTileScales ? Half::kLimit
+                                          : value_limit<Pv, kHalfAccumulator>();
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
@@ -589,8 +651,11 @@ class Attend {
                 for (int atom = 0; atom < kChannelAtoms; ++atom) {
                     int const channel = atom * 8 + first_column();
                     if (channel >= p_.channels) continue;
-                    float2 const scale =
-                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                    float2 scale = make_float2(1.0f, 1.0f);
+                    if constexpr (!kTileScales) {
+                        scale = arch::load_global(
+                            reinterpret_cast<float2 const*>(value_scales + channel));
+                    }
                     float const* const sums = output_[band][atom] + 2 * half;
                     float const low = end.value(sums[0], limit, scale.x);
                     float const high = end.value(sums[1], limit, scale.y);
@@ -602,7 +667,8 @@ class Attend {
                     }
                 }
                 if (p_.lse != nullptr && first_column() == 0) {
-                    arch::store_global(p_.lse + index_of(band, half), end.lse());
+                    int64_t const index = rows_.head(band, half) * p_.lse_head_stride;
+                    arch::store_global(p_.lse + index + rows_.query(band, half), end.lse());
                 }
             }
         }

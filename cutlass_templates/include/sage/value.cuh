@@ -4,6 +4,7 @@
 #pragma once
 
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -14,15 +15,20 @@ struct QuantizeValue {
     static constexpr int kTokens = kKeyBlock / At::kRows;
     static constexpr int kRowFloats = kHeadDim + 4;  // padded against bank conflicts
     static constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Format::kLimit;
+    // A V in FP16 is taken as it is.
+    static constexpr bool kScaled =
+        Format::kBits == 8 || !cutlass::platform::is_same<Input, cutlass::half_t>::value;
     static_assert(!kHalfAccumulator || Format::kBits == 8, "a mode of E4M3");
 
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kKeyBlock * kRowFloats * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) {
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    // task = (b * Hkv + h) * N + block
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
         At const at;
-        int64_t const task = arch::block_index();  // (b * Hkv + h) * N + block
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
@@ -52,14 +58,27 @@ struct QuantizeValue {
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }
         arch::barrier();
-        store_transposed(p, task, shared);
+        store_transposed(p.codes + task * p.tile_bytes, shared);
+    }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        Sequence const sequence = Sequence::with_key_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_key_block() * p.heads;
+        int64_t const task = sequence.task(block - before, sequence.key_blocks() * p.heads);
+        if (task < 0) return task;
+        skip<Input>(p.value, sequence.first_key_token());
+        p.value_amax += sequence.first_chunk() * p.heads * kHeadDim;
+        p.codes += before * p.tile_bytes;
+        p.scales += sequence.index() * p.heads * kHeadDim;
+        p.key_blocks = sequence.key_blocks();
+        p.first_key = sequence.first_key();
+        p.end_key = sequence.end_key();
+        p.chunks = sequence.chunks();
+        return task;
     }
 
  private:
-    // A V in FP16 is taken as it is.
-    static constexpr bool kScaled =
-        Format::kBits == 8 || !cutlass::platform::is_same<Input, cutlass::half_t>::value;
-
     SAGE_DEVICE static void scales_of_channels(Params const& p, At const& at, int64_t head,
                                                float (&scale)[kChunk]) {
         if constexpr (!kScaled) {
@@ -83,11 +102,12 @@ struct QuantizeValue {
         }
     }
 
-    // 16 bytes a thread and turn: 16 tokens of a channel in E4M3, 8 in FP16.
-    SAGE_DEVICE static void store_transposed(Params const& p, int64_t task, float const* shared) {
+ public:
+    // Rounds scaled tokens (tokens, D), in rows of kRowFloats: 16 bytes a thread and turn, 16
+    // tokens of a channel in E4M3, 8 in FP16.
+    SAGE_DEVICE static void store_transposed(char* codes, float const* shared) {
         constexpr int kTokensAtOnce = 128 / Format::kBits;
         constexpr int kParts = kKeyBlock / kTokensAtOnce;
-        char* const tile = p.codes + task * p.tile_bytes;
         SAGE_UNROLL
         for (int unit = 0; unit < kHeadDim * kParts; unit += kThreads) {
             int const index = unit + arch::thread_index();
@@ -108,11 +128,12 @@ struct QuantizeValue {
                         arch::pack_half(at_token(column, token), at_token(column, token + 1));
                 }
             }
-            arch::store_global(reinterpret_cast<uint4*>(tile) + channel * kParts + part,
+            arch::store_global(reinterpret_cast<uint4*>(codes) + channel * kParts + part,
                                make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
     }
 
+ private:
     SAGE_DEVICE static float at_token(float const* column, int token) {
         return arch::load_shared(column + token * kRowFloats);
     }
