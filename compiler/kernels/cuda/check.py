@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from sage_compiler.errors import KernelUnavailableError
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.dispatch import default_recipe
 from sage_compiler.kernels.cuda.parallel import each
@@ -133,7 +133,7 @@ def problems(
     spilled = max(resources.spill_stores, resources.spill_loads, resources.stack)
     if spilled > budget:
         found.append(f"{spilled} bytes of spills or stack; at most {budget}")
-    shared, most = spec.shared_bytes + resources.static_shared, ARCHS[spec.arch].shared_bytes
+    shared, most = spec.shared_bytes + resources.static_shared, named(spec.arch).shared_bytes
     if shared > most:
         found.append(f"{shared} bytes of shared memory; {spec.arch} has {most}")
     found += [line.strip() for line in warnings.splitlines() if _SERIALIZED in line]

@@ -55,7 +55,7 @@ class Target:
     """Where the kernels run.
 
     Attributes:
-        arch: a key of ``arch.ARCHS``.
+        arch: a key of ``arch.ARCHS``, or the name of ``arch.PORTABLE``.
         device: the index of the device.
         stream: a CUstream of it, as torch gives it.
         loader: where the kernels come from.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
 from sage_compiler.kernels.cuda import dispatch, params
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.attending import Attending, Operands
 from sage_compiler.kernels.cuda.cut import choose
 from sage_compiler.kernels.cuda.kernel import LOG2_E, Target, has_softcap, on_device, strided
@@ -61,7 +61,7 @@ class CudaStore:
         self.shape, self._device, self._on = shape, device, on
         with on(device) as target:
             arch = target.arch
-        recipes = ARCHS[arch].portable_recipes
+        recipes = named(arch).portable_recipes
         self.precision = recipes[0] if precision is None else precision
         if self.precision not in recipes:
             known = ", ".join(recipes)
@@ -213,7 +213,7 @@ class CudaStore:
             shape.value_head_dim,
             sizes,
             reach.key_tiles,
-            target.multiprocessors or ARCHS[target.arch].multiprocessors,
+            target.multiprocessors or named(target.arch).multiprocessors,
             masked=masked,
         )
         kernels = cache_variant(

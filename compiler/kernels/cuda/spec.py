@@ -36,7 +36,7 @@ class KernelSpec(ABC):
     """One kernel, compiled for one architecture.
 
     Attributes:
-        arch: a key of ``arch.ARCHS``.
+        arch: a key of ``arch.ARCHS``, or the name of ``arch.PORTABLE``.
         varlen: whether it takes a packed batch of sequences, whose lengths it reads itself: any
             kernel on Q, K or V may.
     """

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
-from sage_compiler.kernels.cuda.arch import ARCHS, Geometry
+from sage_compiler.kernels.cuda.arch import Geometry, named
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
@@ -36,10 +38,78 @@ from sage_compiler.kernels.cuda.spec import (
 from sage_compiler.precision import RECIPES, Accumulator, Format
 from sage_compiler.semantics import RotaryPairs
 
-# What a kernel pack has, of all recipes: what most models ask for, at some 40 kB a kernel. Masks,
-# windows, softcap and float32 would be eight times as many and more, and compile in a second.
 PACKED_DTYPES: Final = ("float16", "bfloat16")
 PACKED_HEAD_DIMS: Final = (64, 128)
+
+
+class Share(StrEnum):
+    """Which of an architecture's recipes a group of a pack has."""
+
+    FIRST = "the first one"  # what `auto` means
+    OFFERED = "all of them"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Attentions that a kernel pack has, and why these.
+
+    Attributes:
+        recipes: of each architecture.
+        head_dims: of Q, K and V.
+        masked: whether there is an explicit mask.
+    """
+
+    name: str
+    recipes: Share
+    head_dims: tuple[int, ...]
+    masked: bool
+    reason: str
+
+
+PACK: Final = (
+    Group(
+        "plain",
+        Share.OFFERED,
+        PACKED_HEAD_DIMS,
+        masked=False,
+        reason="nearly all models have these head_dims, and what is between is filled up with "
+        "zeros: 64 has all from 33 on, 40 of Stable Diffusion among them, 128 all from 97 on. "
+        "Full and causal attention and any length are one kernel. All recipes, so that a policy "
+        "compiles nothing",
+    ),
+    Group(
+        "masked",
+        Share.FIRST,
+        PACKED_HEAD_DIMS,
+        masked=True,
+        reason="padded batches: BERT and other encoders at 64, batched generation at 128. A key "
+        "padding and any other explicit mask, bool or float, with any strides, are one kernel, "
+        "with a diagonal on top or not",
+    ),
+    Group(
+        "96",
+        Share.FIRST,
+        (96,),
+        masked=False,
+        reason="Phi-3 mini, and the 80 channels of ViT-H and Stable Diffusion. Its operands are "
+        "filled up to 128, so that it shares all kernels but one with 128",
+    ),
+    # What few queries get, ``short_variants``, belongs here as a group of its own, with the first
+    # recipe of each architecture, once a GPU has shown where it gains: until then, on first use.
+)
+"""What a kernel pack has, in float16 and bfloat16: what most models ask for. All else is compiled
+on first use, in a second or two.
+
+Left out: windows and softcap (few models, and twice as many kernels for each of them); head_dim 32,
+192 and 256 (another set of quantizers each); float32 (inference in it is rare); FP16 sums, which no
+recipe has; and ``RARE``.
+"""
+
+RARE: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
+    {("sm_89", "int4_fp16"): "slower and less accurate than int8_fp8, so hardly a policy has it"}
+)
+"""Recipes that an architecture offers and packs lack, and why."""
+
 # A host that cannot compile needs masks, windows and softcap too, and pays for them in bytes.
 STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 
@@ -102,11 +172,11 @@ def variant(
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     longest = max(key_dim, value_dim)
-    wgmma = ARCHS[arch].uses_wgmma(recipe)
+    wgmma = named(arch).uses_wgmma(recipe)
     attend: AttendSpec | HopperAttendSpec
     if wgmma:
         assert tile == QUERY_BLOCK and not varlen
-        ring = ARCHS[arch].ring(longest)
+        ring = named(arch).ring(longest)
         attend = HopperAttendSpec(
             arch,
             dtype,
@@ -119,7 +189,7 @@ def variant(
             stages=ring.stages,
         )
     else:
-        geometry = ARCHS[arch].geometry(longest)
+        geometry = named(arch).geometry(longest)
         attend = AttendSpec(
             arch,
             dtype,
@@ -229,18 +299,18 @@ def _least_dim(head_dim: int) -> int:
 
 def accumulators(arch: str, recipe: str) -> tuple[Accumulator, ...]:
     """The accumulators that there are kernels for, the default one first."""
-    if RECIPES[recipe].pv is Format.FP8 and not ARCHS[arch].uses_wgmma(recipe):
+    if RECIPES[recipe].pv is Format.FP8 and not named(arch).uses_wgmma(recipe):
         return (Accumulator.FP32, Accumulator.FP16)
     return (Accumulator.FP32,)
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What a kernel pack has for an architecture: the dims and dtypes of most models."""
-    for dtype in PACKED_DTYPES:
-        for head_dim in PACKED_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
-                for accumulator in accumulators(arch, recipe):
-                    yield variant(arch, dtype, head_dim, recipe, accumulator)
+    """What a kernel pack has for an architecture: ``PACK``, without ``RARE``."""
+    for group in PACK:
+        recipes = named(arch).recipes[: 1 if group.recipes is Share.FIRST else None]
+        for dtype, head_dim, recipe in itertools.product(PACKED_DTYPES, group.head_dims, recipes):
+            if (arch, recipe) not in RARE:
+                yield variant(arch, dtype, head_dim, recipe, masked=group.masked)
 
 
 def short_variants(arch: str) -> Iterator[Variant]:
@@ -251,7 +321,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in ARCHS[arch].portable_recipes:
+            for recipe in named(arch).portable_recipes:
                 for split in (False, True):
                     tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
@@ -259,10 +329,16 @@ def short_variants(arch: str) -> Iterator[Variant]:
 
 def further_variants(arch: str) -> Iterator[Variant]:
     """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
-    for recipe in ARCHS[arch].recipes:
+    packed = set(variants(arch))
+    for each in _further_variants(arch):
+        if each not in packed:
+            yield each
+
+
+def _further_variants(arch: str) -> Iterator[Variant]:
+    for recipe in named(arch).recipes:
         for head_dim in HEAD_DIMS:
-            if head_dim not in PACKED_HEAD_DIMS:
-                yield variant(arch, "bfloat16", head_dim, recipe)
+            yield variant(arch, "bfloat16", head_dim, recipe)
         yield variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
         yield variant(arch, "float32", 128, recipe)
         yield variant(arch, "bfloat16", 64, recipe, masked=True)
@@ -275,18 +351,26 @@ def further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
-        if ARCHS[arch].uses_wgmma(recipe):
+        if named(arch).uses_wgmma(recipe):
             continue
         split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
         yield variant(arch, "bfloat16", 128, recipe, tile=split)
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
+        yield from half_sums(arch, recipe)
+
+
+def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
+    """SageAttention2++'s variants of a recipe, which no call asks for yet: they are checked."""
+    for accumulator in accumulators(arch, recipe)[1:]:
+        for head_dim in PACKED_HEAD_DIMS:
+            yield variant(arch, "bfloat16", head_dim, recipe, accumulator)
 
 
 def cache_variants(arch: str) -> Iterator[CacheVariant]:
     """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
-    for recipe in ARCHS[arch].portable_recipes:
+    for recipe in named(arch).portable_recipes:
         for head_dim in HEAD_DIMS:
             yield cache_variant(arch, "bfloat16", head_dim, recipe)
         yield cache_variant(arch, "float16", 128, recipe)
@@ -306,7 +390,7 @@ def standalone_variants(arch: str) -> Iterator[Variant]:
     """What a host needs that cannot compile: every mask and softcap, and more dims."""
     for dtype in PACKED_DTYPES:
         for head_dim in STANDALONE_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
+            for recipe in named(arch).recipes:
                 for window, masked, softcap in itertools.product((False, True), repeat=3):
                     yield variant(
                         arch,
@@ -327,9 +411,18 @@ def standalone_specs(arch: str) -> tuple[KernelSpec, ...]:
 
 def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     """The kernels of a pack, or those besides, each once, in a stable order."""
-    packed = dict.fromkeys(spec for each in variants(arch) for spec in each.specs())
+    packed = _specs(variants(arch))
     if not further:
-        return tuple(packed)
-    others = dict.fromkeys(spec for each in further_variants(arch) for spec in each.specs())
-    others |= dict.fromkeys(spec for each in cache_variants(arch) for spec in each.specs())
-    return tuple(spec for spec in others if spec not in packed)
+        return packed
+    others = (*_specs(further_variants(arch)), *_specs(cache_variants(arch)))
+    return tuple(spec for spec in dict.fromkeys(others) if spec not in packed)
+
+
+def checked_specs(arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of a pack and those of ``half_sums``: what ``sagec kernels check`` looks at."""
+    halves = (each for recipe in named(arch).recipes for each in half_sums(arch, recipe))
+    return tuple(dict.fromkeys((*all_specs(arch), *_specs(halves))))
+
+
+def _specs(variants: Iterable[Variant | CacheVariant]) -> tuple[KernelSpec, ...]:
+    return tuple(dict.fromkeys(spec for each in variants for spec in each.specs()))
