@@ -384,6 +384,7 @@ def attend(random_call: RandomCall, loader: Loader | None = None) -> tuple[Tenso
         str(semantics.mask_class),
         semantics.scale,
         random_call.template.recipe,
+        0,  # min_seq_len
         str(semantics.dead_rows),
         semantics.softcap,
         call.sinks,
