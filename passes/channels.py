@@ -191,6 +191,7 @@ class Channels:
         return form
 
     def _permute(self, node: fx.Node, form: Form) -> Form:
+        _check_constants(node)
         rank = _known(node).dim()
         permutation, count = permutation_of(node, rank), len(form.outer)
         if permutation is None or form.is_complex:
@@ -215,12 +216,12 @@ class Channels:
     def _index(self, node: fx.Node, form: Form) -> Form:
         if form.is_complex:
             raise Unknown("a slice of complex numbers")
-        return self._checked(node, form, called(node, form.sums))
+        return self._checked(node, form, _carried_out(node, form.sums))
 
     def _take_apart(self, node: fx.Node, form: Form) -> list[Form]:
         if form.is_complex:
             raise Unknown("parts of complex numbers")
-        parts = list(called(node, form.sums))
+        parts = list(_carried_out(node, form.sums))
         tensors = node.meta.get("example_value", node.meta.get("val"))
         if not isinstance(tensors, (tuple, list)) or len(tensors) != len(parts):
             raise Unknown(f"{operation(node)} of other dims than channels")
@@ -263,7 +264,7 @@ class Channels:
         narrowed = any(part.summed and part.dtype != tensor.dtype for part in parts)
         if narrowed or tensor.dtype not in (self.root_dtype, torch.float32, self.dtype):
             raise Unknown("parts of different dtypes are joined")
-        sums = called(node, [part.sums for part in parts])
+        sums = _carried_out(node, [part.sums for part in parts])
         joined = replace(
             first,
             dtype=tensor.dtype,
@@ -409,6 +410,23 @@ _RULES: Final[dict[str, _Rule]] = {
     "view_as_complex": Channels._as_complex,
     "view_as_real": Channels._as_real,
 }
+
+
+def _carried_out(node: fx.Node, sums: Any) -> Any:
+    """What a node makes of the numbers of sums."""
+    _check_constants(node)
+    try:
+        return called(node, sums)
+    except (IndexError, RuntimeError, ValueError) as error:  # the other dims have size 1 here
+        raise Unknown("a view of other dims than the channels") from error
+
+
+def _check_constants(node: fx.Node) -> None:
+    """A view must be known, but for what it views."""
+    given: list[fx.Node] = []
+    fx.map_arg((node.args[1:], {**node.kwargs, "tensors": ()}), given.append)
+    if any(each is not argument(node, 0, "input") for each in given):
+        raise Unknown(f"{operation(node)} depends on what the graph computes")
 
 
 def _negated(sum_: Sum) -> Sum:

@@ -199,21 +199,20 @@ def _proved(channels: Channels, form: Form, site: AttentionSite, walk: Walk) -> 
         return "other channels than the first ones are rotated"
     if any(each != (Term(at),) for at, each in enumerate(sums[count:], count)):
         return "channels that are not rotated are not where they were"
-    turned = [_ordered(at, each) for at, each in enumerate(sums[:count])]
-    reason = next((each for each in turned if isinstance(each, str)), None)
-    if reason is not None:
-        return reason
-    pairs = _pairs([each for each in turned if not isinstance(each, str)])
+    turned: list[tuple[Term, Term]] = []
+    for at, each in enumerate(sums[:count]):
+        ordered = _ordered(at, each)
+        if isinstance(ordered, str):
+            return ordered
+        turned.append(ordered)
+    pairs = _pairs(turned)
     if not isinstance(pairs, RotaryPairs):  # which are strings too
         return pairs
-    own, other = turned[0]
-    assert isinstance(own, Term) and isinstance(other, Term)
     permutation = (*form.outer, 3)
     tables = []
-    for at, first in enumerate((own, other)):
+    for at in range(2):
         terms = [each[at] for each in turned]
-        assert all(isinstance(term, Term) for term in terms)
-        table = _table(channels.tables[first.table], terms, pairs, permutation)
+        table = _table(channels.tables[terms[0].table], terms, pairs, permutation)
         if isinstance(table, str):
             return table
         tables.append(table)

@@ -324,6 +324,10 @@ MISSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "two sums": (lambda x: llama(x) + x, "what is added are not products"),
     "a number besides": (lambda x: llama(x) * 0.5, "multiplied"),
     "changed since": (changed, "changed in place"),
+    "one head of all": (lambda x: llama(x) * 1 + 0 * x[:, 1:2], "multiplied"),
+    "an index that is computed": (
+        lambda x: x * COS + x[..., torch.arange(D).roll(D // 2)] * SIN, "depends on what",
+    ),
 }  # fmt: skip
 
 
