@@ -230,6 +230,11 @@ def _lines(question: Question, found: Answer) -> list[str]:
     where = f"compute capability {major}.{minor}" if found.arch is None else found.arch.name
     lines = [f"{question}; on {where}", _decision(question, found)]
     if found.arch is None:
+        if found.served_by == Server.KERNELS:
+            lines.append(
+                "no CUTLASS kernel is for this GPU; Triton compiles one on first use, where it is "
+                "installed"
+            )
         return lines
     if found.kernels is not None:
         assert found.scratch_bytes is not None

@@ -48,8 +48,9 @@ _EDGES: Final = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 1
 
 # How far a kernel may be from the reference, which computes the same: the relative L2 distance of
 # the outputs, many elements and few, and the absolute one of the LSE. A rounding at a tie goes the
-# other way now and then, and shows where little else does.
-DISTANCE: Final = {"int8": 1.5e-3, "int4": 6e-3}
+# other way now and then, and shows in rows of few keys. Worst of 3200 calls: INT8 .0018 (with a
+# 16-bit accumulator; else .0009) and .0015, INT4 .0065 and .021.
+DISTANCE: Final = {"int8": 2.5e-3, "int4": 1e-2}
 DISTANCE_OF_FEW: Final = {"int8": 3e-3, "int4": 3e-2}
 FEW_ELEMENTS: Final = 4096
 LSE_DISTANCE: Final = 1e-3

@@ -53,6 +53,13 @@ def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16", "exact"]
 
 
+def test_a_gpu_without_cutlass_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x8x1024x128", "--arch", "sm_121", "--recipe", "int8_fp16")
+    lines = explained(capsys, *words).splitlines()
+    assert lines[1] == "int8_fp16: int8_fp16, kernel triton"
+    assert "Triton compiles one on first use" in lines[2]
+
+
 def heading(lines: list[str]) -> str:
     """That of the table of recipes."""
     return next(line for line in lines if line.split()[:2] == ["recipe", "predicted"])
