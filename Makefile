@@ -64,7 +64,7 @@ print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], 
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help set-up browser test demo lint format bench gpu check-kernels sanitize check-arm wheel clean distclean
+.PHONY: help set-up browser test demo lint format bench gpu check-kernels costs sanitize check-arm wheel clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -107,6 +107,9 @@ gpu: ## check the CUDA kernels on this machine's GPU, then time them
 check-kernels: $(PACKAGE) $(CUDA) ## compile every CUDA kernel and look at its machine code
 	$(BIN)/sagec kernels check $(CHECK_ARGS)
 	$(BIN)/sagec kernels list
+
+costs: $(PACKAGE) $(CUDA) ## write the tables of docs/cuda-costs.md, after a change of the kernels
+	$(BIN)/sagec kernels cost --compiler nvrtc --write docs/cuda-costs.md
 
 sanitize: $(PACKAGE) $(foreach kind,installed address thread,$(addprefix build/fuzz/$(kind)/,fuzz fuzz-ort)) ## fuzz the native libraries, with and without sanitizers
 	build/fuzz/installed/fuzz-ort $(FUZZ_ARGS)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sage_compiler import guard, steps
 from sage_compiler import ops as ops  # registers sage::attention, which the rewrite inserts
+from sage_compiler import ops_rotary as ops_rotary  # and sage::rotary_attention
 from sage_compiler import report as reporting
 from sage_compiler.config import Fallback, Options, parse_options
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError

@@ -32,7 +32,7 @@ _VJP_KEYS: Final = (
 )
 
 
-def _vjp_on() -> AbstractContextManager[None]:
+def vjp_on() -> AbstractContextManager[None]:
     """Make ``torch.func.vjp`` work whoever calls the operator."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _VJP_KEYS:
@@ -92,11 +92,11 @@ def backward(
 
     primals = [tensor for index in wanted if (tensor := given[index]) is not None]
     cotangent = grad_output if grad_lse is None else (grad_output, grad_lse)
-    with _vjp_on():
+    with vjp_on():
         pull_back = torch.func.vjp(forward, *primals)[1]
         gradients = dict(zip(wanted, pull_back(cotangent), strict=True))
     return tuple(
-        _dense_like(gradients[index], tensor)
+        dense_like(gradients[index], tensor)
         if tensor is not None and index in gradients
         else query.new_empty(0)
         for index, tensor in enumerate(given)
@@ -161,6 +161,6 @@ def differentiate_lse(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[
     return _gradients(ctx, grad_output, grad_lse)
 
 
-def _dense_like(gradient: Tensor, primal: Tensor) -> Tensor:
+def dense_like(gradient: Tensor, primal: Tensor) -> Tensor:
     """The gradient, freshly allocated with the strides that ``empty_like(primal)`` has."""
     return torch.empty_like(primal).copy_(gradient)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from math import inf
 from typing import Any, Final
@@ -29,6 +29,7 @@ from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
 from sage_compiler.kernels.kernel import Kernel, Problem
 from sage_compiler.kernels.layout import empty_output, in_layout
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.packed import join, sequences
 from sage_compiler.precision import EXACT, PRECISIONS, RECIPES, check_precision
 from sage_compiler.semantics import (
@@ -50,10 +51,10 @@ ARGUMENTS: Final = (
 # As min_seq_len: the least lengths that `auto` has for the kernel, where and when the call runs.
 SHIPPED_GATE: Final = -1
 
-_library = torch.library.Library("sage", "DEF")
-_library.define(f"attention({ARGUMENTS}) -> Tensor")
-_library.define(f"attention.lse({ARGUMENTS}) -> (Tensor, Tensor)")
-_library.define(
+library = torch.library.Library("sage", "DEF")
+library.define(f"attention({ARGUMENTS}) -> Tensor")
+library.define(f"attention.lse({ARGUMENTS}) -> (Tensor, Tensor)")
+library.define(
     f"attention_backward({gradient.ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -139,7 +140,7 @@ def _attention(
                 if strides == query.stride() and strides[0] >= max(strides) and strides[3] == 1:
                     return output
                 return in_layout(output, query)
-    return _general(
+    return general(
         query, key, value, attn_mask, mask_class, scale, recipe, dead_rows, *rest, want_lse=False
     )[0]
 
@@ -162,10 +163,10 @@ def is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
 
 
 def _attention_lse(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _general(query, key, value, *rest, want_lse=True)
+    return general(query, key, value, *rest, want_lse=True)
 
 
-def _general(
+def general(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -186,6 +187,7 @@ def _general(
     guard: str = "",
     *,
     want_lse: bool,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Validate, choose the kernel, run it. The second result is empty unless it is wanted."""
     check_arguments(
@@ -202,12 +204,18 @@ def _general(
         check_precision(name)
     recipe = _recipe_of_step(recipe, step, step_recipes)
 
-    def serve(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return _serve(q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, guard, want_lse)
+    def serve(
+        q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return _serve(
+            q, k, v, attn_mask, sinks, semantics, recipe, min_seq_len, guard, want_lse, rotary
+        )
 
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        output, lse = serve(query, key, value)
+        output, lse = serve(query, key, value, rotary)
     else:
+        if rotary is not None:
+            query, key = rotary.rotated(query, key)
         parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
         output, lse = join(parts, query, value)
     return in_layout(output, query), lse.contiguous()
@@ -224,6 +232,7 @@ def _serve(
     min_seq_len: int,
     guard: str,
     want_lse: bool,
+    rotary: Rotary | None,
 ) -> tuple[Tensor, Tensor]:
     problem = Problem.of(query, key, value, semantics, attn_mask)
     length, key_length = query.shape[2], key.shape[2]
@@ -231,21 +240,37 @@ def _serve(
         recipe, problem, min_seq_len, length, key_length, query.numel() * key_length
     )
 
+    def rotated() -> tuple[Tensor, Tensor]:
+        return (query, key) if rotary is None else rotary.rotated(query, key)
+
     def run_exact() -> tuple[Tensor, Tensor]:
+        q, k = rotated()
         if want_lse:
             return exact.attention_with_lse(
-                query, key, value, semantics, attn_mask=attn_mask, sinks=sinks
+                q, k, value, semantics, attn_mask=attn_mask, sinks=sinks
             )
-        output = exact.attention(query, key, value, semantics, attn_mask=attn_mask, sinks=sinks)
+        output = exact.attention(q, k, value, semantics, attn_mask=attn_mask, sinks=sinks)
         return output, query.new_empty(0, dtype=torch.float32)
 
     def run_quantized() -> tuple[Tensor, Tensor]:
+        if rotary is not None and isinstance(served_by, Kernel) and served_by.run_rotary:
+            return served_by.run_rotary(
+                query,
+                key,
+                value,
+                semantics,
+                attn_mask=attn_mask,
+                sinks=sinks,
+                want_lse=want_lse,
+                rotary=rotary,
+            )
+        q, k = rotated()
         if isinstance(served_by, Kernel):
             return served_by.run(
-                query, key, value, semantics, attn_mask=attn_mask, sinks=sinks, want_lse=want_lse
+                q, k, value, semantics, attn_mask=attn_mask, sinks=sinks, want_lse=want_lse
             )
         return reference.attention(
-            query, key, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
+            q, k, value, RECIPES[recipe], semantics, attn_mask=attn_mask, sinks=sinks
         )
 
     if served_by is None:
@@ -270,7 +295,7 @@ def _recipe_of_step(recipe: str, step: Tensor | None, step_recipes: list[str] | 
 # --- fake -----------------------------------------------------------------------------------
 
 
-def _fake_attention(
+def fake_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -302,17 +327,17 @@ def _fake_attention(
 def _fake_attention_lse(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    output = _fake_attention(query, key, value, *rest)
+    output = fake_attention(query, key, value, *rest)
     return output, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 # --- autocast -------------------------------------------------------------------------------
 
 
-def _register_autocast(
-    overload: torch._ops.OpOverload, name: str, device_type: str, *, casts: int
+def register_autocast(
+    overload: torch._ops.OpOverload, name: str, device_type: str, *, casts: Sequence[int]
 ) -> None:
-    """Run outside autocast, after casting the first ``casts`` arguments as autocast does."""
+    """Run outside autocast, after casting the arguments at ``casts`` as autocast does."""
     dispatch_key = f"Autocast{torch._C._dispatch_key_for_device(device_type)}"
     keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
@@ -328,9 +353,9 @@ def _register_autocast(
 
     def inner(_: Any, *args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keyset):
-            return overload(*(cast(tensor) for tensor in args[:casts]), *args[casts:])
+            return overload(*(cast(x) if at in casts else x for at, x in enumerate(args)))
 
-    _library.impl(name, inner, dispatch_key, with_keyset=True)
+    library.impl(name, inner, dispatch_key, with_keyset=True)
 
 
 # --- registration ---------------------------------------------------------------------------
@@ -340,29 +365,29 @@ def _register() -> None:
     overloads = torch.ops.sage.attention
     plain, with_lse = overloads.default, overloads.lse
     backward = torch.ops.sage.attention_backward.default
-    _library.impl("attention", _attention, "CompositeExplicitAutograd")
-    _library.impl("attention.lse", _attention_lse, "CompositeExplicitAutograd")
-    _library.impl("attention_backward", gradient.backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("sage::attention", _fake_attention, lib=_library)
-    torch.library.register_fake("sage::attention.lse", _fake_attention_lse, lib=_library)
-    torch.library.register_fake("sage::attention_backward", gradient.fake_backward, lib=_library)
+    library.impl("attention", _attention, "CompositeExplicitAutograd")
+    library.impl("attention.lse", _attention_lse, "CompositeExplicitAutograd")
+    library.impl("attention_backward", gradient.backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("sage::attention", fake_attention, lib=library)
+    torch.library.register_fake("sage::attention.lse", _fake_attention_lse, lib=library)
+    torch.library.register_fake("sage::attention_backward", gradient.fake_backward, lib=library)
     torch.library.register_autograd(
         "sage::attention",
         gradient.differentiate,
         setup_context=gradient.setup_context,
-        lib=_library,
+        lib=library,
     )
     torch.library.register_autograd(
         "sage::attention.lse",
         gradient.differentiate_lse,
         setup_context=gradient.setup_context,
-        lib=_library,
+        lib=library,
     )
     for device_type in ("cpu", "cuda"):
         # As for scaled_dot_product_attention: Q, K, V and a float mask. Its backward keeps dtypes.
-        _register_autocast(plain, "attention", device_type, casts=4)
-        _register_autocast(with_lse, "attention.lse", device_type, casts=4)
-        _register_autocast(backward, "attention_backward", device_type, casts=0)
+        register_autocast(plain, "attention", device_type, casts=range(4))
+        register_autocast(with_lse, "attention.lse", device_type, casts=range(4))
+        register_autocast(backward, "attention_backward", device_type, casts=())
 
 
 _register()

@@ -270,6 +270,37 @@ def seconds(target: str, recipe: str, work: Work) -> float | None:
     return launches * _LAUNCH + passed / bandwidth + attention
 
 
+@dataclass(frozen=True, slots=True)
+class PerClock:
+    """What a multiprocessor of a target's board does in a clock.
+
+    Attributes:
+        products: multiply-adds of tensor cores by ``mma.sync``, of FP8 and FP16 into FP32.
+        floats: FP32 instructions of a thread.
+        exp2: the same of exp2.
+    """
+
+    products: Mapping[Format, float]
+    floats: int
+    exp2: int
+
+
+def per_clock(target: str) -> PerClock:
+    """The rates that times are predicted from, per clock and multiprocessor.
+
+    Raises:
+        InvalidOptionError: an unknown target, or the CPU.
+    """
+    target = parse_target(target)
+    if target == CPU:
+        raise InvalidOptionError(f"{CPU} has no rates: its times are measured")
+    board = _BOARDS[target]
+    # A multiply-add counts as two operations.
+    share = board.mma_sync / (2 * board.multiprocessors * board.clock)
+    products = {format_: share * rate for format_, rate in board.products.items()}
+    return PerClock(MappingProxyType(products), board.float_lanes, _EXP2_LANES)
+
+
 def attention_seconds(target: str, recipe: str, work: Work) -> float | None:
     """The part of ``seconds`` that published speeds count: the attention kernel's own.
 

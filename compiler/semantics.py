@@ -43,6 +43,13 @@ class DeadRows(StrEnum):
     NAN = "nan"  # as softmax over a row of -inf
 
 
+class RotaryPairs(StrEnum):
+    """Which of the R rotated channels a rotary embedding turns together."""
+
+    HALF = "half"  # i and i + R / 2: Llama, GPT-NeoX
+    INTERLEAVED = "interleaved"  # 2 i and 2 i + 1: GPT-J, FLUX
+
+
 @dataclass(frozen=True, slots=True)
 class Band:
     """Key j is visible to query i iff ``-left <= j - (i + offset) <= right``; None: no limit."""

@@ -1,20 +1,17 @@
 """The command ``sagec kernels``: build CUDA kernels ahead, check their code, list what is here.
 
-And explain which of them an attention gets: see kernels_explain.py.
+And explain which of them an attention gets, and what they cost: see kernels_explain.py and
+kernels_cost.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import os
 import time
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from sage_compiler.commands import kernels_explain, options
+from sage_compiler.commands import kernels_compiling, kernels_cost, kernels_explain, options
 from sage_compiler.errors import SageError, UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
@@ -23,14 +20,9 @@ from sage_compiler.kernels.cuda.manifest import Entry
 from sage_compiler.kernels.cuda.pack import build, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import KernelSpec
-from sage_compiler.kernels.cuda.toolchain import NAMES, Compiler, find
 from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs
 from sage_compiler.text import columns
 
-Item = TypeVar("Item")
-
-# Ahead of time, the smaller images of nvcc are worth a toolkit.
-_AHEAD: Final = ("nvcc", "nvrtc")
 _CHECK: Final = """\
 Compile every variant of every kernel and look at its machine code: registers, spills, and the
 instructions it must and must not have. Fails where one is not as it must be.
@@ -60,6 +52,7 @@ def add_command(commands: options.Commands) -> None:
         example="sagec kernels build --arch sm_89 --out pack",
     )
     kernels_explain.add_command(actions)
+    kernels_cost.add_command(actions)
     checking = options.add_command(
         actions,
         "check",
@@ -67,7 +60,8 @@ def add_command(commands: options.Commands) -> None:
         summary="compile every variant, look at its machine code",
         description=_CHECK,
     )
-    _add_compiling(checking, "all by default")
+    kernels_compiling.add_compiling(checking, "all by default")
+    _add_standalone(checking)
     options.add_json(checking)
 
     building = options.add_command(
@@ -77,7 +71,8 @@ def add_command(commands: options.Commands) -> None:
         summary="compile every variant into a kernel pack",
         description=_BUILD,
     )
-    _add_compiling(building, "at least one")
+    kernels_compiling.add_compiling(building, "at least one")
+    _add_standalone(building)
     building.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
     options.add_json(building)
 
@@ -91,32 +86,21 @@ def add_command(commands: options.Commands) -> None:
     options.add_json(listing)
 
 
-def _add_compiling(parser: argparse.ArgumentParser, archs: str) -> None:
-    known = ", ".join(ARCHS)
-    parser.add_argument(
-        "--arch", action="append", default=[], metavar="NAME", help=f"{archs}: {known}"
-    )
+def _add_standalone(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--standalone",
         action="store_true",
         help="the kernels for a host that cannot compile, as ONNX Runtime: masks, windows, "
         "softcap, head_dim 32 to 128",
     )
-    parser.add_argument("--compiler", choices=NAMES, help="default: nvcc where it is, else nvrtc")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes that compile; default: one for each CPU",
-    )
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    specs = _specs(arguments.arch or list(ARCHS), arguments.standalone)
+    specs = _specs(arguments)
     disassembler = Disassembler.find()
-    found = check(specs, _compiler(arguments), disassembler, _jobs(arguments))
-    rows = list(_progress(found, len(specs)))
+    compiler, jobs = kernels_compiling.compiler(arguments), kernels_compiling.jobs(arguments)
+    found = check(specs, compiler, disassembler, jobs)
+    rows = list(kernels_compiling.progress(found, len(specs)))
     if arguments.json:
         options.print_json([row.to_dict() for row in rows])
     else:
@@ -130,13 +114,13 @@ def _check(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     if not arguments.arch:
         raise UsageError(f"--arch is missing; known: {', '.join(ARCHS)}")
-    specs = _specs(arguments.arch, arguments.standalone)
+    specs = _specs(arguments)
     entries = build(
         specs,
         arguments.out,
-        _compiler(arguments),
-        _jobs(arguments),
-        lambda binaries: _progress(binaries, len(specs)),
+        kernels_compiling.compiler(arguments),
+        kernels_compiling.jobs(arguments),
+        lambda binaries: kernels_compiling.progress(binaries, len(specs)),
     )
     size = sum(entry.size for entry in entries)
     if arguments.json:
@@ -174,23 +158,9 @@ def _list(arguments: argparse.Namespace) -> int:
     return options.OK
 
 
-def _specs(archs: Sequence[str], standalone: bool) -> list[KernelSpec]:
-    for arch in archs:
-        if arch not in ARCHS:
-            raise UsageError(f"unknown architecture {arch!r}; known: {', '.join(ARCHS)}")
-    specs_of = standalone_specs if standalone else all_specs
-    return [spec for arch in dict.fromkeys(archs) for spec in specs_of(arch)]
-
-
-def _compiler(arguments: argparse.Namespace) -> Compiler:
-    return find(arguments.compiler) if arguments.compiler else find(*_AHEAD)
-
-
-def _jobs(arguments: argparse.Namespace) -> int:
-    jobs: int = arguments.jobs
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}; it must be at least 1")
-    return jobs
+def _specs(arguments: argparse.Namespace) -> list[KernelSpec]:
+    specs_of = standalone_specs if arguments.standalone else all_specs
+    return [spec for arch in kernels_compiling.archs(arguments) for spec in specs_of(arch)]
 
 
 def _cells(entry: Entry) -> tuple[str, str, str, str, str]:
@@ -204,13 +174,3 @@ def _age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return "now"
-
-
-def _progress(items: Iterable[Item], total: int) -> Iterable[Item]:
-    """The items, with a progress bar on a terminal if tqdm is installed."""
-    if importlib.util.find_spec("tqdm") is None:
-        return items
-    shown: Iterable[Item] = importlib.import_module("tqdm").tqdm(
-        items, total=total, unit="kernel", disable=None
-    )
-    return shown

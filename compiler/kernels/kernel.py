@@ -10,6 +10,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.semantics import UNBOUNDED, MaskClass, Semantics
 
 
@@ -30,6 +31,23 @@ class Run(Protocol):
         attn_mask: Tensor | None,
         sinks: Tensor | None,
         want_lse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class RunRotary(Protocol):
+    """As ``Run``, of query and key that the kernel rotates as it reads them."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        *,
+        attn_mask: Tensor | None,
+        sinks: Tensor | None,
+        want_lse: bool,
+        rotary: Rotary,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -123,6 +141,8 @@ class Kernel:
             `auto` gives it nothing, in one sentence. An explicit recipe does not ask.
         run: the call.
         smallest: the least sizes of all its gates, without a look at the problem.
+        run_rotary: the call with a rotary embedding of Q and K in it; None: the kernel does not
+            rotate, and gets them rotated.
     """
 
     name: Callable[[], str]
@@ -132,3 +152,4 @@ class Kernel:
     gate: Callable[[Problem], Gate | str]
     run: Run
     smallest: Callable[[], Gate] = lambda: OPEN
+    run_rotary: RunRotary | None = None

@@ -4,13 +4,16 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <random>
 
 #include "fiber.hpp"
+#include "mbarrier.hpp"
 #include "shadow.hpp"
 #include "stores.hpp"
 #include "warp.hpp"
+#include "wgmma.hpp"
 
 namespace sage::host {
 
@@ -22,6 +25,17 @@ constexpr int kGarbage = 0xCD;
 constexpr int kRedzoneByte = 0xFA;
 
 constexpr char kBarrier[] = "barrier";
+constexpr char kMbarrierWait[] = "mbarrier_wait";
+constexpr char kNamedBarrier[] = "named_barrier";
+
+constexpr int kMbarrierBytes = 8;
+constexpr size_t kMostMbarriers = 512;
+constexpr int kNamedBarriers = 16;  // of which 0 is `barrier`
+constexpr int kWarpgroup = 4;       // warps
+constexpr int64_t kRegisters = 65536;
+
+// A bulk copy lands at one of this many switches between threads, on average.
+constexpr uint32_t kMeanFlight = 8;
 
 // On average, a thread is interrupted after this many accesses to memory.
 constexpr uint32_t kMeanSlice = 32;
@@ -39,6 +53,15 @@ struct Thread {
     std::vector<Copy> copies;    // in flight, oldest first
     std::vector<size_t> groups;  // the number of copies of each committed group, oldest first
     size_t uncommitted = 0;
+    size_t mbarrier = 0;  // the offset of the one it waits at, and
+    int parity = 0;       // for which phase
+};
+
+struct NamedBarrier {
+    int threads = 0;  // of this round; 0: nobody has come
+    int arrived = 0;
+    std::vector<int> waiting;
+    Clock clock;
 };
 
 struct Warp {
@@ -49,6 +72,8 @@ struct Warp {
     int exited = 0;
     int at_barrier = 0;
     int first_at_barrier = 0;
+    WarpProducts products;
+    int registers = 0;  // that setmaxnreg has set, by its first lane
 };
 
 bool same(Site x, Site y) { return x.line == y.line && std::strcmp(x.file, y.file) == 0; }
@@ -101,6 +126,13 @@ class Executor {
     void copy_async_commit();
     void copy_async_wait(int newest);
     void collective(Collective operation, void* argument, Site site);
+    void mbarrier_init(void* mbarrier, int arrivals, Site site);
+    void mbarrier_arrive(void* mbarrier, int bytes, Site site);
+    void mbarrier_wait(void* mbarrier, int parity, Site site);
+    void copy_bulk(void* shared, void const* global, int bytes, void* mbarrier, Site site);
+    void fence_async();
+    void named_barrier(int id, int threads, bool waits, Site site);
+    void set_registers(int registers, Site site);
 
     static thread_local Executor* running;
 
@@ -115,11 +147,17 @@ class Executor {
     void interrupt();
 
     void check_shared(void const* address, int bytes, char const* operation, Site site);
+    void check_no_mbarrier(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
     void check_race(Conflict conflict, void const* address, char const* operation, Site site);
     void check_redzones();
     void read_rows(Warp const& warp);
+    Mbarrier& mbarrier_at(void const* address, char const* operation, Site site);
+    void complete_if_due(size_t offset);
+    void land(size_t index);
+    void perform_wgmma(Warp& warp, Site site);
+    void check_end_of_block();
     [[noreturn]] void fail(std::string const& what);
     std::string name(int thread) const;
     std::string deadlock() const;
@@ -144,6 +182,9 @@ class Executor {
     std::vector<Warp> warps_;
     std::vector<int> ready_;
     std::vector<char> arena_;
+    std::map<size_t, Mbarrier> mbarriers_;  // by offset
+    std::vector<BulkCopy> bulk_copies_;     // in flight
+    NamedBarrier named_[kNamedBarriers];
 };
 
 thread_local Executor* Executor::running = nullptr;
@@ -187,6 +228,9 @@ void Executor::run_block(int64_t block) {
     std::memset(shared_ + shared_bytes_, kRedzoneByte, kRedzone);
     if (launch_->detect_races) shadow_.barrier();
     std::fill(warps_.begin(), warps_.end(), Warp{});
+    mbarriers_.clear();
+    bulk_copies_.clear();
+    std::fill(std::begin(named_), std::end(named_), NamedBarrier{});
     ready_.clear();
     for (int thread = 0; thread < threads_count_; ++thread) {
         Thread& state = threads_[static_cast<size_t>(thread)];
@@ -201,6 +245,7 @@ void Executor::run_block(int64_t block) {
     current_ = ready_.back();
     ready_.pop_back();
     switch_context(host_, threads_[static_cast<size_t>(current_)].context);
+    if (failure_.empty()) check_end_of_block();
     if (failure_.empty()) check_redzones();
 }
 
@@ -222,6 +267,9 @@ void Executor::exit_thread() {
         fail(std::string("exits while ") + name(warp.first) + " waits for it at " +
              name_of(warp.operation) + at(threads_[static_cast<size_t>(warp.first)].site));
     }
+    if (!warp.products.empty()) {
+        fail("exits with products of wgmma in flight: the kernel must wait for all of them");
+    }
     for (int other = 0; other < threads_count_ && at_barrier_ > 0; ++other) {
         Thread const& waiting = threads_[static_cast<size_t>(other)];
         if (waiting.waits_at == kBarrier) {
@@ -236,6 +284,9 @@ void Executor::exit_thread() {
 
 // Runs a thread that can run, at random: perhaps this one. Returns when this one is chosen.
 void Executor::run_next() {
+    while (!bulk_copies_.empty() && (ready_.empty() || dice_.roll(kMeanFlight) == 0)) {
+        land(dice_.roll(static_cast<uint32_t>(bulk_copies_.size())));
+    }
     if (ready_.empty()) fail(deadlock());
     std::swap(ready_[dice_.roll(static_cast<uint32_t>(ready_.size()))], ready_.back());
     int const previous = current_;
@@ -321,9 +372,13 @@ void Executor::collective(Collective operation, void* argument, Site site) {
     warp.arguments[current_ - first_thread] = argument;
     if (++warp.arrived == kLanes) {
         warp.arrived = 0;
-        if (operation == Collective::kLoadMatrix && launch_->detect_races) read_rows(warp);
-        perform(operation, warp.arguments);
-        if (launch_->detect_races) shadow_.collective(current_ / kLanes);
+        if (operation >= Collective::kWgmma) {
+            perform_wgmma(warp, site);
+        } else {
+            if (operation == Collective::kLoadMatrix && launch_->detect_races) read_rows(warp);
+            perform(operation, warp.arguments);
+            if (launch_->detect_races) shadow_.collective(current_ / kLanes);
+        }
         for (int lane = 0; lane < kLanes; ++lane) wake(first_thread + lane);
     }
     run_next();
@@ -332,6 +387,7 @@ void Executor::collective(Collective operation, void* argument, Site site) {
 void Executor::read_rows(Warp const& warp) {
     int const last = current_;
     int const first_thread = last / kLanes * kLanes;
+    shadow_.gather(last / kLanes);
     for (int lane = 0; lane < kLanes; ++lane) {
         current_ = first_thread + lane;  // whose address it is
         auto const* const row =
@@ -354,6 +410,7 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
             bool const store = access == Access::kStoreShared;
             char const* const operation = store ? "store_shared" : "load_shared";
             check_shared(address, bytes, operation, site);
+            check_no_mbarrier(address, bytes, operation, site);
             if (!launch_->detect_races) return;
             auto const offset = static_cast<size_t>(static_cast<char const*>(address) - shared_);
             auto const size = static_cast<size_t>(bytes);
@@ -403,6 +460,256 @@ void Executor::copy_async_wait(int newest) {
     }
     thread.copies.erase(thread.copies.begin(), copies_end);
     thread.groups.erase(thread.groups.begin(), groups_end);
+}
+
+Mbarrier& Executor::mbarrier_at(void const* address, char const* operation, Site site) {
+    check_shared(address, kMbarrierBytes, operation, site);
+    auto const offset = static_cast<size_t>(static_cast<char const*>(address) - shared_);
+    auto const found = mbarriers_.find(offset);
+    if (found == mbarriers_.end()) {
+        fail(format("%s at offset %zu of shared memory, where no mbarrier was made", operation,
+                    offset) +
+             at(site));
+    }
+    if (launch_->detect_races) {
+        check_race(shadow_.unordered_write(offset, kMbarrierBytes, current_), address, operation,
+                   site);
+    }
+    return found->second;
+}
+
+void Executor::check_no_mbarrier(void const* address, int bytes, char const* operation, Site site) {
+    if (mbarriers_.empty()) return;
+    auto const begin = static_cast<size_t>(static_cast<char const*>(address) - shared_);
+    auto const next = mbarriers_.lower_bound(begin + static_cast<size_t>(bytes));
+    if (next == mbarriers_.begin()) return;
+    if (std::prev(next)->first + kMbarrierBytes > begin) {
+        fail(format("%s at offset %zu of shared memory, which is an mbarrier", operation, begin) +
+             at(site));
+    }
+}
+
+void Executor::mbarrier_init(void* mbarrier, int arrivals, Site site) {
+    interrupt();
+    check_shared(mbarrier, kMbarrierBytes, "mbarrier_init", site);
+    if (arrivals < 1 || arrivals >= 1 << 20) {
+        fail(format("mbarrier_init for %d arrivals", arrivals) + at(site));
+    }
+    auto const offset = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
+    if (mbarriers_.size() == kMostMbarriers) fail("mbarrier_init of too many" + at(site));
+    int const index = static_cast<int>(mbarriers_.size());
+    if (!mbarriers_.insert({offset, {index, arrivals, arrivals}}).second) {
+        fail("mbarrier_init of an mbarrier" + at(site));
+    }
+    if (launch_->detect_races) {
+        check_race(shadow_.write(offset, kMbarrierBytes, current_), mbarrier, "mbarrier_init",
+                   site);
+    }
+}
+
+void Executor::mbarrier_arrive(void* mbarrier, int bytes, Site site) {
+    interrupt();
+    Mbarrier& state = mbarrier_at(mbarrier, "mbarrier_arrive", site);
+    if (state.missing == 0) {
+        fail(format("mbarrier_arrive at mbarrier %d: all %d arrivals of phase %d have come, but "
+                    "not its bytes",
+                    state.index, state.arrivals, state.phase) +
+             at(site));
+    }
+    if (launch_->detect_races) shadow_.release(current_, state.arrived);
+    state.bytes += bytes;
+    --state.missing;
+    complete_if_due(static_cast<size_t>(static_cast<char*>(mbarrier) - shared_));
+}
+
+void Executor::complete_if_due(size_t offset) {
+    Mbarrier& state = mbarriers_.at(offset);
+    if (!state.completes()) return;
+    if (state.on_the_way != 0) {
+        fail(
+            format("phase %d of mbarrier %d is complete while %lld bytes are on their way to it: "
+                   "it must expect the bytes of all copies",
+                   state.phase, state.index, static_cast<long long>(state.on_the_way)));
+    }
+    int const parity = state.phase % 2;
+    state.complete_phase();
+    for (int thread = 0; thread < threads_count_; ++thread) {
+        Thread const& waiting = threads_[static_cast<size_t>(thread)];
+        if (waiting.exited || waiting.waits_at != kMbarrierWait || waiting.mbarrier != offset ||
+            waiting.parity != parity) {
+            continue;
+        }
+        if (launch_->detect_races) shadow_.acquire(thread, state.complete);
+        wake(thread);
+    }
+}
+
+void Executor::mbarrier_wait(void* mbarrier, int parity, Site site) {
+    interrupt();
+    Mbarrier const& state = mbarrier_at(mbarrier, kMbarrierWait, site);
+    if (state.is_complete(parity)) {
+        if (launch_->detect_races) shadow_.acquire(current_, state.complete);
+        return;
+    }
+    wait(kMbarrierWait, site);
+    Thread& thread = threads_[static_cast<size_t>(current_)];
+    thread.mbarrier = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
+    thread.parity = parity;
+    run_next();
+}
+
+void Executor::copy_bulk(void* shared, void const* global, int bytes, void* mbarrier, Site site) {
+    interrupt();
+    if (bytes <= 0 || bytes % 16 != 0) {
+        fail(format("copy_bulk of %d bytes: it must be a multiple of 16", bytes) + at(site));
+    }
+    Mbarrier& state = mbarrier_at(mbarrier, "copy_bulk", site);
+    auto* const to = static_cast<char*>(shared);
+    auto const* const from = static_cast<char const*>(global);
+    for (int i = 0; i < bytes; i += 16) {
+        check_global(from + i, 16, false, "copy_bulk from global memory", site);
+        check_shared(to + i, 16, "copy_bulk to shared memory", site);
+        check_no_mbarrier(to + i, 16, "copy_bulk", site);
+        if (launch_->detect_races) {
+            check_race(shadow_.issue_bulk(static_cast<size_t>(to + i - shared_), current_), to + i,
+                       "copy_bulk", site);
+        }
+    }
+    state.on_the_way += bytes;
+    auto const offset = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
+    bulk_copies_.push_back({to, from, bytes, offset, state.phase, site});
+}
+
+// A bulk copy has come, and its mbarrier is told.
+void Executor::land(size_t index) {
+    BulkCopy const copy = bulk_copies_[index];
+    bulk_copies_.erase(bulk_copies_.begin() + static_cast<ptrdiff_t>(index));
+    Mbarrier& state = mbarriers_.at(copy.mbarrier);
+    if (state.phase != copy.phase) {
+        fail(format("copy_bulk of %d bytes lands in phase %d of mbarrier %d, which did not expect "
+                    "it: it was issued in phase %d",
+                    copy.bytes, state.phase, state.index, copy.phase) +
+             at(copy.site));
+    }
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    if (launch_->detect_races) {
+        for (int i = 0; i < copy.bytes; i += 16) {
+            shadow_.land_bulk(static_cast<size_t>(copy.to + i - shared_), state.index);
+        }
+        shadow_.release_bulk(state.index, state.arrived);
+    }
+    state.on_the_way -= copy.bytes;
+    state.bytes -= copy.bytes;
+    complete_if_due(copy.mbarrier);
+}
+
+void Executor::fence_async() {
+    if (launch_->detect_races) shadow_.fence(current_);
+}
+
+void Executor::named_barrier(int id, int threads, bool waits, Site site) {
+    interrupt();
+    if (id < 1 || id >= kNamedBarriers || threads < kLanes || threads % kLanes != 0) {
+        fail(format("named_barrier %d of %d threads: it must be 1 to 15, of whole warps", id,
+                    threads) +
+             at(site));
+    }
+    NamedBarrier& state = named_[id];
+    if (state.threads != 0 && state.threads != threads) {
+        fail(format("named_barrier %d of %d threads, to which others came as of %d", id, threads,
+                    state.threads) +
+             at(site));
+    }
+    state.threads = threads;
+    if (launch_->detect_races) shadow_.release(current_, state.clock);
+    if (waits) state.waiting.push_back(current_);
+    bool const last = ++state.arrived == threads;
+    if (waits) wait(kNamedBarrier, site);
+    if (last) {
+        for (int const thread : state.waiting) {
+            if (launch_->detect_races) shadow_.acquire(thread, state.clock);
+            wake(thread);
+        }
+        state.waiting.clear();
+        state.threads = state.arrived = 0;
+    }
+    if (waits) run_next();
+}
+
+void Executor::set_registers(int registers, Site site) {
+    if (registers < 24 || registers > 256 || registers % 8 != 0) {
+        fail(format("setmaxnreg to %d: it must be a multiple of 8 from 24 to 256", registers) +
+             at(site));
+    }
+    warps_[static_cast<size_t>(current_ / kLanes)].registers = registers;
+}
+
+// The operations of wgmma. Its reads begin when it is issued and end when it is waited for; what it
+// computes comes then too.
+void Executor::perform_wgmma(Warp& warp, Site site) {
+    int const index = current_ / kLanes;
+    std::string problem;
+    switch (warp.operation) {
+        case Collective::kWgmma: {
+            if (launch_->detect_races) shadow_.collective(index);
+            Wgmma* lanes[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) {
+                lanes[lane] = static_cast<Wgmma*>(warp.arguments[lane]);
+            }
+            problem = warp.products.issue(lanes, index, site);
+            if (!problem.empty()) break;
+            for (size_t const unit : warp.products.newest_units()) {
+                check_shared(shared_ + unit, 16, "wgmma", site);
+                if (!launch_->detect_races) continue;
+                check_race(shadow_.begin_read(unit, index), shared_ + unit, "wgmma", site);
+            }
+            break;
+        }
+        case Collective::kWgmmaFence:
+            warp.products.fence();
+            break;
+        case Collective::kWgmmaCommit:
+            problem = warp.products.commit();
+            break;
+        default: {
+            std::vector<size_t> read;
+            int const newest = static_cast<WgmmaWait*>(warp.arguments[0])->newest;
+            problem = warp.products.wait(newest, shared_, read);
+            if (!launch_->detect_races) break;
+            for (size_t const unit : read) shadow_.end_read(unit, index);
+            shadow_.collective(index);
+        }
+    }
+    if (!problem.empty()) fail(std::string(name_of(warp.operation)) + at(site) + ": " + problem);
+}
+
+void Executor::check_end_of_block() {
+    auto const end = [&](std::string const& what) {
+        failure_ = format("block %lld: ", static_cast<long long>(block_)) + what;
+    };
+    if (!bulk_copies_.empty()) {
+        return end("it ends while a bulk copy is in flight" + at(bulk_copies_.front().site) +
+                   ": the kernel must wait for all of its copies");
+    }
+    int64_t registers = 0;
+    for (size_t warp = 0; warp < warps_.size(); ++warp) {
+        Warp const& of_group = warps_[warp - warp % kWarpgroup];
+        if (warps_[warp].products.history() != of_group.products.history()) {
+            return end(
+                format("warps %zu and %zu of a warpgroup differ in the products that they "
+                       "issued",
+                       warp - warp % kWarpgroup, warp));
+        }
+        if (warps_[warp].registers != of_group.registers) {
+            return end(format("warps %zu and %zu of a warpgroup differ in their setmaxnreg",
+                              warp - warp % kWarpgroup, warp));
+        }
+        registers += int64_t{warps_[warp].registers} * kLanes;
+    }
+    if (registers > kRegisters) {
+        end(format("setmaxnreg asks for %lld registers; there are %lld",
+                   static_cast<long long>(registers), static_cast<long long>(kRegisters)));
+    }
 }
 
 void Executor::check_shared(void const* address, int bytes, char const* operation, Site site) {
@@ -486,6 +793,9 @@ void Executor::check_race(Conflict conflict, void const* address, char const* op
         case Conflict::Other::kSeveralWarps:
             other = "several warps";
             break;
+        case Conflict::Other::kMbarrier:
+            other = format("mbarrier %d", conflict.index);
+            break;
     }
     std::string what;
     switch (conflict.kind) {
@@ -502,6 +812,12 @@ void Executor::check_race(Conflict conflict, void const* address, char const* op
             break;
         case Conflict::Kind::kCopyInFlight:
             what = "an asynchronous copy of " + other + " in flight: missing wait";
+            break;
+        case Conflict::Kind::kProductInFlight:
+            what = "a product of wgmma of " + other + " in flight: missing wait";
+            break;
+        case Conflict::Kind::kNotFenced:
+            what = "writing by " + other + ": missing fence_async before what orders them";
             break;
     }
     fail(format("race between %s at offset %td of shared memory", operation,
@@ -547,6 +863,11 @@ std::string Executor::deadlock() const {
         if (!new_place) continue;
         text += (told.empty() ? " " : ", ") + name(thread) + " waits at " + state.waits_at +
                 at(state.site);
+        if (state.waits_at == kMbarrierWait) {
+            Mbarrier const& mbarrier = mbarriers_.at(state.mbarrier);
+            text += format(" for parity %d of mbarrier %d: ", state.parity, mbarrier.index) +
+                    mbarrier.text();
+        }
         told.push_back(&state);
     }
     return text;
@@ -575,6 +896,19 @@ Runtime const kRuntime = {
     [](Collective operation, void* argument, Site site) {
         running().collective(operation, argument, site);
     },
+    [](void* mbarrier, int arrivals, Site site) {
+        running().mbarrier_init(mbarrier, arrivals, site);
+    },
+    [](void* mbarrier, int bytes, Site site) { running().mbarrier_arrive(mbarrier, bytes, site); },
+    [](void* mbarrier, int parity, Site site) { running().mbarrier_wait(mbarrier, parity, site); },
+    [](void* shared, void const* global, int bytes, void* mbarrier, Site site) {
+        running().copy_bulk(shared, global, bytes, mbarrier, site);
+    },
+    [](Site) { running().fence_async(); },
+    [](int id, int threads, bool waits, Site site) {
+        running().named_barrier(id, threads, waits, site);
+    },
+    [](int registers, Site site) { running().set_registers(registers, site); },
 };
 
 }  // namespace sage::host

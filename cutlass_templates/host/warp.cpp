@@ -176,6 +176,14 @@ char const* name_of(Collective operation) {
             return "mma<MmaF16>";
         case Collective::kMmaTf32:
             return "mma<MmaTf32>";
+        case Collective::kWgmma:
+            return "wgmma";
+        case Collective::kWgmmaFence:
+            return "wgmma_fence";
+        case Collective::kWgmmaCommit:
+            return "wgmma_commit";
+        case Collective::kWgmmaWait:
+            return "wgmma_wait";
     }
     __builtin_unreachable();
 }
@@ -198,6 +206,8 @@ void perform(Collective operation, void* const (&arguments)[kLanes]) {
             return mma<F16>(arguments);
         case Collective::kMmaTf32:
             return mma<Tf32>(arguments);
+        default:
+            break;  // of wgmma: see wgmma.hpp
     }
 }
 

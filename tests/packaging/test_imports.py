@@ -18,7 +18,16 @@ PACKAGE: Final = "sage_compiler"
 
 VOCABULARY: Final = ("errors", "precision", "semantics", "text")
 MEASURES: Final = (*VOCABULARY, "metrics")
-OPERATOR: Final = ("validate", "packed", "kernels", "gradient", "guard", "ops", "functional")
+OPERATOR: Final = (
+    "validate",
+    "packed",
+    "kernels",
+    "gradient",
+    "guard",
+    "ops",
+    "ops_rotary",
+    "functional",
+)
 RUNTIME: Final = (*MEASURES, *OPERATOR, "packed_kv", "steps")
 REPORTING: Final = ("drawing", "record", "verdict", "report_diff", "page", "report")
 DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_json", *REPORTING)
@@ -58,6 +67,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "packed": VOCABULARY,
     "gradient": (*VOCABULARY, "packed", "kernels"),
     "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient", "guard"),
+    "ops_rotary": (*VOCABULARY, "kernels", "gradient", "ops"),
     "functional": (*VOCABULARY, "ops"),
     "packed_kv": (*VOCABULARY, "validate", "kernels", "functional"),
     # the graph: what is found and decided

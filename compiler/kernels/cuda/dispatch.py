@@ -14,6 +14,7 @@ from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
 from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
 from sage_compiler.kernels.kernel import CLOSED, Gate
 from sage_compiler.precision import RECIPES, Accumulator
+from sage_compiler.semantics import RotaryPairs
 
 
 @functools.cache
@@ -28,6 +29,8 @@ def decide(
     masked: bool = False,
     softcap: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
 ) -> Variant | str:
     """The kernels of one attention, or in one sentence why there are none.
 
@@ -41,6 +44,7 @@ def decide(
         masked: whether there is an explicit mask.
         softcap: whether there is a softcap that does something.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
+        rotary_query, rotary_key: how Q and K are rotated as they are read, if they are.
     """
     lack = lacking(arch, recipe)
     if lack is not None:
@@ -62,6 +66,8 @@ def decide(
         window=window,
         masked=masked,
         softcap=softcap,
+        rotary_query=rotary_query,
+        rotary_key=rotary_key,
     )
 
 

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, nan
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -20,14 +20,16 @@ from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.images import default_images
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
-from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.sizes import ALIGNMENT, FAR, Sizes, arrange
+from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, NO_MASK, Mask, flags
+from sage_compiler.kernels.cuda.reach import Reach
+from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import Accumulator
-from sage_compiler.semantics import UNBOUNDED, Band, DeadRows, Semantics
+from sage_compiler.semantics import UNBOUNDED, DeadRows, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
 _LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
@@ -78,6 +80,7 @@ def attention(
     sinks: Tensor | None,
     want_lse: bool,
     recipe: str,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, on the current stream of the tensors' device.
 
@@ -86,6 +89,7 @@ def attention(
         attn_mask: any strides; read as it lies.
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``arch.Arch``.
+        rotary: how query and key are rotated, in float32, as they are read.
 
     Raises:
         KernelUnavailableError: ``dispatch.decide`` has none for the call; or the kernels can be
@@ -110,6 +114,7 @@ def attention(
             recipe=recipe,
             attn_mask=attn_mask,
             sinks=sinks,
+            rotary=rotary,
         )
 
 
@@ -125,6 +130,7 @@ def run(
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     accumulator: Accumulator = Accumulator.FP32,
+    rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
     output = empty_output(query, value)
@@ -144,11 +150,15 @@ def run(
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
         accumulator=accumulator,
+        rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
+        rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
     )
     if isinstance(kernels, str):
         raise KernelUnavailableError(f"{kernels}; use precision='exact'")
     wanted = lse if want_lse else None
-    Call(target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask).run()
+    Call(
+        target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask, rotary
+    ).run()
     return output, lse
 
 
@@ -172,6 +182,7 @@ class Call:
         lse: Tensor | None,
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
 
@@ -180,6 +191,7 @@ class Call:
             lse: float32 (B, H, Lq), dense, if it is wanted.
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
+            rotary: what ``kernels`` rotate by, if they do.
 
         Raises:
             InvalidAttentionError: a length that positions in the kernels do not hold.
@@ -189,6 +201,7 @@ class Call:
         self.output, self.lse = output, lse
         self.sinks = None if sinks is None else sinks.to(torch.float32).contiguous()
         self.semantics = semantics
+        self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
         sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
         (
@@ -218,13 +231,14 @@ class Call:
                 self.query_length,
                 self.key_length,
             )
-        band = visible or Band(None, None, 0)
-        self.lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
-        self.upper = FAR if band.right is None else min(FAR, band.offset + band.right)
-        self.first_key = min(self.key_length, max(0, self.lower))
-        self.end_key = max(self.first_key, min(self.key_length, self.query_length + self.upper))
-        self.first_live = min(self.query_length, max(0, -self.upper))
-        self.end_live = max(self.first_live, min(self.query_length, self.key_length - self.lower))
+        (
+            self.lower,
+            self.upper,
+            self.first_key,
+            self.end_key,
+            self.first_live,
+            self.end_live,
+        ) = Reach.of(visible, self.query_length, self.key_length)
         self._blocks = sizes.blocks()
 
         self.tile: KeyValueTile = kernels.attend.tile
@@ -267,6 +281,7 @@ class Call:
             self.chunk_tokens,
             self.batch * self.kv_heads * self.chunks,
         )
+        packed += self._rotary("key")
         self.target.launch(self.kernels.statistics, self._blocks[0], packed)
 
     def _query(self) -> None:
@@ -291,6 +306,7 @@ class Call:
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
+        packed += self._rotary("query")
         self.target.launch(self.kernels.query, self._blocks[1], packed)
 
     def _key(self) -> None:
@@ -311,6 +327,7 @@ class Call:
             self.end_key,
             self.chunks,
         )
+        packed += self._rotary("key")
         self.target.launch(self.kernels.key, self._blocks[2], packed)
 
     def _value(self) -> None:
@@ -357,6 +374,21 @@ class Call:
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
         self.target.launch(self.kernels.attend, self._blocks[4], packed)
+
+    def _rotary(self, side: Literal["query", "key"]) -> bytes:
+        """What a kernel on Q or K takes besides, where it rotates."""
+        rotary = self.rotary
+        tables = None if rotary is None else rotary.query if side == "query" else rotary.key
+        if rotary is None or tables is None:
+            return b""
+        return params.ROTARY.pack(
+            tables.cosine.data_ptr(),
+            *rotary.strides(tables.cosine),
+            tables.sine.data_ptr(),
+            *rotary.strides(tables.sine),
+            rotary.channels,
+            KINDS[tables.cosine.dtype],
+        )
 
     def _key_flags(self) -> tuple[int, ...]:
         return NO_FLAGS if self.mask is None else flags(self.mask.keys)
@@ -461,6 +493,7 @@ KERNELS: Final = tuple(
         gate=functools.partial(_gate, recipe),
         run=functools.partial(attention, recipe=recipe),
         smallest=functools.partial(dispatch.smallest, recipe),
+        run_rotary=functools.partial(attention, recipe=recipe),
     )
     for recipe in dict.fromkeys(recipe for arch in ARCHS.values() for recipe in arch.recipes)
 )

@@ -19,7 +19,7 @@ from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import Band
 
 # Numbers of params.cuh.
-_KINDS: Final = {torch.bool: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
+KINDS: Final = {torch.bool: 0, torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 _SEEN, _COUNTS = 1, 2
 _HIDES_ALL, _SHOWS_ALL, _MIXED = 0, 1, 2
 
@@ -82,7 +82,7 @@ class Mask:
 
     def packed(self) -> tuple[int, ...]:
         """As ``struct Mask``."""
-        kind = _KINDS[self.values.dtype]
+        kind = KINDS[self.values.dtype]
         return (self.values.data_ptr(), *_strides(self.values), kind)
 
 

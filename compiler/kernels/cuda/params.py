@@ -19,6 +19,15 @@ KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
 ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")
 
+# The tables of a rotary embedding, data and five strides each; the channels, and the dtype.
+ROTARY: Final = struct.Struct("@P5qP5q2q")
+
+
+def with_rotary(plain: struct.Struct) -> struct.Struct:
+    """The parameters of a kernel that rotates: those of the plain one, and ``ROTARY``."""
+    return struct.Struct(plain.format + ROTARY.format.removeprefix("@"))
+
+
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.
 MASK_ROWS: Final = struct.Struct(f"@{_MASK}3P7q")
 MASK_KEYS: Final = struct.Struct(f"@{_MASK}2P7q")

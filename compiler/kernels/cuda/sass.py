@@ -48,16 +48,23 @@ class Disassembler:
         Raises:
             KernelUnavailableError: it cannot be disassembled.
         """
+        return count(self.listing(image))
+
+    def listing(self, image: bytes) -> str:
+        """The code of a cubin as text, one instruction a line.
+
+        Raises:
+            KernelUnavailableError: it cannot be disassembled.
+        """
         with tempfile.TemporaryDirectory(prefix="sage-sass-") as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(image)
             done = subprocess.run(
                 [*self.command, str(cubin)], capture_output=True, text=True, errors="replace"
             )
-        counts = count(done.stdout)
-        if done.returncode or not counts:
+        if done.returncode or not count(done.stdout):
             raise KernelUnavailableError(f"{self.command[0]} finds no code: {done.stderr.strip()}")
-        return counts
+        return done.stdout
 
 
 def count(listing: str) -> Counter[str]:

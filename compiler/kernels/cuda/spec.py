@@ -15,6 +15,7 @@ from typing import ClassVar, Final
 
 from sage_compiler.kernels.cuda import params
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
+from sage_compiler.semantics import RotaryPairs
 
 HEAD_DIMS: Final = (32, 64, 96, 128, 192, 256)
 """What the products are made for; what is between is filled up with zeros."""
@@ -172,6 +173,53 @@ class KeySpec(_QuantizerSpec):
     @property
     def arguments(self) -> tuple[str, ...]:
         return (DTYPES[self.dtype], _CPP_FORMATS[self.qk], str(self.head_dim))
+
+
+_READERS: Final[Mapping[RotaryPairs, str]] = MappingProxyType(
+    {
+        RotaryPairs.HALF: "sage::Rotated<sage::RotaryPairs::kHalves>",
+        RotaryPairs.INTERLEAVED: "sage::Rotated<sage::RotaryPairs::kInterleaved>",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryStatisticsSpec(StatisticsSpec):
+    """Of a K that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.STATISTICS)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryStatisticsSpec, self).arguments, _READERS[self.rotary])
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryQuerySpec(QuerySpec):
+    """Of a Q that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.QUERY)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryQuerySpec, self).arguments, _READERS[self.rotary])
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryKeySpec(KeySpec):
+    """Of a K that is rotated first."""
+
+    rotary: RotaryPairs
+
+    params: ClassVar[struct.Struct] = params.with_rotary(params.KEY)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (*super(RotaryKeySpec, self).arguments, _READERS[self.rotary])
 
 
 @dataclass(frozen=True, slots=True)

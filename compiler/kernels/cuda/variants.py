@@ -19,11 +19,15 @@ from sage_compiler.kernels.cuda.spec import (
     KernelSpec,
     KeySpec,
     QuerySpec,
+    RotaryKeySpec,
+    RotaryQuerySpec,
+    RotaryStatisticsSpec,
     StatisticsSpec,
     ValueSpec,
     padded_dim,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format
+from sage_compiler.semantics import RotaryPairs
 
 # What a kernel pack has, of all recipes: what most models ask for, at some 40 kB a kernel. Masks,
 # windows, softcap and float32 would be eight times as many and more, and compile in a second.
@@ -60,6 +64,8 @@ def variant(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
 ) -> Variant:
     """The kernels for one call.
 
@@ -68,16 +74,24 @@ def variant(
             first.
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
+        rotary_query, rotary_key: how Q and K are rotated, if they are.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
+    query, key = QuerySpec(arch, dtype, padded, qk), KeySpec(arch, dtype, padded, qk)
+    if rotary_query is not None:
+        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
+    if rotary_key is not None:
+        statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
+        key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key)
     return Variant(
-        statistics=StatisticsSpec(arch, dtype, padded, padded_value),
-        query=QuerySpec(arch, dtype, padded, qk),
-        key=KeySpec(arch, dtype, padded, qk),
+        statistics=statistics,
+        query=query,
+        key=key,
         value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
         attend=AttendSpec(
             arch,
@@ -129,6 +143,11 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 128, recipe, window=True)
         yield variant(arch, "bfloat16", 128, recipe, softcap=True)
         yield variant(arch, "bfloat16", 256, recipe, window=True, masked=True, softcap=True)
+        for head_dim in (64, 128, 256):
+            for pairs in RotaryPairs:
+                yield variant(
+                    arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
+                )
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:

@@ -4,13 +4,13 @@
 // exists in shared memory alone.
 #pragma once
 
-#include <sage/tokens.cuh>
+#include <sage/rotary.cuh>
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim>
+template <class Input, class Format, int kHeadDim, class Reader = Plain>
 struct QuantizeKey {
-    using Params = KeyParams;
+    using Params = typename Reader::template With<KeyParams>;
     using At = Position<kHeadDim>;
     static constexpr int kTokens = kKeyBlock / At::kRows;  // of one thread
     static constexpr int kParts = At::kRows / kKeyGroups;  // rows of threads that share a group
@@ -29,7 +29,7 @@ struct QuantizeKey {
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
         Split const of_tensor(block.outer, p.heads);
-        Head<Input> const tokens(p.key, of_tensor);
+        auto const tokens = Reader::template read<Input>(p, p.key, of_tensor);
         Seen const seen(p.flags, of_tensor, p.first_key, p.end_key);
 
         float mean[kChunk];

@@ -52,6 +52,24 @@ struct Mask {
     MaskKind kind;
 };
 
+// The cosines or the sines of a rotary embedding. A pair has an entry for each of its two channels,
+// the first and the second; strides in elements, zero where both have the same, or it broadcasts.
+struct RotaryTable {
+    void const* data;
+    int64_t batch_stride, head_stride, token_stride, pair_stride, side_stride;
+};
+struct Rotary {
+    RotaryTable cosine, sine;
+    int64_t channels;  // how many are rotated, the first ones; even
+    MaskKind kind;     // of both tables, a float type
+};
+
+// The parameters of a kernel that rotates what it quantizes (of StatisticsParams: K).
+template <class Params>
+struct WithRotary : Params {
+    Rotary rotary;
+};
+
 // What a mask is in a tile of kQueryBlock queries and kKeyBlock keys.
 constexpr uint8_t kHidesAll = 0;
 constexpr uint8_t kShowsAll = 1;  // and adds nothing

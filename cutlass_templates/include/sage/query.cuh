@@ -3,13 +3,14 @@
 // LSE back what smoothing K took from it.
 #pragma once
 
-#include <sage/tokens.cuh>
+#include <sage/rotary.cuh>
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim>
+template <class Input, class Format, int kHeadDim, class Reader = Plain>
 struct QuantizeQuery {
-    using Params = QueryParams;
+    using Params = typename Reader::template With<QueryParams>;
+    using Kept = Chunk<typename Reader::template Kept<Input>>;
     using At = Position<kHeadDim>;
     static constexpr int kTokens = kQueryBlock / At::kRows;  // of one thread
     static constexpr int kParts = At::kRows / kQueryGroups;  // rows of threads that share a group
@@ -23,8 +24,8 @@ struct QuantizeQuery {
 
     SAGE_DEVICE static void run(Params const& p) {
         Place const place(p);
-        Head<Input> const tokens(p.query, Split(place.head, p.heads));
-        Chunk<Input> query[kTokens];
+        auto const tokens = Reader::template read<Input>(p, p.query, Split(place.head, p.heads));
+        Kept query[kTokens];
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
             query[t] = tokens.chunk(place.token(t), place.at.channel, place.live(t));
@@ -79,7 +80,7 @@ struct QuantizeQuery {
     };
 
     SAGE_DEVICE static void store_row_terms(Params const& p, Place const& place,
-                                            Chunk<Input> const (&query)[kTokens]) {
+                                            Kept const (&query)[kTokens]) {
         int64_t const kv_head = Split(place.head, p.group).outer;  // G divides H
         float key_mean[kChunk];
         mean_of_keys<kHeadDim>(key_mean, p.key_sums + kv_head * p.chunks * kHeadDim, p.chunks,
@@ -111,8 +112,7 @@ struct QuantizeQuery {
 
     // The mean over the live tokens of the block, for the thread's channels.
     SAGE_DEVICE static void mean_of_block(Params const& p, Place const& place,
-                                          Chunk<Input> const (&query)[kTokens],
-                                          float (&mean)[kChunk]) {
+                                          Kept const (&query)[kTokens], float (&mean)[kChunk]) {
         float* const sums = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
@@ -144,7 +144,7 @@ struct QuantizeQuery {
     }
 
     SAGE_DEVICE static void store_quantized(Params const& p, Place const& place,
-                                            Chunk<Input> const (&query)[kTokens],
+                                            Kept const (&query)[kTokens],
                                             float const (&mean)[kChunk]) {
         // Largest magnitudes: (groups, parts).
         uint32_t* const amax = reinterpret_cast<uint32_t*>(arch::shared_memory() +
@@ -191,7 +191,7 @@ struct QuantizeQuery {
         }
     }
 
-    SAGE_DEVICE static void smoothed(float (&x)[kChunk], Chunk<Input> const& query,
+    SAGE_DEVICE static void smoothed(float (&x)[kChunk], Kept const& query,
                                      float const (&mean)[kChunk], bool live) {
         query.unpack(x);
         if constexpr (kSmooth) {

@@ -2,13 +2,13 @@
 // sees. The kernels that use them add up the chunks, in order: the result is the same in every run.
 #pragma once
 
-#include <sage/tokens.cuh>
+#include <sage/rotary.cuh>
 
 namespace sage {
 
-template <class Input, int kKeyDim, int kValueDim>
+template <class Input, int kKeyDim, int kValueDim, class KeyReader = Plain>
 struct Statistics {
-    using Params = StatisticsParams;
+    using Params = typename KeyReader::template With<StatisticsParams>;
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kQuantizerThreads * kChunk * sizeof(float);  // any dim
@@ -16,13 +16,13 @@ struct Statistics {
     SAGE_DEVICE static void run(Params const& p) {
         int64_t const task = arch::block_index();
         if (task < p.key_tasks) {
-            reduce<kKeyDim>(
+            reduce<kKeyDim, KeyReader>(
                 p, task, p.key, p.key_sums,
                 [](float sum, float x, uint8_t seen) { return seen & kCounts ? sum + x : sum; },
                 [](float sum, float other) { return sum + other; });
         } else {
             // Kept as floats of the same bits: NaN is the largest.
-            reduce<kValueDim>(
+            reduce<kValueDim, Plain>(
                 p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
                 [](float amax, float x, uint8_t seen) {
                     return arch::from_bits(larger_counted(arch::bits(amax), x, seen));
@@ -36,14 +36,14 @@ struct Statistics {
  private:
     // Adds the tokens of one chunk of one head, and joins what threads found, into `results` (B *
     // Hkv, chunks, D).
-    template <int kHeadDim, class Add, class Join>
+    template <int kHeadDim, class Reader, class Add, class Join>
     SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
                                    float* results, Add add, Join join) {
         using At = Position<kHeadDim>;
         At const at;
         Split const chunk(task, p.chunks);
         Split const head(chunk.outer, p.heads);
-        Head<Input> const tokens(tensor, head);
+        auto const tokens = Reader::template read<Input>(p, tensor, head);
         Seen const seen(p.flags, head, p.first_key, p.end_key);
         int64_t const first = p.first_key + chunk.inner * p.chunk_tokens;
         int64_t const all = first + p.chunk_tokens;

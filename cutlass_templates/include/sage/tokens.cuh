@@ -79,6 +79,17 @@ class Head {
         return chunk;
     }
 
+    // One channel, which the token has.
+    SAGE_DEVICE float element(int64_t token, int channel) const {
+        uint32_t const bits =
+            arch::load_global(data_ + token * token_stride_ + channel * channel_stride_);
+        if constexpr (sizeof(Input) == sizeof(float)) {
+            return arch::from_bits(bits);
+        } else {
+            return Packed2<Input>::unpack(bits).x;
+        }
+    }
+
  private:
     using Bits = cute::conditional_t<sizeof(Input) == 4, uint32_t, uint16_t>;
 

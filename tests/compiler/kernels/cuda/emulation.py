@@ -21,6 +21,7 @@ from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
 from sage_compiler.semantics import UNBOUNDED
 from tests.compiler.kernels.dense import Call
@@ -57,18 +58,25 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(kind: str, change: Callable[[str], str]) -> Loader:
-    """Kernels of which those of one kind have their header changed; their images are not kept."""
+def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
+    """Kernels of which those of one kind have a header changed; their images are not kept.
+
+    Args:
+        header: which; by default that of the kind's template, which includes it otherwise.
+    """
+    folder = host.TEMPLATES / "include" / "sage"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
         if spec.kind == kind:
-            header = (host.TEMPLATES / "include" / "sage" / f"{kind}.cuh").read_text()
-            changed = change(header)
-            assert changed != header, "there is nothing to break"
-            include = f"#include <sage/{kind}.cuh>"
-            assert include in source
-            source = source.replace(include, changed.replace("#pragma once", ""))
+            text = (folder / f"{header or kind}.cuh").read_text()
+            changed = change(text)
+            assert changed != text, "there is nothing to break"
+            for name in dict.fromkeys((kind, header or kind)):
+                include = f"#include <sage/{name}.cuh>"
+                assert include in source
+                own = changed if name == (header or kind) else (folder / f"{name}.cuh").read_text()
+                source = source.replace(include, own.replace("#pragma once", ""))
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
@@ -116,6 +124,8 @@ def attend(
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
     seed: int = 0,
+    rotary: Rotary | None = None,
+    launches: int = 5,
 ) -> Result:
     """Run one attention.
 
@@ -123,6 +133,8 @@ def attend(
         kernels: other than ``loader()``.
         change: of what is launched.
         seed: of the order in which threads and blocks run.
+        rotary: how Q and K are rotated.
+        launches: how many of its kernels to run, the first ones.
 
     Raises:
         DriverError: a check failed.
@@ -133,6 +145,9 @@ def attend(
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
+    for tables in () if rotary is None else (rotary.query, rotary.key):
+        for table in () if tables is None else (tables.cosine, tables.sine):
+            here.allow(table, writable=False)
     scratch: list[Tensor] = []
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -158,6 +173,8 @@ def attend(
         window=call.semantics.window_left != UNBOUNDED,
         masked=call.attn_mask is not None,
         softcap=kernel.has_softcap(call.semantics),
+        rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
+        rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
     )
     running = kernel.Call(
         target,
@@ -170,12 +187,14 @@ def attend(
         lse,
         call.sinks,
         call.attn_mask,
+        rotary,
     )
     if running.mask is not None:
         mask = running.mask
         for read in (mask.values, mask.tiles, mask.live, mask.keys, mask.counts):
             here.allow(read, writable=False)
-    running.run()
+    for step in running.steps()[:launches]:
+        step()
     return Result(output, lse, running, scratch)
 
 

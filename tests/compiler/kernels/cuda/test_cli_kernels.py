@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sage_compiler import cli
-from sage_compiler.commands import kernels
+from sage_compiler.commands import kernels, kernels_compiling
 from sage_compiler.kernels.cuda import headers
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cache import Cache
@@ -28,7 +28,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in ("float16", "bfloat16"))
 
     monkeypatch.setattr(kernels, "all_specs", all_specs)
-    monkeypatch.setattr(kernels, "find", lambda *names: FakeCompiler(" or ".join(names)))
+    monkeypatch.setattr(kernels_compiling, "find", lambda *names: FakeCompiler(" or ".join(names)))
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
     monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
     monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path / "cache"))

@@ -9,7 +9,7 @@
 namespace sage::host {
 
 // Changes with everything in this file.
-constexpr uint64_t kAbi = 0x5341'4745'0000'0001;
+constexpr uint64_t kAbi = 0x5341'4745'0000'0002;
 
 // How an Entry begins, so that other symbols are not taken for one.
 constexpr uint64_t kEntryMark = 0x656e'7472'792d'7361;
@@ -32,6 +32,10 @@ enum class Collective : int {
     kMmaE4m3Half,
     kMmaF16,
     kMmaTf32,
+    kWgmma,
+    kWgmmaFence,
+    kWgmmaCommit,
+    kWgmmaWait,
 };
 
 struct ShuffleXor {
@@ -50,6 +54,20 @@ struct Mma {
     uint32_t const* b;  // 2
 };
 
+// A warp's quarter of the product of a warpgroup: 16 rows of A, all rows of B, 32 bytes of each.
+struct Wgmma {
+    bool integers;       // S8 into int32; else E4M3 into float
+    bool accumulate;     // else the accumulators' values do not matter
+    int columns;         // rows of B: 8 to 256
+    void* accumulators;  // columns / 2 words
+    uint32_t const* a;   // 4 registers; null: in shared memory
+    uint64_t a_descriptor, b_descriptor;
+};
+
+struct WgmmaWait {
+    int newest;  // groups that may go on
+};
+
 // The services of the executor for the thread that calls. None returns after a failed check.
 struct Runtime {
     int (*thread_index)();
@@ -62,6 +80,14 @@ struct Runtime {
     void (*copy_async_commit)();
     void (*copy_async_wait)(int newest);
     void (*collective)(Collective, void* argument, Site);
+
+    void (*mbarrier_init)(void* mbarrier, int arrivals, Site);
+    void (*mbarrier_arrive)(void* mbarrier, int bytes, Site);  // which are expected besides
+    void (*mbarrier_wait)(void* mbarrier, int parity, Site);
+    void (*copy_bulk)(void* shared, void const* global, int bytes, void* mbarrier, Site);
+    void (*fence_async)(Site);
+    void (*named_barrier)(int id, int threads, bool waits, Site);
+    void (*set_registers)(int registers, Site);
 };
 
 // sage_host_image of an image.
