@@ -53,7 +53,12 @@ def attention(
             for an unbounded side.
         sinks: (H,) logits that take part in the denominator only.
         cu_seqlens: cumulative lengths (N + 1,), int32 or int64, of N sequences packed along the
-            length of a batch of 1; a pair (queries, keys) where they differ.
+            length of a batch of 1; a pair (queries, keys) where they differ. They ascend from 0 to
+            the packed length. On a GPU, with a recipe by name, its kernels read them from the
+            device's memory, and nobody checks them: they are clamped to the packed length, queries
+            behind the last one yield zeros, and where they do not ascend from 0, what the tokens
+            concerned yield is not defined. All else reads them on the host, which waits for the
+            device, and checks them.
         return_lse: also return the log-sum-exp of the scores, float32 (B, H, Lq).
 
     Raises:
@@ -84,25 +89,28 @@ def attention(
     if window is None and causal == "top_left":
         mask_class, left, right = ("causal" if is_causal else "none"), UNBOUNDED, UNBOUNDED
         plain = softcap is None and sinks is None and cu_seqlens is None and not return_lse
-        # What `auto` leaves alone is told here where it can be: each argument costs the dispatcher
-        # time. A graph that is being traced gets a call that serves all sizes.
+        # What `auto` leaves alone does not pass through the dispatcher: it costs time, and the
+        # layout that the operator promises may cost a copy. A graph that is being traced gets a
+        # call that serves all sizes.
         if (
             plain
             and precision == AUTO
             and not torch.compiler.is_compiling()
             and ops.is_too_small(query, key, ops.SHIPPED_GATE)
         ):
-            output: Tensor = _attention(query, key, value, attn_mask, mask_class, scale)
-            return output.squeeze(0) if unbatched else output
+            exact = ops.plain(query, key, value, attn_mask, is_causal, scale)
+            if exact is not None:
+                return exact.squeeze(0) if unbatched else exact
     else:
         mask_class, left, right = parse_band(is_causal, causal, window)
     cu_q, cu_k = (None, None) if cu_seqlens is None else _both_sides(cu_seqlens)
     arguments = (
-        query, key, value, attn_mask, mask_class, scale, precision, "zero", softcap, sinks,
-        left, right, cu_q, cu_k, None, None, ops.SHIPPED_GATE if precision == AUTO else 0,
+        query, key, value, attn_mask, mask_class, scale, precision,
+        ops.SHIPPED_GATE if precision == AUTO else 0,
+        "zero", softcap, sinks, left, right, cu_q, cu_k,
     )  # fmt: skip
     if not return_lse:
-        output = _attention(*arguments)
+        output: Tensor = _attention(*arguments)
         return output.squeeze(0) if unbatched else output
     output, lse = torch.ops.sage.attention.lse(*arguments)
     return (output.squeeze(0), lse.squeeze(0)) if unbatched else (output, lse)

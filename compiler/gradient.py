@@ -128,14 +128,14 @@ def fake_backward(
 
 
 # Positions of the differentiable arguments in the schema.
-_DIFFERENTIABLE: Final = (0, 1, 2, 3, 9)
+_DIFFERENTIABLE: Final = (0, 1, 2, 3, 10)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    (query, key, value, mask, mask_class, scale, _, dead_rows, softcap, sinks, left, right) = (
-        inputs[:12]
+    (query, key, value, mask, mask_class, scale, _, _, dead_rows, softcap, sinks, left, right) = (
+        inputs[:13]
     )
-    ctx.save_for_backward(query, key, value, mask, sinks, inputs[12], inputs[13])
+    ctx.save_for_backward(query, key, value, mask, sinks, inputs[13], inputs[14])
     ctx.scalars = (mask_class, scale, dead_rows, softcap, left, right)
 
 

@@ -27,7 +27,7 @@ from sage_compiler import gradient
 from sage_compiler import guard as guards
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import exact, reference, registry
-from sage_compiler.kernels.kernel import Kernel, Problem
+from sage_compiler.kernels.kernel import Kernel, Problem, RunPacked
 from sage_compiler.kernels.layout import empty_output, in_layout
 from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.packed import join, sequences
@@ -42,10 +42,10 @@ from sage_compiler.validate import check_arguments
 
 ARGUMENTS: Final = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, str mask_class='none', "
-    "float? scale=None, str recipe='exact', str dead_rows='zero', float? softcap=None, "
-    "Tensor? sinks=None, int window_left=-1, int window_right=-1, Tensor? cu_seqlens_q=None, "
-    "Tensor? cu_seqlens_k=None, Tensor? step=None, str[]? step_recipes=None, int min_seq_len=0, "
-    "str guard=''"
+    "float? scale=None, str recipe='exact', int min_seq_len=0, str dead_rows='zero', "
+    "float? softcap=None, Tensor? sinks=None, int window_left=-1, int window_right=-1, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? step=None, "
+    "str[]? step_recipes=None, str guard=''"
 )
 
 # As min_seq_len: the least lengths that `auto` has for the kernel, where and when the call runs.
@@ -60,10 +60,6 @@ library.define(
 
 # What the first branch of the operator hands to scaled_dot_product_attention as it is.
 _PLAIN: Final = {"none": False, "causal": True}  # mask class -> is_causal
-
-# The arguments from softcap to step_recipes when only min_seq_len, which follows them, is given.
-_NO_EXTRAS: Final = (None, None, UNBOUNDED, UNBOUNDED, None, None, None, None)
-
 
 _expected: Final = ContextVar("emulation is expected", default=False)
 
@@ -97,52 +93,69 @@ def _attention(
     mask_class: str = "none",
     scale: float | None = None,
     recipe: str = "exact",
-    dead_rows: str = "zero",
+    min_seq_len: int = 0,
     *rest: Any,
 ) -> Tensor:
     # The commonest calls first: everything between here and the kernel is overhead per layer.
-    extras = rest
-    if rest[:-1] == _NO_EXTRAS and recipe in PRECISIONS and is_too_small(query, key, rest[-1]):
-        recipe, extras = "exact", ()
-    if recipe == "exact" and dead_rows == "zero" and not extras:
+    if not rest:
         is_causal = _PLAIN.get(mask_class)
-        if is_causal is not None and (attn_mask is None or not is_causal):
-            shape, key_shape = query.shape, key.shape
-            if (
-                len(shape) == 4
-                and len(key_shape) == 4
-                and shape[0] == key_shape[0]
-                and shape[3] == key_shape[3]
-                and key_shape[1]
-                and key_shape == value.shape
-                and query.dtype in DTYPES
-                and (attn_mask is None or attn_mask.dim() in (2, 3, 4))
-                and (scale is None or -inf < scale < inf)
-                and forward_ad._current_level < 0
-            ):
-                try:
-                    output = F.scaled_dot_product_attention(
-                        query,
-                        key,
-                        value,
-                        attn_mask,
-                        0.0,
-                        is_causal,
-                        scale=scale,
-                        enable_gqa=shape[1] != key_shape[1],
-                    )
-                except RuntimeError:
-                    # In our words where the arguments are wrong; else it is not ours to say.
-                    check_arguments(query, key, value, attn_mask)
-                    raise
+        if is_causal is not None and (
+            recipe == "exact"
+            or (recipe in PRECISIONS and min_seq_len and is_too_small(query, key, min_seq_len))
+        ):
+            output = plain(query, key, value, attn_mask, is_causal, scale)
+            if output is not None:
                 strides = output.stride()
                 # Those of query, where its batch is outermost: in the promised layout already.
                 if strides == query.stride() and strides[0] >= max(strides) and strides[3] == 1:
                     return output
                 return in_layout(output, query)
     return general(
-        query, key, value, attn_mask, mask_class, scale, recipe, dead_rows, *rest, want_lse=False
+        query, key, value, attn_mask, mask_class, scale, recipe, min_seq_len, *rest, want_lse=False
     )[0]
+
+
+def plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor | None:
+    """Exact attention by scaled_dot_product_attention alone, in whatever layout it likes.
+
+    None where that would not be the same as the operator: for what it does not take, and for what
+    it takes and the operator refuses.
+
+    Raises:
+        InvalidAttentionError: arguments that do not describe an attention.
+    """
+    shape, key_shape = query.shape, key.shape
+    if not (
+        len(shape) == 4
+        and len(key_shape) == 4
+        and shape[0] == key_shape[0]
+        and shape[3] == key_shape[3]
+        and key_shape[1]
+        and key_shape == value.shape
+        and query.dtype in DTYPES
+        and (attn_mask is None or (attn_mask.dim() in (2, 3, 4) and not is_causal))
+        and (scale is None or -inf < scale < inf)
+        and forward_ad._current_level < 0
+    ):
+        return None
+    grouped = shape[1] != key_shape[1]
+    try:
+        if scale is None and not grouped:  # a keyword costs a tenth of a microsecond
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=grouped
+        )
+    except RuntimeError:
+        # In our words where the arguments are wrong; else it is not ours to say.
+        check_arguments(query, key, value, attn_mask)
+        raise
 
 
 def is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
@@ -174,6 +187,7 @@ def general(
     mask_class: str = "none",
     scale: float | None = None,
     recipe: str = EXACT,
+    min_seq_len: int = 0,
     dead_rows: str = "zero",
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -183,7 +197,6 @@ def general(
     cu_seqlens_k: Tensor | None = None,
     step: Tensor | None = None,
     step_recipes: list[str] | None = None,
-    min_seq_len: int = 0,
     guard: str = "",
     *,
     want_lse: bool,
@@ -216,9 +229,35 @@ def general(
     else:
         if rotary is not None:
             query, key = rotary.rotated(query, key)
-        parts = [serve(*part) for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)]
-        output, lse = join(parts, query, value)
+        run_packed = _packed_kernel(query, key, value, semantics, recipe, min_seq_len, guard)
+        offsets = cu_seqlens_q, cu_seqlens_k
+        if run_packed is not None:
+            output, lse = run_packed(
+                query, key, value, semantics, *offsets, sinks=sinks, want_lse=want_lse
+            )
+        else:
+            parts = [serve(*part) for part in sequences(query, key, value, *offsets)]
+            output, lse = join(parts, query, value)
     return in_layout(output, query), lse.contiguous()
+
+
+def _packed_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    recipe: str,
+    min_seq_len: int,
+    guard: str,
+) -> RunPacked | None:
+    """What serves a packed batch at once; None: each sequence is a call of its own.
+
+    It is one where its length decides, by a gate, or where a guard looks at it.
+    """
+    if recipe not in RECIPES or min_seq_len != 0 or guard:
+        return None
+    found = registry.find(recipe, Problem.of(query, key, value, semantics, None))
+    return found.run_packed if isinstance(found, Kernel) else None
 
 
 def _serve(
@@ -303,6 +342,7 @@ def fake_attention(
     mask_class: str = "none",
     scale: float | None = None,
     recipe: str = EXACT,
+    min_seq_len: int = 0,
     dead_rows: str = "zero",
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -312,7 +352,6 @@ def fake_attention(
     cu_seqlens_k: Tensor | None = None,
     step: Tensor | None = None,
     step_recipes: list[str] | None = None,
-    min_seq_len: int = 0,
     guard: str = "",
 ) -> Tensor:
     check_arguments(

@@ -104,7 +104,7 @@ def _fake_lse(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
 
 # Positions of the differentiable arguments in the schema: query, key, value, attn_mask, sinks, and
 # the four tables.
-_DIFFERENTIABLE: Final = (0, 1, 2, 10, 16, 3, 4, 5, 6)
+_DIFFERENTIABLE: Final = (0, 1, 2, 10, 17, 3, 4, 5, 6)
 
 
 def _backward(
@@ -196,7 +196,9 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     query, key, value, *tables = inputs[:7]
-    mask, mask_class, scale, _, dead_rows, softcap, sinks, left, right, cu_q, cu_k = inputs[10:21]
+    mask, mask_class, scale, _, _, dead_rows, softcap, sinks, left, right, cu_q, cu_k = inputs[
+        10:22
+    ]
     ctx.save_for_backward(query, key, value, mask, sinks, cu_q, cu_k, *tables)
     ctx.rotation = inputs[7:10]
     ctx.scalars = (mask_class, scale, dead_rows, softcap, left, right)

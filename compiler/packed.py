@@ -18,8 +18,8 @@ def sequences(
     Raises:
         InvalidAttentionError: lengths that do not ascend from 0 to the total.
     """
-    starts_q = _offsets("cu_seqlens_q", cu_q, query.shape[2])
-    starts_k = _offsets("cu_seqlens_k", cu_k, key.shape[2])
+    starts_q = read_offsets("cu_seqlens_q", cu_q, query.shape[2])
+    starts_k = read_offsets("cu_seqlens_k", cu_k, key.shape[2])
     bounds = zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False)
     return [(query[:, :, a:b], key[:, :, c:d], value[:, :, c:d]) for a, b, c, d in bounds]
 
@@ -34,7 +34,7 @@ def join(parts: list[tuple[Tensor, Tensor]], query: Tensor, value: Tensor) -> tu
     return torch.cat(outputs, dim=2), lse
 
 
-def _offsets(name: str, offsets: Tensor, total: int) -> list[int]:
+def read_offsets(name: str, offsets: Tensor, total: int) -> list[int]:
     """Read cumulative lengths: 0 = o[0] <= o[1] <= ... <= o[N] = total tokens.
 
     Raises:

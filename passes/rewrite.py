@@ -170,6 +170,7 @@ def _call_operator(
         (str(semantics.mask_class), "none"),
         (semantics.scale, None),
         (replacement.recipe, EXACT),
+        (replacement.min_seq_len, 0),
         (str(semantics.dead_rows), "zero"),
         (semantics.softcap, None),
         (build(site.sinks), None),
@@ -179,7 +180,6 @@ def _call_operator(
         (None, None),  # cu_seqlens_k
         (index, None),  # step
         (list(replacement.step_recipes) or None, None),
-        (replacement.min_seq_len, 0),
         (replacement.guard, ""),
     ]
     while arguments and arguments[-1][0] == arguments[-1][1]:

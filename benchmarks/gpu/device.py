@@ -185,6 +185,7 @@ class CudaDevice:
             str(semantics.mask_class),
             semantics.scale,
             recipe,
+            0,  # min_seq_len
             str(semantics.dead_rows),
             semantics.softcap,
             call.sinks,

@@ -104,7 +104,8 @@ class Subject:
         spec, name = self.kernels.attend, self.recipe
         if self.accumulator is not accumulators(self.recipe)[0]:
             name += f"_acc{self.accumulator.value[2:]}"
-        return name + "_window" * spec.window + "_masked" * spec.masked + "_softcap" * spec.softcap
+        name += "_window" * spec.window + "_masked" * spec.masked + "_softcap" * spec.softcap
+        return name + "_packed" * spec.packed_heads + "_split" * spec.split
 
     @property
     def label(self) -> str:

@@ -27,7 +27,7 @@ from sage_compiler.precision import EXACT
 from sage_compiler.semantics import UNBOUNDED, Semantics, parse_semantics
 
 _OPERATOR: Final = torch.ops.sage.attention.default
-_DEFAULTS: Final = (None, "none", None, EXACT, "zero", None, None, UNBOUNDED, UNBOUNDED)
+_DEFAULTS: Final = (None, "none", None, EXACT, 0, "zero", None, None, UNBOUNDED, UNBOUNDED)
 # Inputs of many shapes are many graphs; beyond Dynamo's limit a model runs unseen.
 _MOST_GRAPHS: Final = 256
 
@@ -64,11 +64,11 @@ class Call:
                 str(s.mask_class),
                 s.scale,
                 recipe,
-                str(s.dead_rows),
-                s.softcap,
-                self.sinks,
-                s.window_left,
-                s.window_right,
+                dead_rows=str(s.dead_rows),
+                softcap=s.softcap,
+                sinks=self.sinks,
+                window_left=s.window_left,
+                window_right=s.window_right,
             )
         return output
 
@@ -147,7 +147,7 @@ class _Probe(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         # Trailing defaults are left out of the graph.
         given: tuple[Any, ...] = (*rest, *_DEFAULTS[len(rest) :])
-        mask, mask_class, scale, _, dead_rows, softcap, sinks, left, right = given
+        mask, mask_class, scale, _, _, dead_rows, softcap, sinks, left, right = given
         device_type = query.device.type
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)  # what the operator would cast to

@@ -19,8 +19,10 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import dispatch
 from sage_compiler.kernels.cuda.arch import ARCHS, Arch, arch_of
+from sage_compiler.kernels.cuda.cut import Cut
+from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
 from sage_compiler.kernels.cuda.kernel import has_softcap
-from sage_compiler.kernels.cuda.sizes import Sizes, arrange
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
@@ -35,6 +37,13 @@ Say which CUDA kernels an attention gets on a GPU, and why, or why it gets none.
 nor a compiler is needed. The shape is that of the query: batch, heads, length, head_dim.
 
     sagec kernels explain 1x32x4096x128 --arch sm_89 --kv 1x8x4096x128 --mask causal"""
+
+
+_SEQUENCES: Final = (
+    "one set of launches serves all sequences of a recipe that is asked for by name, and reads "
+    "their offsets on the device; blocks and scratch are the most that lengths of these sums can "
+    f"need. With {AUTO}, a least length or a guard, each sequence is a call of its own"
+)
 
 
 class Server(StrEnum):
@@ -56,10 +65,12 @@ class Answer:
         shown: the recipe whose kernels are shown, though nobody may take them: for `auto` the one
             that it means; None for "exact" and what is refused.
         kernels: the kernels of ``shown``.
-        sizes: how they are cut into blocks.
+        sizes: how tokens are cut into blocks.
+        cut: how the products are.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
-            None where the kernels do not take it, left out where there is no prediction.
+            None where the kernels do not take it, left out where there is no prediction, as of
+            sequences whose lengths are not known.
     """
 
     served_by: Server
@@ -69,6 +80,7 @@ class Answer:
     shown: str | None
     kernels: Variant | None
     sizes: Sizes
+    cut: Cut | None
     scratch_bytes: int | None
     seconds: dict[str, float | None]
 
@@ -96,6 +108,10 @@ def answer(question: Question) -> Answer:
     batch, heads, length, head_dim = question.query.shape
     key_length = question.key.shape[2]
     sizes = Sizes.of(batch, heads, problem.kv_heads, length, key_length)
+    if question.sequences is not None:
+        sizes = Sizes.of_sequences(
+            question.sequences, heads, problem.kv_heads, length, key_length, key_length
+        )
     products = question.query.numel() * key_length
     least = SHIPPED_GATE if recipe == AUTO else 0  # as in sage.attention
     chosen = registry.choose(recipe, problem, least, length, key_length, products)
@@ -103,27 +119,32 @@ def answer(question: Question) -> Answer:
     try:
         arch = arch_of(question.capability)
     except KernelUnavailableError:
-        return Answer(served_by, computed, reason, None, None, None, sizes, None, {})
+        return Answer(served_by, computed, reason, None, None, None, sizes, None, None, {})
 
     shown = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
-    kernels = None
+    kernels = cut = None
     if shown != EXACT:
         semantics = question.semantics
-        decided = dispatch.decide(
+        planned = dispatch.plan(
             arch.name,
             shown,
             dtype_name(problem.dtype),
             head_dim,
             problem.value_head_dim,
+            sizes,
+            Reach.of(semantics, length, key_length),
             window=semantics.window_left != UNBOUNDED,
             masked=problem.has_mask,
             softcap=has_softcap(semantics),
+            varlen=question.sequences is not None,
         )
-        kernels = None if isinstance(decided, str) else decided
+        if not isinstance(planned, str):
+            kernels, cut = planned
     scratch_bytes = None
-    if kernels is not None:
+    if kernels is not None and cut is not None:
         row_term = question.sinks is not None or kernels.attend.softcap
-        scratch_bytes = arrange(sizes.scratch(kernels, row_term=row_term))[1]
+        parts = sizes.scratch(kernels, row_term=row_term, splits=cut.splits)
+        scratch_bytes = arrange(parts)[1]
     work = rates.Work.of(
         question.query, question.key, question.value, question.semantics, question.attn_mask
     )
@@ -135,11 +156,12 @@ def answer(question: Question) -> Answer:
         None if kernels is None else shown,
         kernels,
         sizes,
+        cut,
         scratch_bytes,
         {
             name: rates.seconds(arch.name, name, work)
             for name in (*arch.recipes, EXACT)
-            if name != EXACT or _has_exact_time(question)
+            if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
     )
 
@@ -181,6 +203,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
     """Plain data; sizes in bytes, times in seconds."""
     about: dict[str, Any] = {
         "attention": str(question),
+        "sequences": question.sequences,
         "capability": list(question.capability),
         "arch": None if found.arch is None else found.arch.name,
         "asked": question.recipe,
@@ -190,6 +213,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         "shown": found.shown,
         "launches": [],
         "tile": None,
+        "cut": None,
         "scratch_bytes": found.scratch_bytes,
         "recipes": [],
         "exact_seconds": found.seconds.get(EXACT),
@@ -202,7 +226,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         for name, offered, reason in _recipes(found.arch)
     ]
     about["times"] = _caveat(found.arch)
-    if found.kernels is not None:
+    if found.kernels is not None and found.cut is not None:
         attend = found.kernels.attend
         about["launches"] = [
             {
@@ -212,14 +236,20 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
                 "shared_bytes": spec.shared_bytes,
                 "packed": packed,
             }
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes)
+            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
         ]
         about["tile"] = {
-            "queries": TILE_MMA.q_block,
+            "queries": attend.tile_rows,
             "keys": TILE_MMA.kv_block,
             "warp_rows": attend.warp_rows,
             "stages": attend.stages,
             "reason": _geometry_reason(found.arch, found.kernels),
+        }
+        about["cut"] = {
+            "packed_heads": found.sizes.group if attend.packed_heads else 1,
+            "splits": found.cut.splits,
+            "multiprocessors": found.arch.multiprocessors,
+            "reason": _cut_reason(question, found),
         }
     return about
 
@@ -236,7 +266,7 @@ def _lines(question: Question, found: Answer) -> list[str]:
                 "installed"
             )
         return lines
-    if found.kernels is not None:
+    if found.kernels is not None and found.cut is not None:
         assert found.scratch_bytes is not None
         attend = found.kernels.attend
         named = "" if found.served_by == Server.KERNELS else ", where it is asked for by name,"
@@ -250,19 +280,18 @@ def _lines(question: Question, found: Answer) -> list[str]:
                 str(spec.shared_bytes),
                 "in a pack" if packed else "on first use",
             )
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes)
+            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
-            f"tile: {TILE_MMA.q_block} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
+            f"tile: {attend.tile_rows} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
             f"queries a warp, {attend.stages} stages"
         )
-        lines += wrap(
-            _geometry_reason(found.arch, found.kernels),
-            width=_WIDTH,
-            initial_indent="  ",
-            subsequent_indent="  ",
-        )
+        lines += _prose(_geometry_reason(found.arch, found.kernels))
+        heads = f"heads packed by {found.sizes.group}" if attend.packed_heads else "a head a tile"
+        splits = found.cut.splits
+        lines.append(f"cut: {heads}, {f'keys in {splits} parts' if splits > 1 else 'all keys'}")
+        lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
@@ -314,16 +343,34 @@ def _recipes(arch: Arch) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _launches(arch: Arch, kernels: Variant, sizes: Sizes) -> list[tuple[KernelSpec, int, bool]]:
+def _prose(sentence: str) -> list[str]:
+    return wrap(sentence, width=_WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def _launches(
+    arch: Arch, kernels: Variant, sizes: Sizes, cut: Cut
+) -> list[tuple[KernelSpec, int, bool]]:
     """Each kernel, its blocks, and whether a pack has it."""
     packed = set(all_specs(arch.name))
     return [
         (spec, blocks, spec in packed)
-        for spec, blocks in zip(kernels.specs(), sizes.blocks(), strict=True)
+        for spec, blocks in zip(kernels.specs(), sizes.blocks(kernels, cut.splits), strict=True)
     ]
 
 
+def _cut_reason(question: Question, found: Answer) -> str:
+    if question.sequences is not None:
+        return _SEQUENCES
+    assert found.cut is not None and found.arch is not None
+    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
+
+
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:
+    if kernels.attend.packed_heads:
+        return (
+            "each packed row has a scale of its own to keep, and few rows want many warps: 16 rows "
+            "a warp; stages as for many queries"
+        )
     return arch.geometry(max(kernels.attend.head_dim, kernels.attend.value_head_dim)).reason
 
 

@@ -37,7 +37,11 @@ _SOFTCAP: Final = 30.0  # of those that do something, all get the same kernels
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One attention, with tensors on the meta device, and the GPU that it is asked of."""
+    """One attention, with tensors on the meta device, and the GPU that it is asked of.
+
+    Attributes:
+        sequences: how many are packed along the lengths; None: it is no packed batch.
+    """
 
     query: Tensor
     key: Tensor
@@ -47,6 +51,7 @@ class Question:
     semantics: Semantics
     recipe: str
     capability: tuple[int, int]
+    sequences: int | None = None
 
     @property
     def problem(self) -> Problem:
@@ -54,6 +59,13 @@ class Question:
         return Problem.of(
             self.query, self.key, self.value, self.semantics, self.attn_mask, self.capability
         )
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """Cumulative lengths of the sequences, as those of any are."""
+        if self.sequences is None:
+            return None
+        return torch.empty(self.sequences + 1, dtype=torch.int32, device="meta")
 
     def __str__(self) -> str:
         named = (("Q", self.query), ("K", self.key), ("V", self.value))
@@ -66,6 +78,8 @@ class Question:
             extras.append(f"a mask of {dtype_name(self.attn_mask.dtype)}")
         extras += ["softcap"] * (semantics.softcap is not None)
         extras += ["sinks"] * (self.sinks is not None)
+        if self.sequences is not None:
+            extras.append(f"{self.sequences} packed sequences")
         return ", ".join((dtype_name(self.query.dtype), *shapes, *extras))
 
 
@@ -98,6 +112,9 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--softcap", action="store_true", help="the scores have a softcap")
     parser.add_argument("--sinks", action="store_true", help="heads have sinks")
+    parser.add_argument(
+        "--sequences", type=int, metavar="N", help="so many are packed along the lengths"
+    )
 
 
 def parse(arguments: argparse.Namespace) -> Question:
@@ -112,6 +129,8 @@ def parse(arguments: argparse.Namespace) -> Question:
     value_dim = key_shape[3] if arguments.value_dim is None else arguments.value_dim
     if value_dim < 1:
         raise UsageError(f"--value-dim {value_dim}; it must be at least 1")
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise UsageError(f"--sequences {arguments.sequences}; it must be at least 1")
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     semantics, mask_dtype = _masks(arguments.mask, dtype, _SOFTCAP if arguments.softcap else None)
 
@@ -129,9 +148,16 @@ def parse(arguments: argparse.Namespace) -> Question:
         semantics=semantics,
         recipe=arguments.recipe,
         capability=_capability(arguments.arch),
+        sequences=arguments.sequences,
     )
     check_arguments(
-        question.query, question.key, question.value, question.attn_mask, question.sinks
+        question.query,
+        question.key,
+        question.value,
+        question.attn_mask,
+        question.sinks,
+        question.offsets,
+        question.offsets,
     )
     return question
 

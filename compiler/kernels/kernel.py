@@ -34,6 +34,27 @@ class Run(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class RunPacked(Protocol):
+    """A kernel's entry point for a packed batch: N sequences along the lengths of a batch of 1.
+
+    As ``Run`` of each sequence alone, for tensors (1, heads, total, channels) and cumulative
+    lengths (N + 1,), int32 or int64, on the tensors' device or the CPU, where they are checked.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        semantics: Semantics,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        *,
+        sinks: Tensor | None,
+        want_lse: bool,
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class RunRotary(Protocol):
     """As ``Run``, of query and key that the kernel rotates as it reads them."""
 
@@ -141,6 +162,7 @@ class Kernel:
             `auto` gives it nothing, in one sentence. An explicit recipe does not ask.
         run: the call.
         smallest: the least sizes of all its gates, without a look at the problem.
+        run_packed: the call of a packed batch; None: its sequences are calls of their own.
         run_rotary: the call with a rotary embedding of Q and K in it; None: the kernel does not
             rotate, and gets them rotated.
     """
@@ -152,4 +174,5 @@ class Kernel:
     gate: Callable[[Problem], Gate | str]
     run: Run
     smallest: Callable[[], Gate] = lambda: OPEN
+    run_packed: RunPacked | None = None
     run_rotary: RunRotary | None = None

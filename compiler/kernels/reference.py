@@ -12,7 +12,7 @@ float32; products of integers are exact in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, log, log2, nan
 from typing import Final, assert_never
@@ -68,6 +68,7 @@ def attention(
     *,
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    splits: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Attention in the precision of ``recipe``. Not differentiable; inputs are not checked.
 
@@ -79,6 +80,8 @@ def attention(
         attn_mask: bool (True: visible) or float (added to the scores, natural-log units),
             broadcastable to (B, H, Lq, Lk).
         sinks: (H,), one more logit per head, which takes part in the denominator only.
+        splits: parts of the keys, at least 1, each with a running maximum of its own; see "Split
+            keys" of docs/numerics.md.
 
     Returns:
         The output (B, H, Lq, Dv) in query's dtype, and the LSE (B, H, Lq) in float32: natural
@@ -102,9 +105,13 @@ def attention(
     scores = _quantize_scores(query, key, seen, recipe, semantics, mask, band)
     v = quantize_value(value, seen.reachable, seen.counted, recipe)
 
+    tiles = list(visible_tiles(band, query_length, key_length, width))
     state = _start(query, value_dim)
-    for start, stop in visible_tiles(band, query_length, key_length, width):
-        state = _step(state, scores.tile(start, stop), v.tile(start, stop), recipe)
+    for part in in_parts(tiles, splits):
+        of_part = _start(query, value_dim)
+        for start, stop in part:
+            of_part = _step(of_part, scores.tile(start, stop), v.tile(start, stop), recipe)
+        state = _join(state, of_part)
 
     output = state.output / state.total.unsqueeze(-1)
     if recipe.statistics is Statistics.HEAD:
@@ -310,6 +317,25 @@ def _step(state: _State, scores: Tensor, value: QuantizedValue, recipe: Recipe) 
         maximum,
         state.total * decay + row_sum,
         state.output * decay.unsqueeze(-1) + product,
+    )
+
+
+def in_parts(tiles: Sequence[tuple[int, int]], parts: int) -> Iterator[Sequence[tuple[int, int]]]:
+    """The tiles in so many parts, in order: the first ones have one more where it must be."""
+    size, more = divmod(len(tiles), parts)
+    for part in range(parts):
+        first = part * size + min(part, more)
+        yield tiles[first : first + size + (part < more)]
+
+
+def _join(state: _State, other: _State) -> _State:
+    """Two parts of the keys, relative to the maximum of both."""
+    maximum = torch.maximum(state.maximum, other.maximum)
+    shares = [torch.exp2(each.maximum - _origin(maximum)) for each in (state, other)]
+    return _State(
+        maximum,
+        state.total * shares[0] + other.total * shares[1],
+        state.output * shares[0].unsqueeze(-1) + other.output * shares[1].unsqueeze(-1),
     )
 
 

@@ -59,6 +59,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         mask_class: str = "none",
         scale: float | None = None,
         recipe: str = "exact",
+        _min_seq_len: int = 0,  # a file has no gate
         dead_rows: str = "zero",
         softcap: float | None = None,
         sinks: Any = None,

@@ -226,6 +226,14 @@ void choose_sizes(Choices& choices, sage_cpu_problem& p) {
     if (choices.one_in(8)) p.key_length += 300;
     p.head_dim = choose_head_dim(choices);
     p.value_head_dim = choices.one_in(3) ? choose_head_dim(choices) : p.head_dim;
+    if (choices.one_in(20)) {  // many heads of few keys: of their own, or of one key/value head
+        p.batch = 1 + choices.below(12);
+        p.kv_heads = choices.one_in(2) ? 1 : 100;
+        p.heads = 100;
+        p.query_length = 1 + choices.below(3);
+        p.key_length = 1 + choices.below(4);
+        p.head_dim = p.value_head_dim = 16 + 8 * choices.below(2);
+    }
     auto work = [&] {
         return p.batch * p.heads * p.query_length * p.key_length * (p.head_dim + p.value_head_dim);
     };

@@ -65,6 +65,8 @@ class Arch:
     Attributes:
         capability: major and minor.
         shared_bytes: shared memory that a block can have.
+        multiprocessors: of the usual board, for who asks about a GPU that is not here: those of
+            A100, RTX 3090, RTX 4090, H100, B200 and RTX 5090. A launch asks its device.
         offers: recipes in the order of preference; the first is what `auto` means.
         lacking: formats whose products are no single instruction of mma.sync here, and what is
             instead; recipes of them are refused for this reason.
@@ -75,6 +77,7 @@ class Arch:
     name: str
     capability: tuple[int, int]
     shared_bytes: int
+    multiprocessors: int
     offers: tuple[Offer, ...]
     lacking: Mapping[Format, str]
     geometries: tuple[Geometry, ...]
@@ -201,6 +204,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_80",
                 capability=(8, 0),
                 shared_bytes=163 << 10,
+                multiprocessors=108,
                 offers=(_INT8_FP16, _INT4_FP16),
                 lacking={Format.FP8: _FP8_IS_YOUNGER},
                 geometries=_UP_TO_SM_89,
@@ -209,6 +213,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_86",
                 capability=(8, 6),
                 shared_bytes=99 << 10,
+                multiprocessors=82,
                 offers=(_INT8_FP16, _INT4_FP16),
                 lacking={Format.FP8: _FP8_IS_YOUNGER},
                 geometries=_UP_TO_SM_89,
@@ -217,6 +222,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_89",
                 capability=(8, 9),
                 shared_bytes=99 << 10,
+                multiprocessors=128,
                 offers=(_INT8_FP8, _INT4_FP8, _INT8_FP16_AFTER_FP8, _INT4_FP16_AFTER_FP8),
                 lacking={},
                 geometries=_UP_TO_SM_89,
@@ -225,6 +231,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_90a",
                 capability=(9, 0),
                 shared_bytes=227 << 10,
+                multiprocessors=132,
                 offers=(_INT8_FP16,),
                 lacking={Format.INT4: _INT4_IS_EMULATED, Format.FP8: _FP8_IS_CONVERTED},
                 geometries=_FROM_SM_90,
@@ -233,6 +240,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_100a",
                 capability=(10, 0),
                 shared_bytes=227 << 10,
+                multiprocessors=148,
                 offers=(_INT8_FP16,),
                 lacking={Format.INT4: _INT4_IS_EMULATED, Format.FP8: _FP8_IS_CONVERTED},
                 geometries=_FROM_SM_90,
@@ -241,6 +249,7 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 "sm_120a",
                 capability=(12, 0),
                 shared_bytes=99 << 10,
+                multiprocessors=170,
                 offers=(_INT8_FP8, _INT8_FP16_AFTER_FP8),
                 lacking={Format.INT4: _INT4_IS_EMULATED},
                 geometries=_FROM_SM_90,

@@ -24,6 +24,7 @@ from sage_compiler.kernels.cuda.spec import (
     AttendSpec,
     KernelSpec,
     KeySpec,
+    MergeSpec,
     OperandSpec,
     QuerySpec,
     StatisticsSpec,
@@ -161,7 +162,7 @@ def is_default(spec: KernelSpec) -> bool:
             return qk is recipe.qk
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec() | PreparationSpec():
+        case StatisticsSpec() | MergeSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 

@@ -1,16 +1,20 @@
 """Which kernels an attention launches on an architecture, or why none: one function.
 
 What PyTorch launches (``kernel.run``), what the registry refuses (``kernel.refuse``) and what
-``sagec kernels explain`` shows are answers of ``decide``; the launch table of a pack, by which ONNX
-Runtime goes, holds those of its second half, ``variant``. ``arch.py`` has the tables and reasons.
+``sagec kernels explain`` shows are answers of ``decide``, and how their products are cut into
+blocks is one of ``plan``; the launch table of a pack, by which ONNX Runtime goes, holds those of
+``variant``, the second half of ``decide``. ``arch.py`` and ``cut.py`` have the tables and reasons.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 from sage_compiler.kernels.cuda.arch import ARCHS
-from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
+from sage_compiler.kernels.cuda.cut import Cut, choose
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes
+from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, QUERY_BLOCK, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
 from sage_compiler.kernels.kernel import CLOSED, Gate
 from sage_compiler.precision import RECIPES, Accumulator
@@ -28,9 +32,11 @@ def decide(
     window: bool = False,
     masked: bool = False,
     softcap: bool = False,
+    varlen: bool = False,
     accumulator: Accumulator = Accumulator.FP32,
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
+    tile: QueryTile = QUERY_BLOCK,
 ) -> Variant | str:
     """The kernels of one attention, or in one sentence why there are none.
 
@@ -43,8 +49,10 @@ def decide(
         window: whether a window hides the first keys.
         masked: whether there is an explicit mask.
         softcap: whether there is a softcap that does something.
+        varlen: whether it is of a packed batch of sequences, in one set of launches.
         accumulator: of P @ V in FP8; FP16 as of SageAttention2++.
         rotary_query, rotary_key: how Q and K are rotated as they are read, if they are.
+        tile: what a block of the attention kernel does; ``plan`` finds it.
     """
     lack = lacking(arch, recipe)
     if lack is not None:
@@ -54,6 +62,10 @@ def decide(
     for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
         if not 1 <= size <= HEAD_DIMS[-1]:
             return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
+    if masked and varlen:
+        return "a packed batch takes no explicit mask"
+    if varlen and (rotary_query is not None or rotary_key is not None):
+        return "Q and K of a packed batch are not rotated as they are read, but before"
     if accumulator not in accumulators(recipe):
         return f"{recipe} does not accumulate in {accumulator}, but FP8 does"
     return variant(
@@ -68,7 +80,78 @@ def decide(
         softcap=softcap,
         rotary_query=rotary_query,
         rotary_key=rotary_key,
+        varlen=varlen,
+        tile=tile,
     )
+
+
+class Plan(NamedTuple):
+    """What one attention launches, and how its products are cut into blocks."""
+
+    kernels: Variant
+    cut: Cut
+
+
+def plan(
+    arch: str,
+    recipe: str,
+    dtype: str,
+    head_dim: int,
+    value_head_dim: int,
+    sizes: Sizes,
+    reach: Reach,
+    multiprocessors: int | None = None,
+    *,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+    accumulator: Accumulator = Accumulator.FP32,
+    rotary_query: RotaryPairs | None = None,
+    rotary_key: RotaryPairs | None = None,
+    varlen: bool = False,
+) -> Plan | str:
+    """As ``decide``, with the cut for these sizes.
+
+    Args:
+        multiprocessors: of the device; None: those of the architecture's usual board.
+    """
+
+    def kernels(tile: QueryTile) -> Variant | str:
+        return decide(
+            arch,
+            recipe,
+            dtype,
+            head_dim,
+            value_head_dim,
+            window=window,
+            masked=masked,
+            softcap=softcap,
+            accumulator=accumulator,
+            rotary_query=rotary_query,
+            rotary_key=rotary_key,
+            varlen=varlen,
+            tile=tile,
+        )
+
+    refusal = kernels(QUERY_BLOCK)
+    if isinstance(refusal, str):
+        return refusal
+    if varlen:  # each sequence has another number of queries
+        return Plan(refusal, Cut(QUERY_BLOCK, 1))
+    cut = choose(
+        arch,
+        recipe,
+        dtype,
+        head_dim,
+        value_head_dim,
+        sizes,
+        reach.key_tiles,
+        multiprocessors or ARCHS[arch].multiprocessors,
+        masked=masked,
+    )
+    found = kernels(cut.tile)
+    assert not isinstance(found, str)
+    return Plan(found, cut)
 
 
 def lacking(arch: str, recipe: str) -> str | None:

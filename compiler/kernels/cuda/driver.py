@@ -33,6 +33,7 @@ _CAPTURE_IMPLICIT: Final = 906  # asked of the default stream while another one 
 
 # CUdevice_attribute, CUfunction_attribute
 _COMPUTE_CAPABILITY: Final = (75, 76)  # major, minor
+_MULTIPROCESSOR_COUNT: Final = 16
 _MAX_DYNAMIC_SHARED_BYTES: Final = 8
 
 _SHARED_BYTES_UNASKED: Final = 48 << 10
@@ -155,6 +156,13 @@ class Driver:
         for value, attribute in zip((major, minor), _COMPUTE_CAPABILITY, strict=True):
             self._call("cuDeviceGetAttribute", value, attribute, handle)
         return major.value, minor.value
+
+    def multiprocessors(self, device: int) -> int:
+        """How many multiprocessors a device has."""
+        found = ctypes.c_int()
+        handle = self._device(device)
+        self._call("cuDeviceGetAttribute", found, _MULTIPROCESSOR_COUNT, handle)
+        return found.value
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on a stream of the thread's current context."""

@@ -1,15 +1,16 @@
 """The CUDA kernels as the registry knows them: attention on tensors of a GPU.
 
 An attention is five launches on the caller's stream: statistics of K and V, then Q, K and V
-quantized, then the fused attention. Nothing is copied: inputs are read with their strides.
+quantized, then the fused attention; and one more where that splits the keys. Nothing is copied:
+inputs are read with their strides.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import log, nan
+from dataclasses import dataclass, replace
+from math import log
 from typing import Final, Literal
 
 import torch
@@ -18,22 +19,24 @@ from torch import Tensor
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
+from sage_compiler.kernels.cuda.attending import Attending, Operands
+from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.images import default_images
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
-from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, NO_MASK, Mask, flags
-from sage_compiler.kernels.cuda.reach import Reach
-from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Sizes, arrange
+from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
+from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
 from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
-from sage_compiler.precision import Accumulator
-from sage_compiler.semantics import UNBOUNDED, DeadRows, Semantics
+from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
+from sage_compiler.semantics import UNBOUNDED, Semantics
 
 LOG2_E: Final = 1.0 / log(2.0)
-_LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 _GREATEST_SOFTCAP: Final = 1e30  # what is more does nothing
+_LARGE_DELTA: Final = 1 << 30  # bytes of scratch memory that nobody may need
 
 Allocate = Callable[[Sequence[int], torch.device], tuple[list[int], object]]
 """Sizes in bytes to addresses, aligned to 256, and what keeps them alive."""
@@ -57,6 +60,8 @@ class Target:
         stream: a CUstream of it, as torch gives it.
         loader: where the kernels come from.
         allocate: where scratch memory comes from.
+        multiprocessors: of the device; None: those of the architecture's usual board.
+        sequences: what kernels of a packed batch take behind their own parameters, ``varlen.py``.
     """
 
     arch: str
@@ -64,10 +69,14 @@ class Target:
     stream: int
     loader: Loader
     allocate: Allocate = allocate
+    multiprocessors: int | None = None
+    sequences: bytes = b""
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         """Start one kernel."""
-        self.loader.loaded(spec, self.device, self.stream)(blocks, self.stream, packed)
+        self.loader.loaded(spec, self.device, self.stream)(
+            blocks, self.stream, packed + self.sequences
+        )
 
 
 def attention(
@@ -81,6 +90,7 @@ def attention(
     want_lse: bool,
     recipe: str,
     rotary: Rotary | None = None,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.attention``, on the current stream of the tensors' device.
 
@@ -90,6 +100,7 @@ def attention(
         want_lse: without it the LSE is empty.
         recipe: one of those of the device's ``arch.Arch``.
         rotary: how query and key are rotated, in float32, as they are read.
+        lengths: of a packed batch, whose tensors are (1, heads, total, channels).
 
     Raises:
         KernelUnavailableError: ``dispatch.decide`` has none for the call; or the kernels can be
@@ -98,11 +109,13 @@ def attention(
     """
     with torch.cuda.device(query.device):
         index = query.device.index or 0
+        loader = default_loader()
         target = Target(
             _arch(index),
             index,
             torch.cuda.current_stream(query.device).cuda_stream,
-            default_loader(),
+            loader,
+            multiprocessors=_multiprocessors(loader.driver, index),
         )
         return run(
             target,
@@ -115,7 +128,48 @@ def attention(
             attn_mask=attn_mask,
             sinks=sinks,
             rotary=rotary,
+            lengths=lengths,
         )
+
+
+def attention_of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    sinks: Tensor | None,
+    want_lse: bool,
+    recipe: str,
+) -> tuple[Tensor, Tensor]:
+    """As ``attention``, of a packed batch: see ``kernel.RunPacked``.
+
+    Offsets on the device are not read by the host, so that a CUDA graph can be captured. There is
+    one exception: where Q is smoothed, the kernels keep a float for each pair of a query block and
+    a key of one sequence, and where that would be more than 1 GiB if one sequence had all keys,
+    the longest one is looked for.
+
+    Raises:
+        InvalidAttentionError: offsets that the host reads are wrong.
+        KernelUnavailableError: as ``attention``.
+    """
+    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+    delta = heads * (queries // TILE_MMA.q_block + cu_seqlens_q.shape[0]) * keys * 4
+    read = RECIPES[recipe].qk is Format.INT4 and delta > _LARGE_DELTA
+    lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, query, key, read=read)
+    return attention(
+        query,
+        key,
+        value,
+        semantics,
+        attn_mask=None,
+        sinks=sinks,
+        want_lse=want_lse,
+        recipe=recipe,
+        lengths=lengths,
+    )
 
 
 def run(
@@ -129,10 +183,11 @@ def run(
     recipe: str,
     attn_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    lengths: Lengths | None = None,
     accumulator: Accumulator = Accumulator.FP32,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``attention``, on a target; ``accumulator`` as for ``dispatch.decide``."""
+    """As ``attention``, on a target; ``accumulator`` as of ``dispatch.decide``."""
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
     if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
@@ -140,24 +195,42 @@ def run(
         if sinks is not None and want_lse:
             lse.copy_(sinks[:, None])
         return output.zero_(), lse
-    kernels = dispatch.decide(
+    batch, heads, query_length, head_dim = query.shape
+    kv_heads, key_length = key.shape[1:3]
+    planned = dispatch.plan(
         target.arch,
         recipe,
         _dtype_name(query.dtype),
-        query.shape[3],
+        head_dim,
         value.shape[3],
+        Sizes.of(batch, heads, kv_heads, query_length, key_length),
+        Reach.of(semantics, query_length, key_length),
+        target.multiprocessors,
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
+        varlen=lengths is not None,
         accumulator=accumulator,
         rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
         rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
     )
-    if isinstance(kernels, str):
-        raise KernelUnavailableError(f"{kernels}; use precision='exact'")
+    if isinstance(planned, str):
+        raise KernelUnavailableError(f"{planned}; use precision='exact'")
     wanted = lse if want_lse else None
     Call(
-        target, kernels, query, key, value, semantics, output, wanted, sinks, attn_mask, rotary
+        target,
+        planned.kernels,
+        query,
+        key,
+        value,
+        semantics,
+        output,
+        wanted,
+        sinks,
+        attn_mask,
+        rotary,
+        planned.cut.splits,
+        lengths,
     ).run()
     return output, lse
 
@@ -183,6 +256,8 @@ class Call:
         sinks: Tensor | None = None,
         attn_mask: Tensor | None = None,
         rotary: Rotary | None = None,
+        splits: int = 1,
+        lengths: Lengths | None = None,
     ) -> None:
         """Look at the sizes, and take the scratch memory; no length is zero.
 
@@ -192,6 +267,9 @@ class Call:
             sinks: (H,), if there are any.
             attn_mask: bool or float, broadcastable to (B, H, Lq, Lk), if there is one.
             rotary: what ``kernels`` rotate by, if they do.
+            splits: parts of the keys, of kernels that split them; else 1.
+            lengths: of a packed batch; then ``kernels`` are for one, and what depends on lengths
+                here they find themselves, for each sequence.
 
         Raises:
             InvalidAttentionError: a length that positions in the kernels do not hold.
@@ -203,7 +281,13 @@ class Call:
         self.semantics = semantics
         self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
-        sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        self.splits = splits
+        if lengths is None:
+            sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
+        else:
+            sizes = lengths.sizes(heads, key.shape[1], query_length, key.shape[2])
+            self.target = replace(target, sequences=lengths.packed(sizes, semantics))
+        self.sizes = sizes
         (
             self.batch,
             self.heads,
@@ -214,23 +298,24 @@ class Call:
             self.key_blocks,
             self.chunks,
             self.chunk_tokens,
+            _,
+            _,
         ) = sizes
-        self.group = self.heads // self.kv_heads
+        self.group = sizes.group
         self.scale = semantics.scale_for(head_dim)
 
-        # Query i sees the keys i + lower to i + upper; all keys that one sees count.
-        visible = semantics.band(self.query_length, self.key_length)
         self.mask = None
         if attn_mask is not None:
             self.mask = Mask.of(
                 attn_mask,
-                visible,
+                semantics.band(self.query_length, self.key_length),
                 self.batch,
                 self.kv_heads,
                 self.group,
                 self.query_length,
                 self.key_length,
             )
+        self.reach = Reach.of(semantics, self.query_length, self.key_length)
         (
             self.lower,
             self.upper,
@@ -238,12 +323,12 @@ class Call:
             self.end_key,
             self.first_live,
             self.end_live,
-        ) = Reach.of(visible, self.query_length, self.key_length)
-        self._blocks = sizes.blocks()
+        ) = self.reach
+        self._blocks = sizes.blocks(kernels, splits)
 
         self.tile: KeyValueTile = kernels.attend.tile
         row_term = lse is not None or sinks is not None or kernels.attend.softcap
-        parts = sizes.scratch(kernels, row_term=row_term)
+        parts = sizes.scratch(kernels, row_term=row_term, splits=splits)
         addresses, self._scratch = target.allocate(parts, query.device)
         present = [address if size else 0 for address, size in zip(addresses, parts, strict=True)]
         (
@@ -256,6 +341,8 @@ class Call:
             self.tiles,
             self.value_scales,
             self.delta,
+            self.part_outputs,
+            self.part_sums,
         ) = present
 
     def run(self) -> None:
@@ -265,7 +352,8 @@ class Call:
 
     def steps(self) -> tuple[Callable[[], None], ...]:
         """Each launches one kernel, in the order of what they need: K's mean, then Q's."""
-        return (self._statistics, self._query, self._key, self._value, self._attend)
+        quantizing = (self._statistics, self._query, self._key, self._value)
+        return (*quantizing, *self._attending().steps())
 
     def _statistics(self) -> None:
         packed = params.STATISTICS.pack(
@@ -346,34 +434,30 @@ class Call:
         )
         self.target.launch(self.kernels.value, self._blocks[3], packed)
 
-    def _attend(self) -> None:
-        packed = params.ATTEND.pack(
+    def _attending(self) -> Attending:
+        operands = Operands(
             self.query_codes,
             self.query_scales,
             self.tiles,
             self.value_scales,
             self.delta,
             self.row_term,
-            0 if self.sinks is None else self.sinks.data_ptr(),
-            self.output.data_ptr(),
-            0 if self.lse is None else self.lse.data_ptr(),
-            *(NO_MASK if self.mask is None else self.mask.packed()),
-            *(NO_FLAGS if self.mask is None else flags(self.mask.tiles)),
-            *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
-            *self.output.stride()[:3],
-            self.heads,
-            self.group,
-            self.query_length,
-            self.key_length,
-            self.query_blocks,
-            self.key_blocks,
-            self.lower,
-            self.upper,
-            self.value.shape[3],
-            max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
-            nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
+            self.part_outputs,
+            self.part_sums,
         )
-        self.target.launch(self.kernels.attend, self._blocks[4], packed)
+        return Attending(
+            self.target,
+            self.kernels,
+            self.sizes,
+            self.reach,
+            self.semantics,
+            operands,
+            self.output,
+            self.lse,
+            self.sinks,
+            self.mask,
+            self.splits,
+        )
 
     def _rotary(self, side: Literal["query", "key"]) -> bytes:
         """What a kernel on Q or K takes besides, where it rotates."""
@@ -410,6 +494,11 @@ def _arch(device: int) -> str:
             "the CUDA kernels are for GPUs of NVIDIA, and this PyTorch is built for ROCm"
         )
     return arch_of(torch.cuda.get_device_capability(device)).name
+
+
+@functools.cache
+def _multiprocessors(driver: Driver, device: int) -> int:
+    return driver.multiprocessors(device)
 
 
 def _arch_of(problem: Problem) -> str:
@@ -492,6 +581,7 @@ KERNELS: Final = tuple(
         refuse=functools.partial(_refuse, recipe),
         gate=functools.partial(_gate, recipe),
         run=functools.partial(attention, recipe=recipe),
+        run_packed=functools.partial(attention_of_sequences, recipe=recipe),
         smallest=functools.partial(dispatch.smallest, recipe),
         run_rotary=functools.partial(attention, recipe=recipe),
     )

@@ -47,7 +47,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -77,7 +77,7 @@ def _arch(arch: Arch, at: Mapping[KernelSpec, int]) -> Sequence[_Word]:
 
 
 def _kernel(spec: KernelSpec, entry: Entry) -> Sequence[_Word]:
-    geometry = (spec.threads, spec.shared_bytes, spec.params.size)
+    geometry = (spec.threads, spec.shared_bytes, spec.params_bytes)
     return ("kernel", spec.arch, spec.symbol, *geometry, entry.size, entry.sha256)
 
 
@@ -120,7 +120,7 @@ def _layout(kernels: Variant) -> tuple[int, ...]:
         int(attend.qk is Format.INT4),
         padded_dim(attend.head_dim),
         padded_dim(attend.value_head_dim),
-        attend.query_tile_bytes,
+        attend.query_block_bytes,
         tile.value_offset,
         tile.scales_offset,
         tile.bytes,

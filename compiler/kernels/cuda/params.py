@@ -17,7 +17,11 @@ STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
 QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
-ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}12q2f")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P15q2f")
+MERGE: Final = struct.Struct("@7P10q2f")
+
+# What the kernels for packed batches take behind their own struct; see varlen.py.
+SEQUENCES: Final = struct.Struct("@2P10q")
 
 # The tables of a rotary embedding, data and five strides each; the channels, and the dtype.
 ROTARY: Final = struct.Struct("@P5qP5q2q")

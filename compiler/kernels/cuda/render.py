@@ -25,9 +25,8 @@ def render(spec: KernelSpec) -> str:
         symbol=spec.symbol,
         threads=spec.threads,
         shared_bytes=spec.shared_bytes,
-        params_bytes=spec.params.size,
-        template=spec.template,
-        arguments=", ".join(spec.arguments),
+        params_bytes=spec.params_bytes,
+        instance=spec.instance,
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
-from sage_compiler.kernels.cuda.spec import padded_dim
+from sage_compiler.kernels.cuda.spec import QueryTile, padded_dim
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
+from sage_compiler.semantics import Band, Semantics
 
 FAR: Final = 1 << 30  # beyond any length, and twice of it within 32 bits
 ALIGNMENT: Final = 256  # of each part of the scratch memory, in bytes
@@ -21,12 +22,55 @@ _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _FLOAT_BYTES: Final = 4
 
 
+class Reach(NamedTuple):
+    """What the band shows; an explicit mask may hide more.
+
+    Attributes:
+        lower, upper: query i sees the keys i + lower to i + upper.
+        first_key, end_key: some query sees the keys [first_key, end_key), and all of these count.
+        first_live, end_live: the queries [first_live, end_live) see a key.
+    """
+
+    lower: int
+    upper: int
+    first_key: int
+    end_key: int
+    first_live: int
+    end_live: int
+
+    @classmethod
+    def of(cls, semantics: Semantics, query_length: int, key_length: int) -> Reach:
+        """That of a call."""
+        band = semantics.band(query_length, key_length) or Band(None, None, 0)
+        lower = -FAR if band.left is None else max(-FAR, band.offset - band.left)
+        upper = FAR if band.right is None else min(FAR, band.offset + band.right)
+        first_key = min(key_length, max(0, lower))
+        first_live = min(query_length, max(0, -upper))
+        return cls(
+            lower,
+            upper,
+            first_key,
+            max(first_key, min(key_length, query_length + upper)),
+            first_live,
+            max(first_live, min(query_length, key_length - lower)),
+        )
+
+    @property
+    def key_tiles(self) -> int:
+        """The tiles of keys that some query sees."""
+        width = TILE_MMA.kv_block
+        return -(-self.end_key // width) - self.first_key // width
+
+
 class Sizes(NamedTuple):
     """Those of one attention: Q (B, H, Lq, D), K (B, Hkv, Lk, D); no length is zero.
 
     Attributes:
         query_blocks, key_blocks: tiles of 128 queries and of 64 keys, the last ones cut off.
         chunks: parts of the keys, ``chunk_tokens`` each, whose statistics are taken apart.
+        sequences: those of a packed batch, whose ``batch`` is 1 and whose lengths are sums; 1 of
+            any other call.
+        most_key_blocks: tiles of keys that one sequence has at most.
     """
 
     batch: int
@@ -38,6 +82,8 @@ class Sizes(NamedTuple):
     key_blocks: int
     chunks: int
     chunk_tokens: int
+    sequences: int
+    most_key_blocks: int
 
     @classmethod
     def of(cls, batch: int, heads: int, kv_heads: int, query_length: int, key_length: int) -> Sizes:
@@ -48,6 +94,7 @@ class Sizes(NamedTuple):
                 f"fewer than {FAR} of each; split the sequence"
             )
         chunk_tokens = max(_LEAST_CHUNK, -(-key_length // _MOST_CHUNKS))
+        key_blocks = -(-key_length // TILE_MMA.kv_block)
         return cls(
             batch,
             heads,
@@ -55,43 +102,102 @@ class Sizes(NamedTuple):
             query_length,
             key_length,
             -(-query_length // TILE_MMA.q_block),
-            -(-key_length // TILE_MMA.kv_block),
+            key_blocks,
             -(-key_length // chunk_tokens),
             chunk_tokens,
+            1,
+            key_blocks,
         )
 
-    def blocks(self) -> tuple[int, int, int, int, int]:
-        """Of each launch, in the order of ``Variant.specs``."""
-        queries = self.batch * self.heads * self.query_blocks
+    @classmethod
+    def of_sequences(
+        cls, count: int, heads: int, kv_heads: int, queries: int, keys: int, longest: int
+    ) -> Sizes:
+        """Those of a packed batch, at most, when each sequence begins with blocks of its own.
+
+        What is behind the last sequence counts as one more, of queries without keys. See
+        varlen.cuh, which has the same numbers.
+
+        Args:
+            count: how many sequences there are.
+            queries, keys: the sums of their lengths, at most.
+            longest: the keys of one sequence, at most.
+
+        Raises:
+            InvalidAttentionError: sums that positions in the kernels do not hold.
+        """
+        return cls.of(1, heads, kv_heads, queries, keys)._replace(
+            query_blocks=queries // TILE_MMA.q_block + count + 1,
+            key_blocks=keys // TILE_MMA.kv_block + count,
+            chunks=keys // _LEAST_CHUNK + count,
+            sequences=count + 1,
+            most_key_blocks=-(-longest // TILE_MMA.kv_block),
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads of a key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Queries of all heads."""
+        return self.batch * self.heads * self.query_length
+
+    def row_blocks(self, tile: QueryTile) -> int:
+        """Tiles of queries: of each head, or with packed heads of each key/value head."""
+        if not tile.packed_heads:
+            return self.query_blocks
+        return -(-self.group * self.query_length // tile.rows)
+
+    def tiles(self, tile: QueryTile) -> int:
+        """Tiles of queries of all heads."""
+        heads = self.kv_heads if tile.packed_heads else self.heads
+        return self.batch * heads * self.row_blocks(tile)
+
+    def blocks(self, kernels: Variant, splits: int = 1) -> tuple[int, ...]:
+        """Of each launch, in the order of ``Variant.specs``.
+
+        Args:
+            splits: parts that the keys are divided into, of kernels that do.
+        """
         kv_heads = self.batch * self.kv_heads
         keys = kv_heads * self.key_blocks
-        return (2 * kv_heads * self.chunks, queries, keys, keys, queries)
+        queries = self.batch * self.heads * self.query_blocks
+        products = self.tiles(kernels.attend.query_tile) * splits
+        found = (2 * kv_heads * self.chunks, queries, keys, keys, products)
+        return found if kernels.merge is None else (*found, -(-self.rows // kernels.merge.rows))
 
-    def scratch(self, kernels: Variant, *, row_term: bool) -> tuple[int, ...]:
+    def scratch(self, kernels: Variant, *, row_term: bool, splits: int = 1) -> tuple[int, ...]:
         """Bytes of each part of the scratch memory, zero for what these kernels do not need.
 
         The parts: sums of K, amax of V, codes of Q, scales of Q, means of Q, the row term, packed
-        tiles of K and V, scales of V, delta.
+        tiles of K and V, scales of V, delta; of split keys, what each part makes of a query: sums
+        of P V, and two numbers.
 
         Args:
             row_term: whether a float for each query is needed: for an LSE, sinks or a softcap.
+            splits: as of ``blocks``.
         """
         attend = kernels.attend
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         smooths_query = attend.qk is Format.INT4
         rows = self.batch * self.heads * self.query_blocks
         kv_heads = self.batch * self.kv_heads
-        delta = rows * self.key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
+        delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
+        parts = self.rows * splits if attend.split else 0
         return (
             kv_heads * self.chunks * padded * _FLOAT_BYTES,
             kv_heads * self.chunks * padded_value * _FLOAT_BYTES,
-            rows * attend.query_tile_bytes,
+            rows * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,
             kv_heads * self.key_blocks * attend.tile.bytes,
-            kv_heads * padded_value * _FLOAT_BYTES,
+            kv_heads * self.sequences * padded_value * _FLOAT_BYTES,
             delta if smooths_query else 0,
+            parts * padded_value * _FLOAT_BYTES,
+            parts * 2 * _FLOAT_BYTES,
         )
 
 

@@ -9,9 +9,9 @@ import functools
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 from sage_compiler.kernels.cuda import params
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
@@ -37,9 +37,12 @@ class KernelSpec(ABC):
 
     Attributes:
         arch: a key of ``arch.ARCHS``.
+        varlen: whether it takes a packed batch of sequences, whose lengths it reads itself: any
+            kernel on Q, K or V may.
     """
 
     arch: str
+    varlen: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
@@ -48,8 +51,19 @@ class KernelSpec(ABC):
     @property
     def symbol(self) -> str:
         """The name of the kernel in its binary, unique among all specs; also a file's name."""
-        values = (str(getattr(self, field.name)) for field in fields(self))
-        return "_".join(("sage", self.kind, *values))
+        values = [str(getattr(self, each.name)) for each in fields(self) if each.name != "varlen"]
+        return "_".join(("sage", self.kind, *values, *(["varlen"] if self.varlen else [])))
+
+    @property
+    def instance(self) -> str:
+        """The instance of the template, in C++."""
+        plain = f"sage::{self.template}<{', '.join(self.arguments)}>"
+        return f"sage::Varlen<{plain}>" if self.varlen else plain
+
+    @property
+    def params_bytes(self) -> int:
+        """The size of its struct of parameters."""
+        return self.params.size + (params.SEQUENCES.size if self.varlen else 0)
 
     @property
     @abstractmethod
@@ -98,6 +112,8 @@ _FLOAT_BYTES: Final = 4
 _CACHE_LINE: Final = 128
 _LONGEST_SHARED_QUERY: Final = 128
 _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
+_MERGE_THREADS: Final = 128
+_MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +263,25 @@ class ValueSpec(_QuantizerSpec):
         )
 
 
+class QueryTile(NamedTuple):
+    """What a block of the attention kernel does.
+
+    Attributes:
+        rows: queries; fewer than a query block only with packed heads.
+        packed_heads: whether the rows are (query, head) pairs of all heads of a key/value head,
+            the heads of a query behind one another; else they are queries of one head.
+        split: whether the keys are divided among blocks, whose results a ``MergeSpec`` joins.
+    """
+
+    rows: int = TILE_MMA.q_block
+    packed_heads: bool = False
+    split: bool = False
+
+
+QUERY_BLOCK: Final = QueryTile()
+"""All keys for a query block of one head: what is best where queries are many."""
+
+
 @dataclass(frozen=True, slots=True)
 class AttendSpec(OperandSpec):
     """The fused attention over quantized operands.
@@ -261,6 +296,7 @@ class AttendSpec(OperandSpec):
         warp_rows: queries of a warp, 16 or 32: more of them read K and V from shared memory less
             often, and take more registers.
         stages: tiles of K and V in shared memory.
+        tile_rows, packed_heads, split: as of ``QueryTile``.
     """
 
     value_head_dim: int
@@ -272,6 +308,9 @@ class AttendSpec(OperandSpec):
     accumulator: Accumulator
     warp_rows: int
     stages: int
+    tile_rows: int = QUERY_BLOCK.rows
+    packed_heads: bool = QUERY_BLOCK.packed_heads
+    split: bool = QUERY_BLOCK.split
 
     kind: ClassVar[str] = "attend"
     template: ClassVar[str] = "Attend"
@@ -279,20 +318,32 @@ class AttendSpec(OperandSpec):
 
     @property
     def threads(self) -> int:
-        return TILE_MMA.q_block // self.warp_rows * 32
+        return self.tile_rows // self.warp_rows * 32
 
     @property
     def shared_bytes(self) -> int:
-        delta = TILE_MMA.kv_block * _FLOAT_BYTES if self.qk is Format.INT4 else 0
+        # Of packed heads each row has a delta of its own, which is read where it lies.
+        has_delta = self.qk is Format.INT4 and not self.packed_heads
+        delta = TILE_MMA.kv_block * _FLOAT_BYTES if has_delta else 0
+        query = self.tile_rows * self._query_row_bytes
         ring = self.stages * (self.tile.bytes + delta)
         if self.head_dim > _LONGEST_SHARED_QUERY:  # Q moves to registers, and the ring to its place
-            return max(self.query_tile_bytes, ring)
-        return self.query_tile_bytes + ring
+            return max(query, ring)
+        return query + ring
 
     @property
-    def query_tile_bytes(self) -> int:
-        """The codes of one query block."""
-        return TILE_MMA.q_block * padded_dim(self.head_dim) * _BITS[self.qk] // 8
+    def query_tile(self) -> QueryTile:
+        """What a block does."""
+        return QueryTile(self.tile_rows, self.packed_heads, self.split)
+
+    @property
+    def query_block_bytes(self) -> int:
+        """The codes of one query block, as the quantizer writes them."""
+        return TILE_MMA.q_block * self._query_row_bytes
+
+    @property
+    def _query_row_bytes(self) -> int:
+        return padded_dim(self.head_dim) * _BITS[self.qk] // 8
 
     @property
     def tile(self) -> KeyValueTile:
@@ -311,9 +362,38 @@ class AttendSpec(OperandSpec):
             _cpp(self.masked),
             _cpp(self.softcap),
             _cpp(self.accumulator is Accumulator.FP16),
+            _cpp(self.packed_heads),
+            _cpp(self.split),
+            str(self.tile_rows),
             str(self.warp_rows),
             str(self.stages),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSpec(OperandSpec):
+    """What joins the results of split keys; ``head_dim`` is V's, a ``padded_dim``."""
+
+    kind: ClassVar[str] = "merge"
+    template: ClassVar[str] = "Merge"
+    params: ClassVar[struct.Struct] = params.MERGE
+
+    @property
+    def threads(self) -> int:
+        return _MERGE_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        return 0
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return _MERGE_THREADS // (self.head_dim // _MERGE_CHANNELS)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (DTYPES[self.dtype], str(self.head_dim))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import ARCHS, Geometry
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
+    QUERY_BLOCK,
     AttendSpec,
     KernelSpec,
     KeySpec,
+    MergeSpec,
     QuerySpec,
+    QueryTile,
     RotaryKeySpec,
     RotaryQuerySpec,
     RotaryStatisticsSpec,
@@ -36,20 +39,30 @@ PACKED_HEAD_DIMS: Final = (64, 128)
 # A host that cannot compile needs masks, windows and softcap too, and pays for them in bytes.
 STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 
+PACKED_ROWS: Final = (32, 64, 128)
+"""The rows of a tile of packed heads; at a padded head_dim of 256 from the second on."""
+_PACKED_WARP_ROWS: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """The kernels of one attention, in the order of their launches."""
+    """The kernels of one attention, in the order of their launches.
+
+    Attributes:
+        merge: of an ``attend`` that splits keys; else None.
+    """
 
     statistics: StatisticsSpec
     query: QuerySpec
     key: KeySpec
     value: ValueSpec
     attend: AttendSpec
+    merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
         """All of them."""
-        return (self.statistics, self.query, self.key, self.value, self.attend)
+        merge = () if self.merge is None else (self.merge,)
+        return (self.statistics, self.query, self.key, self.value, self.attend, *merge)
 
 
 @functools.cache
@@ -66,6 +79,8 @@ def variant(
     softcap: bool = False,
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
+    tile: QueryTile = QUERY_BLOCK,
+    varlen: bool = False,
 ) -> Variant:
     """The kernels for one call.
 
@@ -75,14 +90,17 @@ def variant(
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
+        tile: what a block of the attention kernel does.
+        varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
     geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
-    statistics = StatisticsSpec(arch, dtype, padded, padded_value)
-    query, key = QuerySpec(arch, dtype, padded, qk), KeySpec(arch, dtype, padded, qk)
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
     if rotary_query is not None:
         query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
     if rotary_key is not None:
@@ -92,7 +110,7 @@ def variant(
         statistics=statistics,
         query=query,
         key=key,
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator),
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
         attend=AttendSpec(
             arch,
             dtype,
@@ -104,10 +122,21 @@ def variant(
             qk,
             pv,
             accumulator,
-            warp_rows=geometry.masked_warp_rows if masked else geometry.warp_rows,
+            warp_rows=_warp_rows(geometry, masked, tile),
             stages=geometry.stages,
+            tile_rows=tile.rows,
+            packed_heads=tile.packed_heads,
+            split=tile.split,
+            varlen=varlen,
         ),
+        merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
     )
+
+
+def _warp_rows(geometry: Geometry, masked: bool, tile: QueryTile) -> int:
+    if tile.packed_heads:  # each row has a scale of its own to keep, and few rows want many warps
+        return _PACKED_WARP_ROWS
+    return geometry.masked_warp_rows if masked else geometry.warp_rows
 
 
 def _least_dim(head_dim: int) -> int:
@@ -130,8 +159,22 @@ def variants(arch: str) -> Iterator[Variant]:
                     yield variant(arch, dtype, head_dim, recipe, accumulator)
 
 
+def short_variants(arch: str) -> Iterator[Variant]:
+    """What few queries get, of the dims and dtypes of a pack: see ``cut.choose``.
+
+    One tile of packed heads, which decoding has, over all keys where there are many sequences, and
+    over parts of them else.
+    """
+    for dtype in PACKED_DTYPES:
+        for head_dim in PACKED_HEAD_DIMS:
+            for recipe in ARCHS[arch].recipes:
+                for split in (False, True):
+                    tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                    yield variant(arch, dtype, head_dim, recipe, tile=tile)
+
+
 def further_variants(arch: str) -> Iterator[Variant]:
-    """What is compiled on first use, one of each kind: the other dims, float32, softcap."""
+    """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
     for recipe in ARCHS[arch].recipes:
         for head_dim in HEAD_DIMS:
             if head_dim not in PACKED_HEAD_DIMS:
@@ -148,6 +191,11 @@ def further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
+        split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
+        yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        yield variant(arch, "bfloat16", 64, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, varlen=True)
+        yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:

@@ -21,8 +21,7 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.kernel import has_softcap, unobtainable
 from sage_compiler.kernels.cuda.masks import Mask, flags
-from sage_compiler.kernels.cuda.reach import Reach
-from sage_compiler.kernels.cuda.sizes import Sizes
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
 from sage_compiler.kernels.kernel import CLOSED, Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
@@ -117,7 +116,7 @@ def _launch(
     group = heads // kv_heads
     dims = {"DIM": _padded(head_dim), "VALUE_DIM": _padded(value_dim)}
     band = semantics.band(query_length, key_length)
-    reach = Reach.of(band, query_length, key_length)
+    reach = Reach.of(semantics, query_length, key_length)
     mask = None
     if attn_mask is not None:
         mask = Mask.of(attn_mask, band, batch, kv_heads, group, query_length, key_length)

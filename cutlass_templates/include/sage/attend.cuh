@@ -1,22 +1,29 @@
 // Fused attention over quantized operands, SageAttention2 (arXiv 2411.10958) on mma.sync: a block
-// does kQueryBlock queries of one head, a warp kWarpRows of them, over tiles of kKeyBlock keys that
-// come through a ring of shared memory. "Softmax, P and V" of docs/numerics.md has the formulas.
+// does kTileRows queries, a warp kWarpRows of them, over tiles of kKeyBlock keys that come through
+// a ring of shared memory. "Softmax, P and V" of docs/numerics.md has the formulas.
 //
 // A thread holds rows lane / 4 (+ 8) of every 16 queries and columns 2 (lane % 4) (+ 1) of every 8
 // keys, so that it needs one scale of Q and one of K; and its accumulators of Q K^T are, packed,
 // its operand of P V.
+//
+// Which queries of which heads the rows are, query_rows.cuh says. With kSplitKeys the keys of a
+// tile are divided among blocks, whose sums merge.cuh joins.
 #pragma once
 
 #include <sage/mask.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
+#include <sage/query_rows.cuh>
+#include <sage/row_end.cuh>
 #include <sage/tile.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
 template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow, bool kMasked,
-          bool kSoftcap, bool kHalfAccumulator, int kWarpRows, int kStages>
+          bool kSoftcap, bool kHalfAccumulator, bool kPackedHeads, bool kSplitKeys, int kTileRows,
+          int kWarpRows, int kStages>
 class Attend {
  public:
     using Params = AttendParams;
@@ -24,12 +31,15 @@ class Attend {
  private:
     static_assert(kWarpRows == 16 || kWarpRows == kQueryWarp);
     static constexpr bool kDelta = Qk::kBits == 4;  // Q was smoothed
-    using QueryTile = Tile<kQueryBlock, padded_dim(kHeadDim) * Qk::kBits / 8>;
-    // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it.
+    using Rows = cute::conditional_t<kPackedHeads, PackedRows<kTileRows, kWarpRows>,
+                                     HeadRows<kTileRows, kWarpRows>>;
+    using QueryTile = Tile<kTileRows, padded_dim(kHeadDim) * Qk::kBits / 8>;
+    // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it where all
+    // rows have the same.
     using Packed = KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim)>;
     using KeyTile = typename Packed::Key;
     using ValueTile = typename Packed::Value;
-    static constexpr int kDeltaBytes = kDelta ? kKeyBlock * sizeof(float) : 0;
+    static constexpr int kDeltaBytes = kDelta && !kPackedHeads ? kKeyBlock * sizeof(float) : 0;
     static constexpr int kStageBytes = Packed::kBytes + kDeltaBytes;
 
     // The steps of Q K^T: what is beyond head_dim is zeros.
@@ -40,7 +50,6 @@ class Attend {
     static constexpr int kRingBytes = kStages * kStageBytes;
 
     static constexpr int kBands = kWarpRows / 16;  // 16 queries each, the rows of an atom
-    static constexpr int kHalves = 2;              // rows lane / 4 and lane / 4 + 8 of a band
     static constexpr int kKeyAtoms = kKeyBlock / 8;
     static constexpr int kChannelAtoms = kValueDim / 8;
     static_assert(kHeadDim % 32 == 0 && kValueDim % 16 == 0);
@@ -52,17 +61,48 @@ class Attend {
     using Weights = uint32_t[kBands][ValueTile::kSteps][4];
 
  public:
-    static constexpr int kThreads = kQueryBlock / kWarpRows * 32;
-    static constexpr int kMinBlocks = kWarpRows / 16;  // 8 warps, as far as registers go
+    static constexpr int kThreads = kTileRows / kWarpRows * 32;
+    static constexpr int kMinBlocks = 256 / kThreads;  // 8 warps, as far as registers go
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { Attend(p).run(); }
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { Attend(p, task).run(); }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
+        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_query_block() * p.heads;
+        int64_t const task = sequence.task_of_queries(block - before, p.heads);
+        if (task < 0) return task;
+        int64_t const kv_heads = Split(p.heads, p.group).outer;
+        p.query_codes = static_cast<char const*>(p.query_codes) + before * QueryTile::kBytes;
+        p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
+        p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
+                            sequence.first_key_block() * kv_heads * Packed::kBytes;
+        p.value_scales += sequence.index() * kv_heads * padded_dim(kValueDim);
+        if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
+        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+        p.output =
+            static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
+        if (p.lse != nullptr) p.lse += sequence.first_query_token();
+        p.query_length = sequence.query_length();
+        p.key_length = sequence.key_length();
+        p.query_blocks = sequence.query_blocks();
+        p.key_blocks = sequence.key_blocks();
+        p.lower = sequence.lower();
+        p.upper = sequence.upper();
+        if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
+        return task;
+    }
 
  private:
     Params const& p_;
-    int query_block_, head_, kv_head_;  // head_ = b * H + h, kv_head_ = b * Hkv + h / G
-    int first_tile_, end_tile_;         // of keys that the block sees
+    Rows const rows_;
+    int const part_;             // of the keys, of p.parts
+    int first_tile_, end_tile_;  // of keys that the block sees
     char* const shared_;
     uint32_t query_[kKeepQuery ? kSteps : 1][kBands][4];
 
@@ -71,15 +111,14 @@ class Attend {
     float total_[kBands][kHalves];  // of the thread's own columns
     float output_[kBands][kChannelAtoms][4];
 
-    SAGE_DEVICE explicit Attend(Params const& p) : p_(p), shared_(arch::shared_memory()) {
-        // The last blocks first: under a causal mask they have the most to do.
-        Split const task(arch::block_index(), p.query_blocks);
-        query_block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
-        kv_head_ = Split(head_, p.group).outer;  // G divides H
-        int const first = query_block_ * kQueryBlock;
-        first_tile_ = first_key(first) / kKeyBlock;
-        end_tile_ = (end_key(first + kQueryBlock - 1) + kKeyBlock - 1) / kKeyBlock;
+    SAGE_DEVICE Attend(Params const& p, int64_t task)
+        : Attend(p, Split(task, kSplitKeys ? p.parts : 1)) {}
+
+    SAGE_DEVICE Attend(Params const& p, Split const& task)
+        : p_(p), rows_(p, task.outer), part_(task.inner), shared_(arch::shared_memory()) {
+        first_tile_ = first_key(rows_.first_query()) / kKeyBlock;
+        end_tile_ = (end_key(rows_.last_query()) + kKeyBlock - 1) / kKeyBlock;
+        if constexpr (kSplitKeys) take_part();
 
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
@@ -96,45 +135,43 @@ class Attend {
         }
     }
 
-    // Query `row` sees the keys from the one on, and before the other. Lengths, lower and upper are
-    // below 2^30 in magnitude.
-    SAGE_DEVICE int first_key(int row) const {
-        if constexpr (!kWindow) return 0;
-        return within_keys(row + static_cast<int>(p_.lower));
+    // Whole tiles, the first parts one more than the last ones where they do not come out even;
+    // none where there are fewer tiles than parts.
+    SAGE_DEVICE void take_part() {
+        Split const share(end_tile_ > first_tile_ ? end_tile_ - first_tile_ : 0, p_.parts);
+        first_tile_ += share.outer * part_ + (part_ < share.inner ? part_ : share.inner);
+        end_tile_ = first_tile_ + share.outer + (part_ < share.inner);
     }
-    SAGE_DEVICE int end_key(int row) const {
-        return within_keys(row + static_cast<int>(p_.upper) + 1);
+
+    // A query sees the keys from the one on, and before the other. Lengths, lower and upper are
+    // below 2^30 in magnitude.
+    SAGE_DEVICE int first_key(int query) const {
+        if constexpr (!kWindow) return 0;
+        return within_keys(query + static_cast<int>(p_.lower));
+    }
+    SAGE_DEVICE int end_key(int query) const {
+        return within_keys(query + static_cast<int>(p_.upper) + 1);
     }
     SAGE_DEVICE int within_keys(int key) const {
         int const end = static_cast<int>(p_.key_length);
         return key < 0 ? 0 : key < end ? key : end;
     }
 
-    // The first row of the warp's queries that the thread holds.
-    SAGE_DEVICE int first_row() const {
-        int const thread = arch::thread_index();
-        return query_block_ * kQueryBlock + thread / 32 * kWarpRows + thread % 32 / 4;
-    }
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
 
     SAGE_DEVICE char* stage(int index) const { return shared_ + kRingOffset + index * kStageBytes; }
 
     SAGE_DEVICE void run() {
-        int64_t const query = head_ * p_.query_blocks + query_block_;
-        QueryTile::template copy_async<kThreads>(
-            shared_, static_cast<char const*>(p_.query_codes) + query * QueryTile::kBytes);
+        rows_.template copy_codes_async<QueryTile, kThreads>(shared_);
         if constexpr (kKeepQuery) keep_query();
         SAGE_UNROLL
         for (int place = 0; place < kStages - 1; ++place) {
             if (first_tile_ + place < end_tile_) copy_shown(place, first_tile_ + place);
             arch::copy_async_commit();
         }
-        // All rows that the thread holds share a scale, as all its columns of a tile do.
-        int const thread = arch::thread_index();
-        int const group = thread / 32 * kWarpRows / kQueryWarp * kQueryGroups + thread % 32 / 4;
-        float const query_scale = arch::load_global(
-            p_.query_scales + query * (kQueryBlock / kQueryWarp * kQueryGroups) + group);
+        float query_scales[Rows::kScales];
+        rows_.load_scales(query_scales);
 
         int now = 0, next = kStages - 1;  // places in the ring
         for (int tile = first_tile_; tile < end_tile_; ++tile) {
@@ -145,12 +182,12 @@ class Attend {
             arch::copy_async_commit();
 
             uint8_t const shown = shown_of(tile);
-            if (shown != kHidesAll) {
+            if (shown != kHidesAll && !rows_.warp_is_idle()) {
                 Scores scores;
                 multiply_query_key(scores, stage(now));
                 Weights weights;
                 float decay[kBands][kHalves];
-                softmax(weights, decay, scores, query_scale, tile, shown, stage(now));
+                softmax(weights, decay, scores, query_scales, tile, shown, stage(now));
                 multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
             }
 
@@ -158,27 +195,29 @@ class Attend {
             next = next + 1 == kStages ? 0 : next + 1;
         }
         arch::copy_async_wait<0>();
-        store();
+        sum_up_totals();
+        if constexpr (kSplitKeys) {
+            store_part();
+        } else {
+            store();
+        }
     }
 
     // What the mask shows of a tile.
     SAGE_DEVICE uint8_t shown_of(int tile) const {
         if constexpr (!kMasked) return kShowsAll;
-        Split const head(head_, p_.heads);
-        return arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
-                                 head.inner * p_.tiles.head_stride +
-                                 query_block_ * p_.tiles.token_stride + tile);
+        return rows_.shown(tile);
     }
 
     // Hides what a bool mask hides, and adds a float one, to scores in units of log 2: x are those
     // of a row, from `first_column` on two of every eight.
     SAGE_DEVICE void apply_mask(float (&x)[kKeyAtoms][2], int band, int half,
                                 int first_column) const {
-        int const row = first_row() + band * 16 + half * 8;
-        if (row >= p_.query_length) return;
-        Split const head(head_, p_.heads);
+        if (!rows_.exists(band, half)) return;
+        Split const head(rows_.head(band, half), p_.heads);
         int64_t const of_row = head.outer * p_.mask.batch_stride +
-                               head.inner * p_.mask.head_stride + row * p_.mask.query_stride;
+                               head.inner * p_.mask.head_stride +
+                               rows_.query(band, half) * p_.mask.query_stride;
         SAGE_UNROLL
         for (int atom = 0; atom < kKeyAtoms; ++atom) {
             SAGE_UNROLL
@@ -197,7 +236,7 @@ class Attend {
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
         char const* const packed = static_cast<char const*>(p_.key_value_tiles) +
-                                   (kv_head_ * p_.key_blocks + tile) * Packed::kBytes;
+                                   (rows_.kv_head() * p_.key_blocks + tile) * Packed::kBytes;
         char* const to = stage(place);
         KeyTile::template copy_async<kThreads>(to, packed);
         ValueTile::template copy_async<kThreads, kValueDim>(to + Packed::kValueOffset,
@@ -205,13 +244,11 @@ class Attend {
         if (arch::thread_index() == 0) {
             arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
         }
-        if constexpr (kDelta) {
+        if constexpr (kDeltaBytes > 0) {
             int const byte = arch::thread_index() * kAccessBytes;
             if (byte < kDeltaBytes) {
-                int64_t const row = head_ * p_.query_blocks + query_block_;
-                float const* const delta = p_.delta + (row * p_.key_blocks + tile) * kKeyBlock;
                 arch::copy_async(to + Packed::kBytes + byte,
-                                 reinterpret_cast<char const*>(delta) + byte);
+                                 reinterpret_cast<char const*>(rows_.delta(tile)) + byte);
             }
         }
     }
@@ -263,7 +300,7 @@ class Attend {
     }
 
     SAGE_DEVICE void load_query(uint32_t (&operand)[4], int band, int step) const {
-        constexpr int kBytesOfWarp = kWarpRows * (QueryTile::kBytes / kQueryBlock);
+        constexpr int kBytesOfWarp = kWarpRows * (QueryTile::kBytes / kTileRows);
         QueryTile::load(operand, shared_ + arch::thread_index() / 32 * kBytesOfWarp,
                         QueryTile::of_lane(), band * 16, step);
     }
@@ -284,28 +321,27 @@ class Attend {
 
     // P of a tile, packed as an operand, and by what the sums so far decay.
     SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
-                             Scores const& scores, float query_scale, int tile, uint8_t shown,
-                             char const* stage) {
+                             Scores const& scores, float const (&query_scales)[Rows::kScales],
+                             int tile, uint8_t shown, char const* stage) {
         // Some of the block's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
-        int const block = query_block_ * kQueryBlock;
-        bool const masked =
-            first + kKeyBlock > end_key(block) || first < first_key(block + kQueryBlock - 1);
+        bool const masked = first + kKeyBlock > end_key(rows_.first_query()) ||
+                            first < first_key(rows_.last_query());
         int const column = first_column();
         float const* const key_scales =
             reinterpret_cast<float const*>(stage + Packed::kScalesOffset);
-        float const scale = query_scale * arch::load_shared(key_scales + column / 2);
-        float const* const delta = reinterpret_cast<float const*>(stage + Packed::kBytes);
+        float const key_scale = arch::load_shared(key_scales + column / 2);
         // With a term of its own in each column, or a softcap, the scale must come first; else it
         // can wait, and then it multiplies -inf too, so it may not be zero.
         constexpr bool kScaled = kDelta || kSoftcap || kMasked;
-        float const remaining = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
 
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
                 float x[kKeyAtoms][2];
+                float const scale = query_scales[Rows::scale_of(band, half)] * key_scale;
+                float const remaining = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
                 float const row_term = kSoftcap ? row_term_of(band, half) : 0.0f;
                 SAGE_UNROLL
                 for (int atom = 0; atom < kKeyAtoms; ++atom) {
@@ -314,8 +350,7 @@ class Attend {
                         x[atom][i] = arch::from_bits(scores[band][atom][2 * half + i]) - kBias;
                     }
                     if constexpr (kDelta) {
-                        float2 const of_keys = arch::load_shared(
-                            reinterpret_cast<float2 const*>(delta + atom * 8 + column));
+                        float2 const of_keys = delta_of(stage, tile, band, half, atom * 8 + column);
                         x[atom][0] = arch::fma(x[atom][0], scale, of_keys.x);
                         x[atom][1] = arch::fma(x[atom][1], scale, of_keys.y);
                     }
@@ -334,9 +369,9 @@ class Attend {
                     if (shown == kMixed) apply_mask(x, band, half, first + column);
                 }
                 if (masked) {
-                    int const row = first_row() + band * 16 + half * 8;
-                    int const begin = first_key(row) - first - column;
-                    int const end = end_key(row) - first - column;
+                    int const query = rows_.query(band, half);
+                    int const begin = first_key(query) - first - column;
+                    int const end = end_key(query) - first - column;
                     SAGE_UNROLL
                     for (int atom = 0; atom < kKeyAtoms; ++atom) {
                         SAGE_UNROLL
@@ -394,9 +429,24 @@ class Attend {
 
     // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
     SAGE_DEVICE float row_term_of(int band, int half) const {
-        int const row = first_row() + band * 16 + half * 8;
-        if (row >= p_.query_length) return 0.0f;
-        return arch::load_global(p_.row_term + head_ * p_.query_length + row);
+        if (!rows_.exists(band, half)) return 0.0f;
+        return arch::load_global(p_.row_term + index_of(band, half));
+    }
+
+    // Of a row in (B, H, Lq).
+    SAGE_DEVICE int64_t index_of(int band, int half) const {
+        return rows_.head(band, half) * p_.query_length + rows_.query(band, half);
+    }
+
+    // What the mean of Q contributes to the scores of a row in two columns.
+    SAGE_DEVICE float2 delta_of(char const* stage, int tile, int band, int half, int column) const {
+        if constexpr (kPackedHeads) {
+            return arch::load_global(
+                reinterpret_cast<float2 const*>(rows_.delta(tile, band, half) + column));
+        } else {
+            float const* const delta = reinterpret_cast<float const*>(stage + Packed::kBytes);
+            return arch::load_shared(reinterpret_cast<float2 const*>(delta + column));
+        }
     }
 
     // softcap * tanh(score / softcap), from natural units to those of log 2.
@@ -501,16 +551,8 @@ class Attend {
         return arch::unpack_half(product[half]);
     }
 
-    SAGE_DEVICE void store() {
-        Split const head(head_, p_.heads);
-        Output* const output = static_cast<Output*>(p_.output) +
-                               head.outer * p_.output_batch_stride +
-                               head.inner * p_.output_head_stride;
-        float const* const value_scales =
-            p_.value_scales + int64_t{kv_head_} * padded_dim(kValueDim);
-        // Of every eight channels, the two that the thread holds: as a pair, or one by one.
-        bool const pairs = p_.channels % 2 == 0 && p_.output_token_stride % 2 == 0 &&
-                           reinterpret_cast<uintptr_t>(output) % (2 * sizeof(Output)) == 0;
+    // Over the columns of all threads that hold a row.
+    SAGE_DEVICE void sum_up_totals() {
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
@@ -521,27 +563,59 @@ class Attend {
                 total_[band][half] = total;
             }
         }
+    }
+
+    // What the block's keys make of each row, for Merge. Where it sees none of them, no output.
+    SAGE_DEVICE void store_part() const {
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
-                int const row = first_row() + band * 16 + half * 8;
-                if (row >= p_.query_length) continue;
-                bool const dead = !sees_a_key(row);
-                float factor = arch::divide(1.0f, total_[band][half]);
-                float lse = 0.0f;
-                if (p_.lse != nullptr || p_.sinks != nullptr) {
-                    lse = dead ? -infinity() : lse_of_keys(band, half);
+                if (!rows_.exists(band, half)) continue;
+                int64_t const part = index_of(band, half) * p_.parts + part_;
+                // Scales that are not finite leave NaN in a row without keys.
+                bool const dead = !sees_a_key(band, half);
+                float const total = dead ? 0.0f : total_[band][half];
+                if (first_column() == 0) {
+                    float const maximum = dead ? -infinity() : maximum_[band][half];
+                    arch::store_global(reinterpret_cast<float2*>(p_.part_sums + 2 * part),
+                                       make_float2(maximum, total));
                 }
-                if (p_.sinks != nullptr) {
-                    float const of_keys = lse;
-                    lse = with_sink(lse, arch::load_global(p_.sinks + head.inner));
-                    factor *= arch::exp2((of_keys - lse) * kLog2E);  // the keys' share
+                if (total == 0.0f) continue;
+                float* const of_row = p_.part_outputs + part * padded_dim(kValueDim);
+                SAGE_UNROLL
+                for (int atom = 0; atom < kChannelAtoms; ++atom) {
+                    float const* const sums = output_[band][atom] + 2 * half;
+                    arch::store_global(
+                        reinterpret_cast<float2*>(of_row + atom * 8 + first_column()),
+                        make_float2(sums[0], sums[1]));
                 }
-                // A sink makes a row without keys one of zeros, or of NaN where it is +inf.
-                bool const sunk = dead && p_.sinks != nullptr && lse != -infinity();
-                float const of_dead = sunk ? 0.0f * lse : p_.dead_value;
-                Output* const of_row = output + row * p_.output_token_stride;
+            }
+        }
+    }
+
+    SAGE_DEVICE void store() const {
+        float const* const value_scales =
+            p_.value_scales + int64_t{rows_.kv_head()} * padded_dim(kValueDim);
+        float const limit = value_limit<Pv, kHalfAccumulator>();
+        SAGE_UNROLL
+        for (int band = 0; band < kBands; ++band) {
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                if (!rows_.exists(band, half)) continue;
+                Split const head(rows_.head(band, half), p_.heads);
+                RowEnd end(maximum_[band][half], total_[band][half], Pv::kLog2WeightFactor,
+                           !sees_a_key(band, half), p_.dead_value);
+                if (!kSoftcap && (p_.lse != nullptr || p_.sinks != nullptr)) {
+                    end.add_row_term(row_term_of(band, half));
+                }
+                if (p_.sinks != nullptr) end.add_sink(arch::load_global(p_.sinks + head.inner));
+                Output* const of_row = static_cast<Output*>(p_.output) +
+                                       head.outer * p_.output_batch_stride +
+                                       head.inner * p_.output_head_stride +
+                                       rows_.query(band, half) * p_.output_token_stride;
+                // Of every eight channels, the two that the thread holds: as a pair, or one by one.
+                bool const pairs = stores_pairs(of_row, p_.channels);
                 SAGE_UNROLL
                 for (int atom = 0; atom < kChannelAtoms; ++atom) {
                     int const channel = atom * 8 + first_column();
@@ -549,8 +623,8 @@ class Attend {
                     float2 const scale =
                         arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
                     float const* const sums = output_[band][atom] + 2 * half;
-                    float const low = dead ? of_dead : bounded(sums[0] * factor, scale.x);
-                    float const high = dead ? of_dead : bounded(sums[1] * factor, scale.y);
+                    float const low = end.value(sums[0], limit, scale.x);
+                    float const high = end.value(sums[1], limit, scale.y);
                     if (pairs) {
                         store_pair(of_row + channel, low, high);
                     } else {
@@ -559,63 +633,19 @@ class Attend {
                     }
                 }
                 if (p_.lse != nullptr && first_column() == 0) {
-                    arch::store_global(p_.lse + head_ * p_.query_length + row, lse);
+                    int64_t const index = rows_.head(band, half) * p_.lse_head_stride;
+                    arch::store_global(p_.lse + index + rows_.query(band, half), end.lse());
                 }
             }
         }
     }
 
-    // An average of V, with its scale back. The rounded P may sum to a little more than 1, which
-    // may not make an infinity of a V near the top of its range.
-    SAGE_DEVICE static float bounded(float average, float scale) {
-        if constexpr (Pv::kBits == 8) {
-            constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Pv::kLimit;
-            average = average > kLimit ? kLimit : average < -kLimit ? -kLimit : average;
-        }
-        return average * scale;
-    }
-
-    SAGE_DEVICE bool sees_a_key(int row) const {
-        if (end_key(row) <= first_key(row)) return false;
+    SAGE_DEVICE bool sees_a_key(int band, int half) const {
+        int const query = rows_.query(band, half);
+        if (end_key(query) <= first_key(query)) return false;
         if constexpr (!kMasked) return true;
-        return Seen(p_.live, Split(head_, p_.heads), 0, p_.query_length).of(row) != 0;
-    }
-
-    SAGE_DEVICE static void store_pair(Output* address, float low, float high) {
-        if constexpr (sizeof(Output) == sizeof(float)) {
-            arch::store_global(reinterpret_cast<float2*>(address), make_float2(low, high));
-        } else {
-            arch::store_global(reinterpret_cast<uint32_t*>(address),
-                               Packed2<Output>::pack(low, high));
-        }
-    }
-
-    SAGE_DEVICE static void store_one(Output* address, float x) {
-        if constexpr (sizeof(Output) == sizeof(float)) {
-            arch::store_global(reinterpret_cast<float*>(address), x);
-        } else {
-            uint16_t const bits = static_cast<uint16_t>(Packed2<Output>::pack(x, 0.0f));
-            arch::store_global(reinterpret_cast<uint16_t*>(address), bits);
-        }
-    }
-
-    // Natural logarithm, over the keys alone, of a row that sees one.
-    SAGE_DEVICE float lse_of_keys(int band, int half) const {
-        float const log2_total = arch::log2(total_[band][half]) - Pv::kLog2WeightFactor;
-        float const lse = (maximum_[band][half] + log2_total) * kLn2;
-        // With a softcap the scores have it already.
-        return kSoftcap ? lse : lse + row_term_of(band, half);
-    }
-
-    // log(exp(lse) + exp(sink)); a sink of +inf gives NaN, as NaN does.
-    SAGE_DEVICE static float with_sink(float lse, float sink) {
-        if (sink == infinity() || sink != sink) return sink - sink;
-        if (lse != lse) return lse;
-        float const larger = arch::maximum(lse, sink);
-        if (larger == -infinity()) return larger;
-        float const sum =
-            arch::exp2((lse - larger) * kLog2E) + arch::exp2((sink - larger) * kLog2E);
-        return larger + arch::log2(sum) * kLn2;
+        Split const head(rows_.head(band, half), p_.heads);
+        return Seen(p_.live, head, 0, p_.query_length).of(query) != 0;
     }
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <sage/rotary.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -22,9 +23,11 @@ struct QuantizeKey {
     static constexpr int kSharedBytes =
         (At::kRows + (kDelta ? kKeyBlock * kRowFloats : 0)) * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) {
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    // task = (b * Hkv + h) * N + block
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
         At const at;
-        int64_t const task = arch::block_index();  // (b * Hkv + h) * N + block
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
@@ -79,6 +82,29 @@ struct QuantizeKey {
                                           at.channel, key[t], scale);
         }
         if constexpr (kDelta) store_delta(p, head, block.inner, smoothed);
+    }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        Sequence const sequence = Sequence::with_key_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_key_block() * p.heads;
+        int64_t const task = sequence.task(block - before, sequence.key_blocks() * p.heads);
+        if (task < 0) return task;
+        skip<Input>(p.key, sequence.first_key_token());
+        p.key_sums += sequence.first_chunk() * p.heads * kHeadDim;
+        p.codes += before * p.tile_bytes;
+        p.scales += before * p.tile_bytes;
+        if constexpr (kDelta) {
+            int64_t const rows = sequence.first_query_block() * p.heads * batch.group;
+            p.means += rows * kHeadDim;
+            p.delta += rows * batch.most_key_blocks * kKeyBlock;
+        }
+        p.key_blocks = sequence.key_blocks();
+        p.mean_rows = batch.group * sequence.query_blocks();
+        p.first_key = sequence.first_key();
+        p.end_key = sequence.end_key();
+        p.chunks = sequence.chunks();
+        return task;
     }
 
  private:

@@ -134,7 +134,8 @@ struct ValueParams {
     int64_t first_key, end_key, chunks;
 };
 
-// One block per (query block, head).
+// One block per (query block, head); with packed heads one per (tile of rows, key/value head);
+// where keys are split, one per part of these.
 struct AttendParams {
     void const* query_codes;
     float const* query_scales;
@@ -144,18 +145,58 @@ struct AttendParams {
     float const* row_term;  // (B, H, Lq); null where neither LSE, softcap nor sinks need it
     float const* sinks;     // (H): one more logit of each head, in the denominator; may be null
     void* output;           // (B, H, Lq, channels) of the output type, channels contiguous
-    float* lse;             // (B, H, Lq), natural logarithm; may be null
+    float* lse;             // (B, H, Lq) by its stride, natural logarithm; may be null
     Mask mask;              // of a kernel that has one
     Flags tiles;            // what it is in each: a token is a query block, and has N bytes
     Flags live;             // queries that see a key through it
+    float* part_outputs;    // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
+    float* part_sums;       // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
     int64_t output_batch_stride, output_head_stride, output_token_stride;
-    int64_t heads, group;  // H, G
+    int64_t lse_head_stride;  // Lq, or more
+    int64_t heads, group;     // H, G
     int64_t query_length, key_length;
     int64_t query_blocks, key_blocks;
+    int64_t row_blocks;    // tiles that G * Lq rows make, of a kernel that packs heads
+    int64_t parts;         // of the keys, of a kernel that splits them
     int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
     int64_t channels;      // of V and the output
     float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
+};
+
+// One block per Merge::kRows rows: what the parts of the keys made of each, joined.
+struct MergeParams {
+    float const* part_outputs;  // as of AttendParams; a part whose sum of P is 0 has none
+    float const* part_sums;
+    float const* value_scales;  // (B, Hkv, D of V)
+    float const* row_term;      // (B, H, Lq); null where neither LSE nor sinks need it, and where
+                                // scores have it already, under a softcap
+    float const* sinks;
+    void* output;
+    float* lse;
+    int64_t output_batch_stride, output_head_stride, output_token_stride;
+    int64_t heads, group;
+    int64_t query_length;
+    int64_t rows;  // B * H * Lq
+    int64_t parts;
+    int64_t channels;
+    int64_t dead_is_nan;       // whether a row that sees no key is NaN; else it is 0
+    float log2_weight_factor;  // of P, see numeric.cuh
+    float limit;               // of |V| as it was quantized
+};
+
+// The sequences of a packed batch, which lie one after another along the lengths of a batch of 1:
+// what a kernel of varlen.cuh takes besides the struct of its own, where it ignores what depends on
+// lengths. Offsets are cumulative lengths, (count + 1) of 4 or 8 bytes each.
+struct Sequences {
+    void const *query_offsets, *key_offsets;
+    int64_t query_offset_bytes, key_offset_bytes;
+    int64_t count;
+    int64_t queries, keys;    // of the whole batch
+    int64_t group;            // G
+    int64_t most_key_blocks;  // of one sequence
+    int64_t left, right;      // keys that a query sees on both sides of the diagonal
+    int64_t bottom_right;     // the last query and the last key are on it; else the first ones
 };
 
 // The kernels below are for hosts without torch: what a mask shows, and sinks as floats. A mask has

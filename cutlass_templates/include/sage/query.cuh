@@ -4,6 +4,7 @@
 #pragma once
 
 #include <sage/rotary.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -22,8 +23,10 @@ struct QuantizeQuery {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = (At::kRows * kHeadDim + kGroups * kParts) * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) {
-        Place const place(p);
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
+        Place const place(p, task);
         auto const tokens = Reader::template read<Input>(p, p.query, Split(place.head, p.heads));
         Kept query[kTokens];
         SAGE_UNROLL
@@ -39,6 +42,29 @@ struct QuantizeQuery {
         store_quantized(p, place, query, mean);
     }
 
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_query_block() * p.heads;
+        int64_t const task = sequence.task(block - before, sequence.query_blocks() * p.heads);
+        if (task < 0) return task;
+        int64_t const kv_heads = Split(p.heads, p.group).outer;
+        skip<Input>(p.query, sequence.first_query_token());
+        p.key_sums += sequence.first_chunk() * kv_heads * kHeadDim;
+        p.codes = static_cast<char*>(p.codes) + before * kQueryBlock * kHeadDim * Format::kBits / 8;
+        p.scales += before * kGroups;
+        if constexpr (kSmooth) p.means += before * kHeadDim;
+        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+        p.query_length = sequence.query_length();
+        p.query_blocks = sequence.query_blocks();
+        p.first_live = sequence.first_live();
+        p.end_live = sequence.end_live();
+        p.first_key = sequence.first_key();
+        p.end_key = sequence.end_key();
+        p.chunks = sequence.chunks();
+        return task;
+    }
+
  private:
     // What a thread does: of query block `block` of `head`, the tokens at.row + t * kRows.
     struct Place {
@@ -49,11 +75,11 @@ struct QuantizeQuery {
         Seen seen;       // queries that see a key
         uint32_t lives;  // bit t: the thread's token t is one
 
-        SAGE_DEVICE explicit Place(Params const& p)
-            : Place(p, Split(arch::block_index(), p.query_blocks)) {}
+        SAGE_DEVICE Place(Params const& p, int64_t task)
+            : Place(p, task, Split(task, p.query_blocks)) {}
 
-        SAGE_DEVICE Place(Params const& p, Split const& block)
-            : task(arch::block_index()),
+        SAGE_DEVICE Place(Params const& p, int64_t task, Split const& block)
+            : task(task),
               head(block.outer),
               first(int64_t{block.inner} * kQueryBlock),
               seen(p.flags, Split(block.outer, p.heads), p.first_live, p.end_live),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <sage/rotary.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -13,8 +14,9 @@ struct Statistics {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kQuantizerThreads * kChunk * sizeof(float);  // any dim
 
-    SAGE_DEVICE static void run(Params const& p) {
-        int64_t const task = arch::block_index();
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
         if (task < p.key_tasks) {
             reduce<kKeyDim, KeyReader>(
                 p, task, p.key, p.key_sums,
@@ -31,6 +33,26 @@ struct Statistics {
                     return arch::from_bits(larger(arch::bits(amax), arch::bits(other)));
                 });
         }
+    }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        bool const of_value = block >= p.key_tasks;
+        if (of_value) block -= p.key_tasks;
+        Sequence const sequence = Sequence::with_chunk(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_chunk() * p.heads;
+        p.key_tasks = sequence.chunks() * p.heads;
+        int64_t const task = sequence.task(block - before, p.key_tasks);
+        if (task < 0) return task;
+        skip<Input>(p.key, sequence.first_key_token());
+        skip<Input>(p.value, sequence.first_key_token());
+        p.key_sums += before * kKeyDim;
+        p.value_amax += before * kValueDim;
+        p.first_key = sequence.first_key();
+        p.end_key = sequence.end_key();
+        p.chunks = sequence.chunks();
+        p.chunk_tokens = sequence.chunk_tokens();
+        return of_value ? p.key_tasks + task : task;
     }
 
  private:

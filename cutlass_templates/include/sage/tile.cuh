@@ -48,6 +48,18 @@ struct Tile {
         }
     }
 
+    // Begins to copy rows that lie anywhere: `address_of(row)` is where, 16 bytes aligned.
+    template <int kThreads, class AddressOf>
+    SAGE_DEVICE static void copy_rows_async(char* tile, AddressOf const& address_of) {
+        SAGE_UNROLL
+        for (int start = 0; start < kBytes; start += kThreads * kAccessBytes) {
+            int const first = start + arch::thread_index() * kAccessBytes;
+            if (first >= kBytes) continue;
+            int const row = first / kRowBytes, byte = first % kRowBytes;
+            arch::copy_async(tile + offset(row, byte), address_of(row) + byte);
+        }
+    }
+
     // One step of 16 rows, by ldmatrix: as operand A in the atom's order; as operand B, registers i
     // and i + 2 are those of the rows 8 i to 8 i + 7. `row` is a multiple of 16.
     SAGE_DEVICE static void load(uint32_t (&operand)[4], char const* tile, int of_lane, int row,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -20,9 +21,11 @@ struct QuantizeValue {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kKeyBlock * kRowFloats * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) {
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    // task = (b * Hkv + h) * N + block
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
         At const at;
-        int64_t const task = arch::block_index();  // (b * Hkv + h) * N + block
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
         int64_t const first = int64_t{block.inner} * kKeyBlock + at.row;
@@ -53,6 +56,23 @@ struct QuantizeValue {
         }
         arch::barrier();
         store_transposed(p, task, shared);
+    }
+
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        Sequence const sequence = Sequence::with_key_block(batch, Split(block, p.heads).outer);
+        int64_t const before = sequence.first_key_block() * p.heads;
+        int64_t const task = sequence.task(block - before, sequence.key_blocks() * p.heads);
+        if (task < 0) return task;
+        skip<Input>(p.value, sequence.first_key_token());
+        p.value_amax += sequence.first_chunk() * p.heads * kHeadDim;
+        p.codes += before * p.tile_bytes;
+        p.scales += sequence.index() * p.heads * kHeadDim;
+        p.key_blocks = sequence.key_blocks();
+        p.first_key = sequence.first_key();
+        p.end_key = sequence.end_key();
+        p.chunks = sequence.chunks();
+        return task;
     }
 
  private:

@@ -208,18 +208,27 @@ int64_t prepare(Call& call, const sage_cpu_problem& p, void* memory, int64_t wor
     call.attends = attends;
     call.has_map = attends && p.mask.data != nullptr && p.key_length != 0;
     Carver carver{static_cast<char*>(memory)};
-    call.scratch_bytes = round_up(call.kernels->scratch_bytes(p), kAlignment);
-    call.scratch = carver.take<char>(call.scratch_bytes * workers);
     if (call.has_map) {
         call.map = MaskMap::of(p);
         call.map.carve(carver);
     }
-    if (packs && attends) call.packed = carver.take<char>(packed_bytes(p));
+    if (packs && attends) {
+        // Many heads of few keys, rounded up to tiles, would take more than docs/cpu-kernel.md
+        // says.
+        int64_t all = packed_bytes(p), of_workers = workers * call.layout.bytes_of(kWorkerKeys);
+        int64_t elements = p.batch * p.kv_heads * p.key_length * (p.head_dim + p.value_head_dim);
+        int64_t most = elements * call.layout.element_bytes / 10 * 13 + of_workers;
+        call.head_by_head = p.key_length <= kWorkerKeys && carver.used + all > most;
+        call.packed = carver.take<char>(call.head_by_head ? call.layout.head_bytes * workers : all);
+    }
+    call.scratch_bytes = round_up(call.kernels->scratch_bytes(p), kAlignment);
+    call.scratch = carver.take<char>(call.scratch_bytes * workers);
     return carver.used;
 }
 
 void clear_map(const Call& call) {
     if (!call.has_map) return;
+    if (call.map.is_mixed) memset(call.map.state, kMaskMixed, size_t(call.map.state_bytes()));
     size_t bytes = size_t(call.map.bit_words()) * sizeof(uint64_t);
     memset(call.map.reachable, 0, bytes);
     memset(call.map.counted, 0, bytes);

@@ -88,12 +88,15 @@ inline void scan(const ScanTask& task) {
     const MaskMap& map = *task.map;
     int64_t first = task.row_block * map.rows_per_state;
     int64_t last = min(first + map.rows_per_state, map.rows);
-    uint8_t* states =
-        map.state +
-        ((task.batch * map.heads + task.head) * map.row_blocks + task.row_block) * map.tiles;
+    uint8_t* states = nullptr;
+    if (!map.is_mixed) {
+        states =
+            map.state +
+            ((task.batch * map.heads + task.head) * map.row_blocks + task.row_block) * map.tiles;
+        __builtin_memset(states, 0, size_t(map.tiles));
+    }
     int64_t group = p.heads / p.kv_heads;
     int64_t bits = map.bits(task.batch, map.kv_heads == 1 ? 0 : task.head / group);
-    for (int64_t t = 0; t < map.tiles; t++) states[t] = 0;
 
     constexpr uint8_t kSeen = 1, kNotPlain = 2;
     for (int64_t query = first; query < last; query++) {
@@ -107,6 +110,7 @@ inline void scan(const ScanTask& task) {
             ordinary |= tile.ordinary;
             set_bits(&map.reachable[bits + t], tile.seen);
             set_bits(&map.counted[bits + t], tile.ordinary);
+            if (states == nullptr) continue;
             if (tile.seen != 0) states[t] |= kSeen;
             if (!tile.plain) states[t] |= kNotPlain;
         }
@@ -116,7 +120,7 @@ inline void scan(const ScanTask& task) {
             set_bits(&map.counted[bits + t],
                      look_at(p, row, t * kTileKeys, interval_bits(keys, t * kTileKeys)).seen);
     }
-    for (int64_t t = 0; t < map.tiles; t++)
+    for (int64_t t = 0; states != nullptr && t < map.tiles; t++)
         states[t] = (states[t] & kSeen) == 0       ? kMaskNone
                     : (states[t] & kNotPlain) != 0 ? kMaskMixed
                                                    : kMaskPlain;

@@ -21,10 +21,11 @@ constexpr int64_t kTileKeys = 64;    // keys of one step of the loops, and the u
 constexpr int64_t kTilesPerBlock = kBlockKeys / kTileKeys;
 constexpr int64_t kChannelMultiple = 16;  // channels are padded to the longest vector
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kGroupRows = 6;  // query rows that share the loads of K and V
-constexpr int64_t kTaskRows = 96;  // query rows of one task at most; a multiple of kGroupRows
-constexpr int64_t kMaskRows = 64;  // query rows that share an entry of the mask map, at least
-constexpr int64_t kMapShare = 32;  // states take at most this part of K and V in bytes
+constexpr int64_t kGroupRows = 6;      // query rows that share the loads of K and V
+constexpr int64_t kTaskRows = 96;      // query rows of one task at most; a multiple of kGroupRows
+constexpr int64_t kMaskRows = 64;      // query rows that share an entry of the mask map, at least
+constexpr int64_t kMapShare = 32;      // states take at most this part of K and V in bytes
+constexpr int64_t kWorkerKeys = 1024;  // each worker may have memory for as many packed keys
 constexpr int64_t kAlignment = 64;
 
 static constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,10 +89,14 @@ struct PackedLayout {
         int64_t capacity = p.kv_capacity == 0 ? p.key_length : p.kv_capacity;
         layout.capacity = capacity;
         layout.block_bytes = layout.measure(kBlockKeys);
-        int64_t rest = round_up(capacity % kBlockKeys, kTileKeys);
-        layout.head_bytes =
-            capacity / kBlockKeys * layout.block_bytes + (rest == 0 ? 0 : layout.measure(rest));
+        layout.head_bytes = layout.bytes_of(capacity);
         return layout;
+    }
+
+    // Of a head that has room for so many keys.
+    SAGE_INLINE int64_t bytes_of(int64_t keys) const {
+        int64_t rest = round_up(keys % kBlockKeys, kTileKeys);
+        return keys / kBlockKeys * block_bytes + (rest == 0 ? 0 : measure(rest));
     }
 
     SAGE_INLINE Block block(char* head, int64_t index) const {
@@ -154,6 +159,7 @@ struct MaskMap {
     int64_t rows;                      // 1 where one row stands for all
     int64_t rows_per_state;
     int64_t row_blocks, tiles;
+    bool is_mixed;        // too large for states of its own: one stands for all, mixed
     uint8_t* state;       // MaskState of (batches, heads, row_blocks, tiles)
     uint64_t* reachable;  // bits of (batches, kv_heads, tiles): some query sees the key
     uint64_t* counted;    // same: and it counts in statistics (docs/numerics.md)
@@ -167,25 +173,32 @@ struct MaskMap {
         bool one_row = p.mask.stride[2] == 0 && p.window_left < 0 && p.window_right < 0;
         map.rows = one_row ? 1 : p.query_length;
         // Beside long queries a finer map would outgrow the packed keys.
-        int64_t keys_bytes = p.batch * p.kv_heads * kTileKeys * (p.head_dim + p.value_head_dim);
+        int64_t keys = p.batch * p.kv_heads * min(kTileKeys, p.key_length);  // of a tile
+        int64_t most = keys * (p.head_dim + p.value_head_dim) / kMapShare;
         map.rows_per_state = kMaskRows;
         while (map.rows_per_state < map.rows &&
-               map.planes() * ceil_div(map.rows, map.rows_per_state) > keys_bytes / kMapShare)
+               map.planes() * ceil_div(map.rows, map.rows_per_state) > most)
             map.rows_per_state *= 2;
         map.row_blocks = ceil_div(map.rows, map.rows_per_state);
+        map.is_mixed = map.planes() * map.row_blocks > most;
         return map;
     }
 
     SAGE_INLINE int64_t planes() const { return batches * heads; }
     SAGE_INLINE int64_t bit_words() const { return batches * kv_heads * tiles; }
 
+    SAGE_INLINE int64_t state_bytes() const {
+        return (is_mixed ? 1 : planes() * row_blocks) * tiles;
+    }
+
     SAGE_INLINE void carve(Carver& carver) {
-        state = carver.take<uint8_t>(planes() * row_blocks * tiles);
+        state = carver.take<uint8_t>(state_bytes());
         reachable = carver.take<uint64_t>(bit_words());
         counted = carver.take<uint64_t>(bit_words());
     }
 
     SAGE_INLINE const uint8_t* states(int64_t batch, int64_t head, int64_t query) const {
+        if (is_mixed) return state;
         int64_t plane = (batches == 1 ? 0 : batch) * heads + (heads == 1 ? 0 : head);
         int64_t block = rows == 1 ? 0 : query / rows_per_state;
         return state + (plane * row_blocks + block) * tiles;

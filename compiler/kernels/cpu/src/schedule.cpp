@@ -14,7 +14,8 @@ void pause() {}
 // All tasks of a call in one order: first those that look through the mask, then those that pack,
 // then those that attend. A worker takes the next, and waits where it needs what others still work
 // on. Whatever is waited for was taken earlier, by a worker that runs; so this ends with any number
-// of workers, also when the host runs them one after the other.
+// of workers, also when the host runs them one after the other. Where packed keys of all heads
+// would take too much memory, one task packs a head and attends it.
 //
 // A task's result does not depend on who runs it or when, nor on how rows are divided into tasks.
 class Queue {
@@ -22,14 +23,14 @@ class Queue {
     Queue(const Call& call, int64_t workers) : call_(call), p_(*call.problem) {
         scans_ = call.has_map ? call.map.planes() * call.map.row_blocks : 0;
         blocks_ = ceil_div(p_.key_length - call.first, kBlockKeys);
-        packs_ = call.packs ? p_.batch * p_.kv_heads * blocks_ : 0;
+        packs_ = call.packs && !call.head_by_head ? p_.batch * p_.kv_heads * blocks_ : 0;
         if (call.attends) {
             int64_t rows = p_.heads / p_.kv_heads * p_.query_length;
             // Small problems: some tasks for each worker, down to one group of rows.
             int64_t share = ceil_div(rows * p_.batch * p_.kv_heads, kTasksPerWorker * workers);
             task_rows_ = min(kTaskRows, round_up(share, kGroupRows));
             row_tasks_ = ceil_div(rows, task_rows_);
-            attends_ = p_.batch * p_.kv_heads * row_tasks_;
+            attends_ = p_.batch * p_.kv_heads * (call.head_by_head ? 1 : row_tasks_);
         }
     }
 
@@ -43,11 +44,17 @@ class Queue {
                 scan(index);
             } else if (index < scans_ + packs_) {
                 wait_for(scanned_, scans_);
-                pack(index - scans_);
+                index -= scans_;
+                pack(index / blocks_, index % blocks_, head(index / blocks_));
+                __atomic_fetch_add(&packed_, 1, __ATOMIC_RELEASE);
             } else if (index < size()) {
                 wait_for(scanned_, scans_);
                 wait_for(packed_, packs_);
-                attend(index - scans_ - packs_, scratch);
+                index -= scans_ + packs_;
+                if (call_.head_by_head)
+                    pack_and_attend(index, head(worker), scratch);
+                else
+                    attend(index, scratch);
             } else {
                 return;
             }
@@ -67,9 +74,8 @@ class Queue {
         }
     }
 
-    char* head(int64_t batch, int64_t kv_head) const {
-        return call_.packed + (batch * p_.kv_heads + kv_head) * call_.layout.head_bytes;
-    }
+    // `place` is the index of a batch and key/value head, or of a worker.
+    char* head(int64_t place) const { return call_.packed + place * call_.layout.head_bytes; }
 
     const MaskMap* map() const { return call_.has_map ? &call_.map : nullptr; }
 
@@ -80,13 +86,10 @@ class Queue {
         __atomic_fetch_add(&scanned_, 1, __ATOMIC_RELEASE);
     }
 
-    void pack(int64_t index) {
-        int64_t plane = index / blocks_;
-        int64_t batch = plane / p_.kv_heads, kv_head = plane % p_.kv_heads;
-        call_.kernels->pack({&p_, &call_.layout, map(), batch, kv_head,
-                             call_.first / kBlockKeys + index % blocks_, call_.first,
-                             call_.everything, head(batch, kv_head)});
-        __atomic_fetch_add(&packed_, 1, __ATOMIC_RELEASE);
+    void pack(int64_t plane, int64_t block, char* head) {
+        call_.kernels->pack({&p_, &call_.layout, map(), plane / p_.kv_heads, plane % p_.kv_heads,
+                             call_.first / kBlockKeys + block, call_.first, call_.everything,
+                             head});
     }
 
     void attend(int64_t index, char* scratch) {
@@ -103,10 +106,18 @@ class Queue {
         }
         // Under a causal mask the last rows have the most work: the small tasks fill the end.
         if (p_.window_right >= 0) row_task = row_tasks_ - 1 - row_task;
-        int64_t batch = plane / p_.kv_heads, kv_head = plane % p_.kv_heads;
+        attend(plane, row_task, head(plane), scratch);
+    }
+
+    void attend(int64_t plane, int64_t row_task, const char* head, char* scratch) {
         int64_t rows = p_.heads / p_.kv_heads * p_.query_length, first = row_task * task_rows_;
-        call_.kernels->attend({&p_, &call_.layout, map(), batch, kv_head, first,
-                               min(task_rows_, rows - first), head(batch, kv_head), scratch});
+        call_.kernels->attend({&p_, &call_.layout, map(), plane / p_.kv_heads, plane % p_.kv_heads,
+                               first, min(task_rows_, rows - first), head, scratch});
+    }
+
+    void pack_and_attend(int64_t plane, char* head, char* scratch) {
+        for (int64_t block = 0; block < blocks_; block++) pack(plane, block, head);
+        for (int64_t task = 0; task < row_tasks_; task++) attend(plane, task, head, scratch);
     }
 
     const Call& call_;

@@ -12,8 +12,9 @@ struct Call {
     PackedLayout layout;
     MaskMap map;
     bool has_map;
-    char* packed;
-    char* scratch;  // of all workers, scratch_bytes each
+    bool head_by_head;  // a worker packs and attends a head by itself, in memory of its own
+    char* packed;       // of all heads; or of all workers, a head each
+    char* scratch;      // of all workers, scratch_bytes each
     int64_t scratch_bytes;
     int64_t first;    // token that packing starts at
     bool everything;  // pack every token as if every query saw it

@@ -18,8 +18,9 @@ from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, KernelSpec, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
 from sage_compiler.precision import RECIPES, Accumulator, Recipe
@@ -62,24 +63,35 @@ def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
     """Kernels of which those of one kind have a header changed; their images are not kept.
 
     Args:
+        kind: of kernels; empty: all, whose templates include the header.
         header: which; by default that of the kind's template, which includes it otherwise.
     """
-    folder = host.TEMPLATES / "include" / "sage"
+    header = header or kind
+    changed = change(_header(header))
+    assert changed != _header(header), "there is nothing to break"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
-        if spec.kind == kind:
-            text = (folder / f"{header or kind}.cuh").read_text()
-            changed = change(text)
-            assert changed != text, "there is nothing to break"
-            for name in dict.fromkeys((kind, header or kind)):
-                include = f"#include <sage/{name}.cuh>"
-                assert include in source
-                own = changed if name == (header or kind) else (folder / f"{name}.cuh").read_text()
-                source = source.replace(include, own.replace("#pragma once", ""))
+        if kind in ("", spec.kind):
+            for name in dict.fromkeys((spec.kind, header)):
+                assert _include(name) in source
+                source = _in_place(source, name, changed if name == header else _header(name))
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
+
+
+def _include(name: str) -> str:
+    return f"#include <sage/{name}.cuh>"
+
+
+def _header(name: str) -> str:
+    return (host.TEMPLATES / "include" / "sage" / f"{name}.cuh").read_text()
+
+
+def _in_place(source: str, name: str, header: str) -> str:
+    """The source with a header's text where it includes it."""
+    return source.replace(_include(name), header.replace("#pragma once", ""))
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:
@@ -123,18 +135,23 @@ def attend(
     want_lse: bool = True,
     kernels: Loader | None = None,
     change: Callable[[Variant], Variant] = lambda same: same,
+    tile: QueryTile = QUERY_BLOCK,
+    splits: int = 1,
+    lengths: Lengths | None = None,
     seed: int = 0,
     rotary: Rotary | None = None,
-    launches: int = 5,
+    launches: int | None = None,
 ) -> Result:
     """Run one attention.
 
     Args:
         kernels: other than ``loader()``.
         change: of what is launched.
+        tile, splits: how the products are cut.
+        lengths: of a packed batch.
         seed: of the order in which threads and blocks run.
         rotary: how Q and K are rotated.
-        launches: how many of its kernels to run, the first ones.
+        launches: how many of its kernels to run, the first ones; by default all.
 
     Raises:
         DriverError: a check failed.
@@ -148,6 +165,10 @@ def attend(
     for tables in () if rotary is None else (rotary.query, rotary.key):
         for table in () if tables is None else (tables.cosine, tables.sine):
             here.allow(table, writable=False)
+    if lengths is not None:
+        here.allow(lengths.queries, writable=False)
+        if lengths.keys is not lengths.queries:
+            here.allow(lengths.keys, writable=False)
     scratch: list[Tensor] = []
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -175,6 +196,8 @@ def attend(
         softcap=kernel.has_softcap(call.semantics),
         rotary_query=None if rotary is None or rotary.query is None else rotary.pairs,
         rotary_key=None if rotary is None or rotary.key is None else rotary.pairs,
+        tile=tile,
+        varlen=lengths is not None,
     )
     running = kernel.Call(
         target,
@@ -188,6 +211,8 @@ def attend(
         call.sinks,
         call.attn_mask,
         rotary,
+        splits,
+        lengths,
     )
     if running.mask is not None:
         mask = running.mask

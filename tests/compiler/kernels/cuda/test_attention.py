@@ -479,7 +479,13 @@ MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of mean
     ("kind", "old", "new", "call", "words"),
     [
         ("attend", "arch::copy_async_wait<kStages - 2>();", "", CAUSAL, "in flight"),
-        ("attend", "arch::copy_async_wait<0>(); store();", "store();", DEAD_BLOCK, "in flight"),
+        (
+            "attend",
+            "arch::copy_async_wait<0>(); sum_up_totals();",
+            "sum_up_totals();",
+            DEAD_BLOCK,
+            "in flight",
+        ),
         ("attend", f"arch::barrier(); {PREFETCH}", PREFETCH, CAUSAL, "race"),
         (
             "attend",
@@ -505,12 +511,12 @@ def test_broken_synchronization_is_reported(
     ("kind", "old", "new"),
     [
         # a scale of the wrong rows, of the wrong columns, of the wrong channel
-        ("attend", "kQueryGroups + thread % 32 / 4;", "kQueryGroups + thread % 8;"),
+        ("attend/query_rows", "query % kQueryGroups;", "0;"),
         ("attend", "load_shared(key_scales + column / 2)", "load_shared(key_scales)"),
         ("value", "at.channel + i, scale[i]", "at.channel + i, scale[0]"),
         # one key more than there are, and one fewer than the diagonal shows
         ("attend", "? key : end;", "? key : end + 1;"),
-        ("attend", "row + static_cast<int>(p_.upper) + 1", "row + static_cast<int>(p_.upper)"),
+        ("attend", "query + static_cast<int>(p_.upper) + 1", "query + static_cast<int>(p_.upper)"),
         # sums not made relative to the new maximum
         ("attend", "arch::fma(total_[band][half], decay[band][half], total)", "total"),
         # tokens of V in the order of memory
@@ -530,7 +536,8 @@ def test_broken_synchronization_is_reported(
     ],
 )
 def test_broken_numerics_are_noticed(kind: str, old: str, new: str) -> None:
-    loader = broken(kind, replacing(old, new))
+    kind, _, header = kind.partition("/")
+    loader = broken(kind, replacing(old, new), header)
     with pytest.raises(AssertionError):
         assert_right(CAUSAL, "int8_fp8", Accumulator.FP32, kernels=loader)
 
@@ -553,9 +560,9 @@ def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
     ("kind", "old", "new"),
     [
         ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
-        ("attend", "if (shown != kHidesAll) {", "if (shown == kMixed) {"),
+        ("attend", "if (shown != kHidesAll && !rows_", "if (shown == kMixed && !rows_"),
         ("attend", "capped(x[atom][i] + row_term)", "x[atom][i] * kLog2E"),
-        ("attend", "if (p_.sinks != nullptr) {", "if (false) {"),
+        ("attend", "if (p_.sinks != nullptr) end", "if (false) end"),
         ("statistics", "seen & kCounts ? sum + x : sum", "sum + x"),
         ("key", "counted_keys(p.counts, head, p.first_key, p.end_key)", "100.0f"),
         ("query", "seen.of(token(t)) != 0", "true"),
@@ -574,6 +581,7 @@ def test_a_mask_softcap_or_sink_left_out_is_noticed(kind: str, old: str, new: st
     call.key[:, :, 300:] = 20.0
     call = dataclasses.replace(call, attn_mask=mask)
     assert_right(call, "int4_fp16", Accumulator.FP32)
+    loader = broken(kind, replacing(old, new))
     # DriverError: what is read outside of the tensors ends the launch.
     with pytest.raises((AssertionError, DriverError)):
-        assert_right(call, "int4_fp16", Accumulator.FP32, kernels=broken(kind, replacing(old, new)))
+        assert_right(call, "int4_fp16", Accumulator.FP32, kernels=loader)

@@ -118,7 +118,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
     assert found["launches"][4]["symbol"] == (
-        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2"
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False"
     )
     assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
     assert not any(each["packed"] for each in found["launches"])
@@ -135,6 +135,39 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["scratch_bytes"] == (
         sums + amax + codes + scales + row_term + tiles + scales_of_v + alignment
     )
+
+
+def test_few_queries(capsys: pytest.CaptureFixture[str]) -> None:
+    """Heads that are packed, keys that are split, and the kernel that merges."""
+    words = ("1x32x1x128", "--arch", "sm_89", "--kv", "1x8x4096x128", "--recipe", "int8_fp8")
+    lines = explained(capsys, *words).splitlines()
+    assert "cut: heads packed by 4, keys in 16 parts" in lines
+    assert "tile: 32 queries and 64 keys, 16 queries a warp, 2 stages" in lines
+    found = explained_json(capsys, *words)
+    assert [each["blocks"] for each in found["launches"]] == [256, 32, 512, 512, 8 * 16, 8]
+    assert found["launches"][5]["symbol"] == "sage_merge_sm_89_bfloat16_128"
+    about = found["cut"]
+    assert (about["packed_heads"], about["splits"], about["multiprocessors"]) == (4, 16, 128)
+    assert "a last kernel merges" in about["reason"]
+    whole = explained_json(capsys, *words[:3], "--kv", "1x8x200x128", *words[5:])
+    assert found["scratch_bytes"] - 16 * 32 * (128 + 2) * 4 > whole["scratch_bytes"]
+
+
+def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x4x1000x64", "--arch", "sm_89", "--kv", "1x2x700x64", "--sequences", "5")
+    found = explained_json(capsys, *words, "--recipe", "int4_fp8")
+    assert found["attention"].endswith(", 5 packed sequences") and found["sequences"] == 5
+    assert all(each["symbol"].endswith("_varlen") for each in found["launches"])
+    queries, keys = 4 * (1000 // 128 + 6), 2 * (700 // 64 + 5)
+    blocks = [each["blocks"] for each in found["launches"]]
+    assert blocks == [2 * 2 * (700 // 256 + 5), queries, keys, keys, queries]
+    delta = queries * 11 * 64 * 4  # one sequence may have all 700 keys
+    assert delta < found["scratch_bytes"] < delta + 1_000_000
+    assert found["exact_seconds"] is None
+    assert all(each["seconds"] is None for each in found["recipes"])
+    text = " ".join(explained(capsys, *words).split())
+    assert "int8_fp8, where it is asked for by name, launches" in text
+    assert "With auto, a least length or a guard, each sequence is a call of its own" in text
 
 
 def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +199,12 @@ def test_the_gpu_that_is_here(
         (["1x2x64x64", "--arch", "sm_89", "--kv", "12"], "shape '12'"),
         (["1x2x64x64", "--arch", "sm_89", "--value-dim", "0"], "--value-dim 0; it must be at"),
         (["1x1x1073741824x64", "--arch", "sm_89"], "fewer than 1073741824 of each; split"),
+        (["1x2x64x64", "--arch", "sm_89", "--sequences", "0"], "--sequences 0; it must be at"),
+        (["2x2x64x64", "--arch", "sm_89", "--sequences", "3"], "batch size 2 with cu_seqlens"),
+        (
+            ["1x2x64x64", "--arch", "sm_89", "--sequences", "3", "--mask", "bool"],
+            "attn_mask with cu_seqlens; a packed batch takes none",
+        ),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "triangle"], "--mask triangle; it must be boo"),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "window"], "--mask window; it must be bool"),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "causal:1,2"], "--mask causal:1,2; it must"),

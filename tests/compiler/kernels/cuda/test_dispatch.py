@@ -19,7 +19,7 @@ from sage_compiler.commands import kernels_explain, kernels_question
 from sage_compiler.commands.kernels_question import Question
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
-from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda import attending, dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS, Arch, Measurement
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, KernelSpec
 from sage_compiler.kernels.cuda.variants import accumulators, variant
@@ -141,7 +141,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     here = types.SimpleNamespace(capability=(0, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here.capability)
     monkeypatch.setattr(kernel, "Mask", FoundMask)
-    monkeypatch.setattr(kernel, "flags", lambda bits: (0,) * 4)
+    for module in (kernel, attending):
+        monkeypatch.setattr(module, "flags", lambda bits: (0,) * 4)
     kernel._arch.cache_clear()
     yield here
     kernel._arch.cache_clear()

@@ -193,6 +193,10 @@ def test_the_capability(driver: Driver, look_alike: host.Host) -> None:
     assert driver.capability(0) == (8, 9)
 
 
+def test_the_multiprocessors(driver: Driver) -> None:
+    assert driver.multiprocessors(0) == 1  # what the look-alike has
+
+
 def test_without_a_driver_there_are_no_kernels() -> None:
     with pytest.raises(KernelUnavailableError, match=r"no CUDA driver: libnone\.so.*install"):
         Driver("libnone.so")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda import attending, dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.pack import Pack
 from sage_compiler.kernels.cuda.spec import KernelSpec
@@ -217,7 +217,8 @@ def python_launches(
     if problem.mask is not None:
         found = FoundMask(problem, end)
         call.mask, converted = found, found.sinks  # type: ignore[assignment]
-        monkeypatch.setattr(kernel, "flags", lambda bits: bits)
+        for module in (kernel, attending):
+            monkeypatch.setattr(module, "flags", lambda bits: bits)
     if problem.sinks is not None:
         is_float = problem.sinks == torch.float32
         call.sinks = Address(SINKS if is_float else converted)  # type: ignore[assignment]

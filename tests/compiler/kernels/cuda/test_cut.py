@@ -1,0 +1,137 @@
+"""How the products of an attention are cut into blocks, and that a call goes by it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sage_compiler import rates
+from sage_compiler.kernels import reference
+from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.cut import Cut, choose, query_tile, reason
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, QueryTile
+from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.precision import RECIPES, TILE_MMA
+from sage_compiler.semantics import MaskClass, Semantics
+from tests.compiler.kernels.cuda.emulation import ARCH, loader, the_host
+from tests.compiler.kernels.cuda.test_attention import distance, make_call
+from tests.compiler.kernels.dense import class_mask
+from tests.cutlass_templates import host
+
+
+def cut(sizes: Sizes, *, arch: str = ARCH, head_dim: int = 128, multiprocessors: int = 128) -> Cut:
+    """Of int8_fp16 without a band."""
+    tiles = sizes.key_blocks
+    return choose(arch, "int8_fp16", "bfloat16", head_dim, head_dim, sizes, tiles, multiprocessors)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # a decoder's step, one sequence and many; heads that share nothing; one head
+        ((1, 32, 8, 1, 4096), Cut(QueryTile(32, True, True), 16)),
+        ((64, 32, 8, 1, 4096), Cut(QueryTile(32, True, False), 1)),
+        ((1, 32, 32, 1, 4096), Cut(QueryTile(32, True, True), 4)),
+        ((1, 1, 1, 1, 1 << 20), Cut(QueryTile(32, True, True), 128)),
+        # a few tokens at once, and so many that they take several tiles
+        ((1, 32, 8, 16, 4096), Cut(QueryTile(64, True, True), 16)),
+        ((1, 32, 4, 64, 4096), Cut(QueryTile(128, True, True), 8)),
+        # few keys
+        ((1, 8, 8, 4, 77), Cut(QueryTile(32, True, False), 1)),
+        # many queries, and many of few heads
+        ((1, 32, 8, 4096, 4096), Cut(QUERY_BLOCK, 1)),
+        ((1, 8, 8, 256, 32768), Cut(QueryTile(128, False, True), 8)),
+        ((1, 8, 8, 65, 100), Cut(QUERY_BLOCK, 1)),
+    ],
+)
+def test_cuts(sizes: tuple[int, int, int, int, int], expected: Cut) -> None:
+    found = Sizes.of(*sizes)
+    assert cut(found) == expected
+    said = reason(expected, found, 128)
+    assert ("packed" in said) == (expected.tile.packed_heads and found.group > 1)
+    assert ("parts" in said) == (expected.splits > 1)
+
+
+def test_what_every_cut_is() -> None:
+    """No block twice as long as others wait, no part too small, no tile that a query is not in."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        arch, head_dim = rng.choice(list(ARCHS)), rng.choice(HEAD_DIMS)
+        kv_heads = rng.choice((1, 2, 8))
+        group = rng.choice((1, 2, 3, 4, 8, 71))
+        length = rng.choice((1, 2, 7, 16, 64, 65, 130, 4096))
+        keys = rng.choice((1, 64, 500, 8192, 1 << 20))
+        sizes = Sizes.of(rng.choice((1, 3, 64)), kv_heads * group, kv_heads, length, keys)
+        multiprocessors = rng.choice((1, 20, 132))
+        found = cut(sizes, arch=arch, head_dim=head_dim, multiprocessors=multiprocessors)
+        tile = found.tile
+        assert tile.split == (found.splits > 1)
+        assert tile._replace(split=False) == query_tile(sizes, head_dim)
+        assert tile.packed_heads == (length <= TILE_MMA.q_block // 2)
+        blocks = sizes.tiles(tile)
+        assert blocks * tile.rows >= sizes.rows
+        assert blocks <= sizes.tiles(QUERY_BLOCK)
+        if tile.split:
+            assert sizes.key_blocks // found.splits >= 4
+            assert blocks * found.splits <= 8 * multiprocessors
+        kernels = variant(arch, "float16", head_dim, "int8_fp16", tile=tile)
+        assert (kernels.merge is not None) == tile.split
+        assert kernels.attend.query_tile == tile
+        assert kernels.attend.shared_bytes <= ARCHS[arch].shared_bytes
+
+
+def test_what_a_band_shows_is_what_counts() -> None:
+    """A window of a long cache is not split as the cache would be."""
+    for mask_class in MaskClass:
+        semantics = Semantics(mask_class=mask_class)
+        if "WINDOW" in mask_class.name:
+            semantics = Semantics(mask_class=mask_class, window_left=100, window_right=0)
+        for query_length, key_length in ((1, 700), (5, 300), (40, 20), (3, 64)):
+            reach = Reach.of(semantics, query_length, key_length)
+            seen = class_mask(semantics, query_length, key_length).any(0).nonzero().flatten()
+            tiles = len({int(key) // TILE_MMA.kv_block for key in seen})
+            assert reach.key_tiles == tiles
+
+
+def test_the_usual_boards_are_those_of_predictions() -> None:
+    for name, arch in ARCHS.items():
+        assert rates._BOARDS[name].multiprocessors == arch.multiprocessors
+
+
+def test_a_plan_is_refused_as_its_kernels_are() -> None:
+    sizes, reach = Sizes.of(1, 1, 1, 1, 9), Reach.of(Semantics(), 1, 9)
+    arguments = ("float64", 64, 64)
+    planned = dispatch.plan(ARCH, "int8_fp8", *arguments, sizes, reach)
+    assert planned == dispatch.decide(ARCH, "int8_fp8", *arguments)
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+def test_a_call_is_cut() -> None:
+    """By the multiprocessors of its target; the result is that of the reference, cut likewise."""
+    call = make_call(2, 900, 64, torch.float16, kv_heads=2, group=4)
+    for multiprocessors, splits in ((1, 1), (None, 3)):
+        target = kernel.Target(ARCH, 0, 0, loader(), multiprocessors=multiprocessors)
+        the_host().reset()
+        output, _ = kernel.run(
+            target,
+            call.query,
+            call.key,
+            call.value,
+            call.semantics,
+            want_lse=True,
+            recipe="int8_fp16",
+        )
+        launches = the_host().launches()
+        kinds = [launch["symbol"].split("_")[1] for launch in launches]
+        merge = ["merge"] * (splits > 1)
+        assert kinds == ["statistics", "query", "key", "value", "attend", *merge]
+        assert launches[4]["symbol"].endswith(f"_32_True_{splits > 1}")
+        assert launches[4]["grid"] == 2 * splits
+        expected, _ = reference.attention(
+            call.query, call.key, call.value, RECIPES["int8_fp16"], splits=splits
+        )
+        assert distance(output, expected) < 1.5e-3
