@@ -18,20 +18,23 @@ from sage_compiler.commands.kernels_question import Question, add_question, dtyp
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import dispatch
-from sage_compiler.kernels.cuda.arch import ARCHS, Arch, arch_of
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch, arch_of
 from sage_compiler.kernels.cuda.cut import Cut
 from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
 from sage_compiler.kernels.cuda.kernel import has_softcap
+from sage_compiler.kernels.cuda.pack import find_packs
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
+from sage_compiler.kernels.triton import kernel as triton
 from sage_compiler.ops import SHIPPED_GATE
 from sage_compiler.precision import AUTO, EXACT, TILE_MMA
 from sage_compiler.semantics import UNBOUNDED, MaskClass
 from sage_compiler.text import columns, duration
 
 _WIDTH: Final = 100  # of prose
+_SHIPPED: Final = "on first use; release wheels have it"
 _EXPLAIN: Final = """\
 Say which CUDA kernels an attention gets on a GPU, and why, or why it gets none. Neither that GPU
 nor a compiler is needed. The shape is that of the query: batch, heads, length, head_dim.
@@ -160,7 +163,7 @@ def answer(question: Question) -> Answer:
         scratch_bytes,
         {
             name: rates.seconds(arch.name, name, work)
-            for name in (*arch.recipes, EXACT)
+            for name in (() if arch is PORTABLE else (*arch.recipes, EXACT))
             if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
     )
@@ -235,8 +238,9 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
                 "threads": spec.threads,
                 "shared_bytes": spec.shared_bytes,
                 "packed": packed,
+                "shipped": shipped,
             }
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
+            for spec, blocks, packed, shipped in _launches(found)
         ]
         about["tile"] = {
             "queries": attend.tile_rows,
@@ -257,14 +261,13 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
 def _lines(question: Question, found: Answer) -> list[str]:
     """The answer for people."""
     major, minor = question.capability
-    where = f"compute capability {major}.{minor}" if found.arch is None else found.arch.name
+    where = f"compute capability {major}.{minor}"
+    if found.arch is PORTABLE:
+        where += f", by PTX of {found.arch.name}"
+    elif found.arch is not None:
+        where = found.arch.name
     lines = [f"{question}; on {where}", _decision(question, found)]
     if found.arch is None:
-        if found.served_by == Server.KERNELS:
-            lines.append(
-                "no CUTLASS kernel is for this GPU; Triton compiles one on first use, where it is "
-                "installed"
-            )
         return lines
     if found.kernels is not None and found.cut is not None:
         assert found.scratch_bytes is not None
@@ -278,9 +281,9 @@ def _lines(question: Question, found: Answer) -> list[str]:
                 str(blocks),
                 str(spec.threads),
                 str(spec.shared_bytes),
-                "in a pack" if packed else "on first use",
+                "in the pack" if packed else _SHIPPED if shipped else "on first use",
             )
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
+            for spec, blocks, packed, shipped in _launches(found)
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
@@ -294,6 +297,10 @@ def _lines(question: Question, found: Answer) -> list[str]:
         lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
+    if found.shown == triton.RECIPE:
+        lines.append(
+            "where these are in no pack and nothing compiles them, Triton's serve, if it is there"
+        )
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
     cells = [
         (name, _duration(found.seconds.get(name)), reason)
@@ -347,14 +354,14 @@ def _prose(sentence: str) -> list[str]:
     return wrap(sentence, width=_WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _launches(
-    arch: Arch, kernels: Variant, sizes: Sizes, cut: Cut
-) -> list[tuple[KernelSpec, int, bool]]:
-    """Each kernel, its blocks, and whether a pack has it."""
-    packed = set(all_specs(arch.name))
+def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
+    """Each kernel, its blocks, whether a pack here has it, and whether release wheels do."""
+    assert found.arch is not None and found.kernels is not None and found.cut is not None
+    packs, shipped = find_packs(), set(all_specs(found.arch.name))
+    blocks = found.sizes.blocks(found.kernels, found.cut.splits)
     return [
-        (spec, blocks, spec in packed)
-        for spec, blocks in zip(kernels.specs(), sizes.blocks(kernels, cut.splits), strict=True)
+        (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
+        for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)
     ]
 
 
@@ -375,6 +382,8 @@ def _geometry_reason(arch: Arch, kernels: Variant) -> str:
 
 
 def _caveat(arch: Arch) -> str:
+    if arch is PORTABLE:
+        return "times are predicted of none: whose they would be is not known"
     return f"times are predicted, none is measured: {rates.explanation(arch.name)}"
 
 

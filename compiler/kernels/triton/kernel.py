@@ -1,8 +1,8 @@
 """The Triton kernel as the registry knows it: attention where no CUTLASS kernel can be had.
 
-It takes what is left to it on NVIDIA's GPUs: a compute capability that there is no CUTLASS kernel
-for, and a machine where these are neither in a pack nor compiled. An attention is four launches on
-the caller's stream: statistics of K and V, then Q, then K and V quantized, then the attention.
+It takes what is left to it on NVIDIA's GPUs: calls whose CUTLASS kernels are neither in a pack nor
+compiled on this machine; what these would refuse, it does too. An attention is four launches on the
+caller's stream: statistics of K and V, then Q, then K and V quantized, then the attention.
 ``programs`` has them; it is imported on first use, and Triton with it.
 """
 
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from sage_compiler.errors import KernelUnavailableError
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import arch_of
 from sage_compiler.kernels.cuda.kernel import has_softcap, unobtainable
 from sage_compiler.kernels.cuda.masks import Mask, flags
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
-from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
 from sage_compiler.kernels.kernel import CLOSED, Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.quantize import power_of_two_scale
@@ -289,19 +288,10 @@ def _refuse(problem: Problem) -> str | None:
         if not is_installed():
             return "Triton is not installed; pip install triton, of the version that PyTorch names"
         capability = torch.cuda.get_device_capability(problem.device_index)
-    named = {arch.capability: arch.name for arch in ARCHS.values()}.get(capability)
-    if named is not None and unobtainable(RECIPE, problem) is None:
-        return f"{named} is left to the CUTLASS kernels"
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    if str(problem.dtype).removeprefix("torch.") not in DTYPES:
-        return f"{problem.dtype} is none of {', '.join(DTYPES)}"
-    for name, size in (
-        ("head_dim", problem.head_dim),
-        ("value head_dim", problem.value_head_dim),
-    ):
-        if not 1 <= size <= HEAD_DIMS[-1]:
-            return f"{name} {size} is not from 1 to {HEAD_DIMS[-1]}"
+    if unobtainable(RECIPE, problem) is None:
+        return f"{arch_of(capability).name} is left to the CUTLASS kernels"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import kernel as cuda_kernel
-from sage_compiler.kernels.kernel import Kernel, Problem
+from sage_compiler.kernels.kernel import Problem
 from sage_compiler.kernels.registry import Unavailable, default, find
 from sage_compiler.kernels.triton import kernel
 from sage_compiler.semantics import MaskClass
@@ -35,16 +34,15 @@ PROBLEM = Problem(
     mask_class=MaskClass.CAUSAL,
     has_mask=False,
 )
-YOUNG = dataclasses.replace(PROBLEM, capability=(12, 1))
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """What is remembered of devices, images and packages."""
-    for remembered in (cuda_kernel._arch, cuda_kernel._missing, kernel.is_installed):
+    """What is remembered of devices and images."""
+    for remembered in (cuda_kernel._arch, cuda_kernel._missing):
         remembered.cache_clear()
     yield
-    for remembered in (cuda_kernel._arch, cuda_kernel._missing, kernel.is_installed):
+    for remembered in (cuda_kernel._arch, cuda_kernel._missing):
         remembered.cache_clear()
 
 
@@ -54,74 +52,64 @@ def served(problem: Problem, recipe: str = "int8_fp16") -> str:
     return found.reason if isinstance(found, Unavailable) else found.name()
 
 
-def test_a_gpu_without_cutlass_kernels_is_served() -> None:
-    assert served(YOUNG) == "triton"
-    assert served(dataclasses.replace(YOUNG, dtype=torch.float32, has_mask=True)) == "triton"
+class Images:
+    """Of a machine that has no kernel, or any."""
+
+    reason: str | None = "no compiler for kernels"
+
+    def missing(self, spec: object) -> str | None:
+        return self.reason
 
 
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch) -> type[Images]:
+    """A GPU of compute capability 8.9, Triton, and neither a pack nor a compiler."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(kernel, "is_installed", lambda: True)
+    monkeypatch.setattr(cuda_kernel, "default_images", Images)
+    monkeypatch.setattr(Images, "reason", Images.reason)
+    return Images
+
+
+def test_it_serves_where_no_cutlass_kernel_can_be_had(bare_machine: type[Images]) -> None:
+    assert served(PROBLEM) == "triton"
+    assert served(dataclasses.replace(PROBLEM, dtype=torch.float32, has_mask=True)) == "triton"
+    assert "no compiler for kernels" in served(PROBLEM, "int8_fp8")
+    assert default(PROBLEM).recipe == "exact"
+
+
+def test_cutlass_kernels_come_first(bare_machine: type[Images]) -> None:
+    bare_machine.reason = None
+    assert served(PROBLEM) == "cuda-mma"
+    refused = served(dataclasses.replace(PROBLEM, head_dim=300))
+    assert "triton: sm_89 is left to the CUTLASS kernels" in refused
+    for capability in ((8, 0), (8, 7), (8, 9), (9, 0), (12, 1)):  # of GPUs elsewhere
+        assert served(dataclasses.replace(PROBLEM, capability=capability)) != "triton"
+
+
+@pytest.mark.usefixtures("bare_machine")
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"capability": (8, 9), "head_dim": 300}, "sm_89 is left to the CUTLASS kernels"),
+        ({"dtype": torch.float64}, "sm_89 is left to the CUTLASS kernels"),
         ({"capability": (7, 5)}, "compute capability 7.5 is below 8.0"),
-        ({"dtype": torch.float64}, "torch.float64 is none of float16"),
-        ({"head_dim": 257}, "head_dim 257 is not from 1 to 256"),
-        ({"value_head_dim": 0}, "value head_dim 0 is not from 1 to 256"),
     ],
 )
 def test_refusals(change: dict[str, object], words: str) -> None:
-    told = served(dataclasses.replace(YOUNG, **change))  # type: ignore[arg-type]
+    told = served(dataclasses.replace(PROBLEM, **change))  # type: ignore[arg-type]
     assert f"triton: {words}" in told
-
-
-def test_it_has_one_recipe() -> None:
-    assert "triton" not in served(YOUNG, "int8_fp8")
-
-
-def test_cutlass_kernels_come_first() -> None:
-    for capability in ((8, 0), (8, 9), (9, 0), (12, 0)):
-        assert served(dataclasses.replace(PROBLEM, capability=capability)) != "triton"
 
 
 def test_auto_is_exact() -> None:
     """On a GPU that nobody has measured."""
-    assert default(YOUNG).recipe == "exact"
     (registered,) = kernel.KERNELS
     assert not registered.smallest().admits(1 << 30, 1 << 30, 1 << 60)
-    assert registered.gate(YOUNG) == "int8_fp16 in Triton is not measured on any GPU"
+    assert registered.gate(PROBLEM) == "int8_fp16 in Triton is not measured on any GPU"
 
 
-@pytest.fixture
-def gpu_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of compute capability 8.9."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
-
-
-@NO_TRITON
-@pytest.mark.usefixtures("gpu_here")
-def test_neither_pack_nor_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only then does it take what a CUTLASS kernel would."""
-
-    class Images:
-        def missing(self, spec: object) -> str | None:
-            return reason
-
-    reason: str | None = None
-    monkeypatch.setattr(cuda_kernel, "default_images", Images)
-    found = find("int8_fp16", PROBLEM)
-    assert isinstance(found, Kernel) and found.name() == "cuda-mma"
-    cuda_kernel._missing.cache_clear()
-    reason = "no compiler for kernels"
-    found = find("int8_fp16", PROBLEM)
-    assert isinstance(found, Kernel) and found.name() == "triton"
-    assert default(PROBLEM).recipe == "exact"
-    assert "no compiler for kernels" in served(PROBLEM, "int8_fp8")
-
-
-@pytest.mark.usefixtures("gpu_here")
+@pytest.mark.usefixtures("bare_machine")
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 1))
+    monkeypatch.setattr(kernel, "is_installed", lambda: False)
     assert "triton: Triton is not installed" in served(PROBLEM)
 
 
