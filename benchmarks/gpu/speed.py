@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.device import Device, target
-from benchmarks.gpu.guarded import same_bits
+from benchmarks.gpu.guarded import plan, same_bits
 from benchmarks.gpu.matrix import Subject, dtype_name
 from benchmarks.gpu.peers import PEERS, candidates
 from benchmarks.gpu.timing import Candidate, interleave
 from benchmarks.measure import Spread, ratio
-from sage_compiler.kernels.cuda import dispatch, kernel
-from sage_compiler.kernels.cuda.sizes import Reach, Sizes
+from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.spec import AttendSpec, KernelSpec
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.semantics import MaskClass, Semantics
@@ -213,7 +212,7 @@ class Prepared:
             place.multiprocessors,
         )
         self.output = empty_output(call.query, call.value)
-        planned = _plan(recorder, subject, call)
+        planned = plan(recorder, subject, call)
         # Kept: it owns the operands.
         self._call = kernel.Call(
             recorder,
@@ -239,26 +238,6 @@ class Prepared:
         """Launch the fused attention, and what may follow it."""
         for launch, blocks, packed in self._launches:
             launch(blocks, self._stream, packed)
-
-
-def _plan(place: kernel.Target, subject: Subject, call: Call) -> dispatch.Plan:
-    """The kernels of a call, and how they are cut, as ``kernel.run`` has them."""
-    batch, heads, query_length, head_dim = call.query.shape
-    lengths = (query_length, call.key.shape[2])
-    planned = dispatch.plan(
-        place.arch,
-        subject.recipe,
-        dtype_name(call.query.dtype),
-        head_dim,
-        call.value.shape[3],
-        Sizes.of(batch, heads, call.key.shape[1], *lengths),
-        Reach.of(call.semantics, *lengths),
-        place.multiprocessors,
-        masked=call.attn_mask is not None,
-        accumulator=subject.accumulator,
-    )
-    assert not isinstance(planned, str), planned
-    return planned
 
 
 def make_calls(device: Device, cell: Cell) -> list[Call]:

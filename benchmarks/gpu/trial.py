@@ -116,6 +116,7 @@ class Trial:
             here.semantics,
             attn_mask=here.attn_mask,
             sinks=here.sinks,
+            splits=first.splits,
         )
         problems = [first.problem, second.problem, differ(first, second)]
         problems += self.far_from(first, *expected)
