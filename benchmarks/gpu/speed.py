@@ -27,7 +27,7 @@ from benchmarks.gpu.peers import PEERS, candidates
 from benchmarks.gpu.timing import Candidate, interleave
 from benchmarks.measure import Spread, ratio
 from sage_compiler.kernels.cuda import kernel
-from sage_compiler.kernels.cuda.spec import AttendSpec, KernelSpec
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.dense import Call
@@ -227,7 +227,10 @@ class Prepared:
             splits=planned.cut.splits,
         )
         self._call.run()
-        is_first = [isinstance(spec, AttendSpec) for spec, *_ in recorder.launches].index(True)
+        is_attention = [
+            isinstance(spec, (AttendSpec, HopperAttendSpec)) for spec, *_ in recorder.launches
+        ]
+        is_first = is_attention.index(True)
         self._stream = place.stream
         self._launches = [
             (place.loader.loaded(spec, place.device, place.stream), blocks, packed)

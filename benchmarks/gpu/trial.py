@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 import torch
@@ -160,8 +160,11 @@ class Trial:
 
 def uncut(kernels: Variant, like: Variant) -> Variant:
     """Kernels whose products are cut into blocks as others' are; short calls are cut finer."""
+    if type(kernels.attend) is not type(like.attend):
+        return kernels
     cut = ("warp_rows", "stages", "tile_rows", "packed_heads", "split")
-    same = {name: getattr(like.attend, name) for name in cut}
+    own = {each.name for each in fields(like.attend)}
+    same = {name: getattr(like.attend, name) for name in cut if name in own}
     return replace(kernels, attend=replace(kernels.attend, **same), merge=like.merge)
 
 
