@@ -19,7 +19,6 @@ from torch import Tensor
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS
 from sage_compiler.kernels.cuda.variants import (
     Variant,
-    accumulators,
     further_variants,
     variants,
 )
@@ -100,7 +99,7 @@ class Subject:
     def kernel(self) -> str:
         """The name in results: the recipe, and what is not as usual."""
         spec, name = self.kernels.attend, self.recipe
-        if self.accumulator is not accumulators(self.recipe)[0]:
+        if self.accumulator is not Accumulator.FP32:
             name += f"_acc{self.accumulator.value[2:]}"
         name += "_window" * spec.window + "_masked" * spec.masked + "_softcap" * spec.softcap
         return name + "_packed" * spec.packed_heads + "_split" * spec.split

@@ -27,7 +27,7 @@ from benchmarks.gpu.matrix import Subject, dtype_name
 from benchmarks.gpu.timing import Candidate, interleave
 from benchmarks.measure import Spread, ratio
 from sage_compiler.kernels.cuda import kernel
-from sage_compiler.kernels.cuda.spec import AttendSpec, KernelSpec
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.dense import Call
@@ -160,7 +160,9 @@ class Prepared:
         )
         self._call.run()
         ((spec, self._blocks, self._packed),) = (
-            launch for launch in recorder.launches if isinstance(launch[0], AttendSpec)
+            launch
+            for launch in recorder.launches
+            if isinstance(launch[0], (AttendSpec, HopperAttendSpec))
         )
         self._stream = place.stream
         self._launch = place.loader.loaded(spec, place.device, place.stream)

@@ -17,7 +17,7 @@ from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, arch_of, named
-from sage_compiler.kernels.cuda.spec import AttendSpec
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec
 from sage_compiler.kernels.cuda.variants import RARE, all_specs
 from sage_compiler.kernels.kernel import OPEN, Kernel, Problem
 from sage_compiler.kernels.registry import Default, Unavailable, default, find
@@ -102,7 +102,8 @@ def test_architectures() -> None:
 def test_specs_are_told_apart_and_fit(arch: str) -> None:
     specs = all_specs(arch)
     assert len({spec.symbol for spec in specs}) == len(specs)
-    offered = {f"{spec.qk}_{spec.pv}" for spec in specs if isinstance(spec, AttendSpec)}
+    attends = [spec for spec in specs if isinstance(spec, (AttendSpec, HopperAttendSpec))]
+    offered = {f"{spec.qk}_{spec.pv}" for spec in attends}
     rare = {recipe for of, recipe in RARE if of == arch}
     assert rare < set(ARCHS[arch].recipes) and offered == set(ARCHS[arch].recipes) - rare
     for spec in specs:
