@@ -27,6 +27,7 @@ from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
+from sage_compiler.kernels.triton import kernel as triton
 from sage_compiler.ops import SHIPPED_GATE
 from sage_compiler.precision import AUTO, EXACT
 from sage_compiler.semantics import UNBOUNDED, MaskClass
@@ -296,6 +297,10 @@ def _lines(question: Question, found: Answer) -> list[str]:
         lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
+    if found.shown == triton.RECIPE:
+        lines.append(
+            "where these are in no pack and nothing compiles them, Triton's serve, if it is there"
+        )
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
     cells = [
         (name, _duration(found.seconds.get(name)), reason)

@@ -53,6 +53,12 @@ def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16", "exact"]
 
 
+def test_who_serves_where_no_kernel_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x8x1024x128", "--arch", "sm_89", "--recipe")
+    assert "Triton's serve" in explained(capsys, *words, "int8_fp16")
+    assert "Triton" not in explained(capsys, *words, "int8_fp8")
+
+
 def heading(lines: list[str]) -> str:
     """That of the table of recipes."""
     return next(line for line in lines if line.split()[:2] == ["recipe", "predicted"])

@@ -77,7 +77,9 @@ def test_the_registry_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         assert default(on[1]) == Default(
             "exact", "cuda-mma: int8_fp8 is not measured on this GPU (sm_89)"
         )
-        assert default(on[2]) == Default("exact", old.reason.removeprefix("cuda-mma: "))
+        told, also = old.reason.removeprefix("cuda-mma: ").split("; triton: ")
+        assert default(on[2]) == Default("exact", told)
+        assert also == "compute capability 7.5 is below 8.0"
         elsewhere = dataclasses.replace(on[1], capability=(8, 0))  # not that of its device
         assert find("int8_fp8", elsewhere) == refused
     finally:
