@@ -124,7 +124,10 @@ class Subject:
 
     def reference(self) -> Recipe:
         """What ``reference.attention`` computes for it."""
-        return dataclasses.replace(RECIPES[self.recipe], accumulator=self.accumulator)
+        recipe = RECIPES[self.recipe]
+        at_once = self.kernels.attend.keys // recipe.tile.kv_block
+        tile = dataclasses.replace(recipe.tile, softmax_blocks=at_once)
+        return dataclasses.replace(recipe, accumulator=self.accumulator, tile=tile)
 
     def distance(self, elements: int) -> float:
         """How far an output of so many elements may be from the reference."""
