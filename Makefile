@@ -15,6 +15,8 @@ CHECK_ARGS ?= --compiler nvrtc
 # A Python with a PyTorch for CUDA, and what `make gpu` checks and times: make gpu GPU_ARGS=--quick
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+# Further arguments of the command that builds the kernels of `make wheel-cuda`.
+RELEASE_ARGS ?=
 
 VENV := .venv
 GPU_ENV := build/gpu-env
@@ -64,7 +66,7 @@ print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], 
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help set-up browser test demo lint format bench gpu check-kernels costs sanitize check-arm wheel clean distclean
+.PHONY: help set-up browser test demo lint format bench gpu check-kernels costs sanitize check-arm wheel wheel-cuda clean distclean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -130,6 +132,13 @@ wheel: $(ENVIRONMENT) ## build the wheel into dist/
 	SAGE_CPU_REQUIRED=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@rm -rf build/lib* build/bdist.* build/temp.*
 	@ls dist/*.whl
+
+# For a release: in minutes, every kernel of variants.PACK, with nvcc where it is, whose images are
+# smaller. RELEASE_ARGS="--compiler nvrtc" is faster.
+wheel-cuda: export SAGE_WHEEL_PACK := $(CURDIR)/build/pack
+wheel-cuda: $(PACKAGE) $(CUDA) ## build the wheel with the CUDA kernels of a release into dist/
+	$(BIN)/sagec kernels build --release --out $(SAGE_WHEEL_PACK) $(RELEASE_ARGS)
+	@$(MAKE) --no-print-directory wheel
 
 clean: ## remove what was built, except .venv
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

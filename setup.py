@@ -15,11 +15,16 @@ whose flags the compiler rejects is left out, and the others are told by its mac
 Environment: CXX compiles and CC links (C, so that no C++ runtime is needed); CPPFLAGS, CFLAGS,
 CXXFLAGS and LDFLAGS come after the flags below. Where the libraries cannot be built, the package is
 installed without them, with a warning; with SAGE_CPU_REQUIRED=1 that is an error.
+
+SAGE_WHEEL_PACK names a folder that `sagec kernels build --release` made, of the templates that are
+here: its kernels go into the wheel, where kernels/cuda/pack.py looks for them. Without it, as in
+all other installations, the wheel has none, and they are compiled on first use.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shlex
@@ -33,7 +38,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, FileError
 from setuptools.modified import newer_group
 
 CPU = Path("compiler/kernels/cpu")
@@ -191,6 +197,36 @@ class BuildLibrary(build_ext):
         )
 
 
+class BuildPackage(build_py):
+    """Puts a kernel pack into the package, where there is one to put."""
+
+    def run(self) -> None:
+        super().run()
+        named = os.environ.get("SAGE_WHEEL_PACK")
+        if named and not self.editable_mode:
+            check_pack(Path(named))
+            place = Path(self.build_lib, "sage_compiler", "kernels", "cuda", "pack")
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(named, place)
+
+
+def check_pack(pack: Path) -> None:
+    """Refuse what would be no pack of the wheel, or one that nobody reads.
+
+    Raises:
+        FileError: with what to do.
+    """
+    build_it = "build it with `sagec kernels build --release --out DIR`"
+    try:
+        manifest = json.loads((pack / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise FileError(f"SAGE_WHEEL_PACK={pack} is no kernel pack ({error}); {build_it}") from None
+    if not manifest["compressed"]:
+        raise FileError(f"SAGE_WHEEL_PACK={pack} is not the pack of a wheel; {build_it}")
+    if manifest["templates"] != templates_digest():
+        raise FileError(f"SAGE_WHEEL_PACK={pack} was built from other templates; {build_it}")
+
+
 class PlatformWheel(bdist_wheel):
     """A wheel for one platform and any Python."""
 
@@ -221,5 +257,9 @@ setup(
             optional=OPTIONAL,
         ),
     ],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_ext": BuildLibrary,
+        "build_py": BuildPackage,
+        "bdist_wheel": PlatformWheel,
+    },
 )

@@ -11,7 +11,7 @@ worst head's cosine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from math import log, pi
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from sage_compiler.kernels.cuda.packed import MEAN_TOKENS
+from sage_compiler.kernels.quantize import INTEGER_LIMIT, key_groups, quantize_tokens
 from sage_compiler.kernels.reference import attention
 from sage_compiler.precision import (
     RECIPES,
@@ -38,6 +40,10 @@ from sage_compiler.precision import (
 from sage_compiler.semantics import Semantics
 from tests.compiler.kernels.dense import Call, channel_outliers, dense
 from tests.tolerances import cosine, rel_l1, rmse
+
+Measures = tuple[float, float, float, float]
+"""As ``measure`` gives them."""
+Row = tuple[str, Measures]
 
 BASE: Final = RECIPES["int4_fp8"]
 ONE_LEVEL: Final = Tile(q_block=128, q_warp=32, kv_block=2**20)
@@ -242,7 +248,16 @@ SECTIONS: Final[tuple[tuple[str, Callable[[], Call], Mapping[str, Recipe]], ...]
 )
 
 
-def measure(call: Call, expected: Tensor, recipe: Recipe) -> tuple[float, float, float, float]:
+CACHE_RECIPES: Final = ("int8_fp8", "int8_fp16", "int4_fp16")
+CACHED: Final[tuple[tuple[str, Callable[[], Call]], ...]] = (
+    ("A cache on a GPU, gaussian Q, K and V", gaussian),
+    ("A cache on a GPU, channel offsets in Q and K", channel_outliers),
+    ("A cache on a GPU, K and V drifting along 4096 keys", drifting),
+    ("A cache on a GPU, all-MiniLM-L6-v2 on texts of 512 tokens", real_activations),
+)
+
+
+def measure(call: Call, expected: Tensor, recipe: Recipe) -> Measures:
     """Cosine, relative L1 and RMSE over all heads, and the worst head's cosine."""
     output, _ = attention(
         call.query, call.key, call.value, recipe, call.semantics, attn_mask=call.attn_mask
@@ -252,16 +267,49 @@ def measure(call: Call, expected: Tensor, recipe: Recipe) -> tuple[float, float,
     return cosine(output, expected), rel_l1(output, expected), rmse(output, expected), worst
 
 
+def in_cache(call: Call, recipe: Recipe) -> Call:
+    """The call with K as a cache on a GPU packs it: smoothed by the mean of the first tokens."""
+    key = call.key.float()
+    key = key - key[:, :, :MEAN_TOKENS].mean(2, keepdim=True)
+    groups = key_groups(key.shape[2], recipe.granularity, recipe.tile, key.device)
+    counted = torch.ones(key.shape[2], dtype=torch.bool)
+    codes, scale = quantize_tokens(key, counted, groups, INTEGER_LIMIT[recipe.qk])
+    # With scales of its own maxima it is quantized again to the same codes, and a Q that is
+    # smoothed by its blocks meets nothing but these.
+    return replace(call, key=codes * scale.unsqueeze(-1))
+
+
+def cached(call: Call, expected: Tensor, recipe: Recipe) -> Iterator[Row]:
+    """One attention, a cache, and a cache that is asked for one query at a time.
+
+    V is that of the one attention in all three: a scale for each of its tiles is no coarser.
+    """
+    yield recipe.name, measure(call, expected, recipe)
+    packed, packed_recipe = in_cache(call, recipe), replace(recipe, smooth_k=False)
+    yield f"{recipe.name}, cache", measure(packed, expected, packed_recipe)
+    if recipe.smooth_q:  # a query's own mean is all of it
+        one = replace(packed_recipe, tile=replace(recipe.tile, q_block=1))
+        yield f"{recipe.name}, cache, one query", measure(packed, expected, one)
+
+
 def main() -> None:
     for title, make_call, recipes in SECTIONS:
         call = make_call()
         expected, _ = dense(call)
-        print(f"| {title} | cosine | relative L1 | RMSE | worst head cosine |")
-        print("|---|---|---|---|---|")
-        for name, recipe in recipes.items():
-            average, l1, error, worst = measure(call, expected, recipe)
-            print(f"| {name} | {average:.2%} | {l1:.4f} | {error:.4f} | {worst:.2%} |")
-        print()
+        print_table(title, ((n, measure(call, expected, r)) for n, r in recipes.items()))
+    for title, make_call in CACHED:
+        call = make_call()
+        expected, _ = dense(call)
+        rows = (row for name in CACHE_RECIPES for row in cached(call, expected, RECIPES[name]))
+        print_table(title, rows)
+
+
+def print_table(title: str, rows: Iterable[Row]) -> None:
+    print(f"| {title} | cosine | relative L1 | RMSE | worst head cosine |")
+    print("|---|---|---|---|---|")
+    for name, (average, l1, error, worst) in rows:
+        print(f"| {name} | {average:.2%} | {l1:.4f} | {error:.4f} | {worst:.2%} |")
+    print()
 
 
 if __name__ == "__main__":

@@ -121,10 +121,21 @@ def _number_of_model() -> int:
 
 def _decide_and_guard(site: AttentionSite, options: Options, model: int) -> Decision:
     decision = decide(site, options)
+    if _rotates(site, decision):
+        decision = replace(decision, fuses_rotary=True)
     if options.guard is None or decision.recipe is None or decision.recipe == EXACT:
         return decision
     recipes = decision.step_recipes or (decision.recipe,)
     return replace(decision, guard=options.guard.of_layer(site.layer, model, recipes))
+
+
+def _rotates(site: AttentionSite, decision: Decision) -> bool:
+    """Whether every kernel that may serve a site rotates query and key itself."""
+    recipes = set(decision.step_recipes or (decision.recipe,)) - {EXACT, None}
+    found = [registry.find(recipe, _problem(site)) for recipe in recipes if recipe is not None]
+    return bool(found) and all(
+        isinstance(each, Kernel) and each.run_rotary is not None for each in found
+    )
 
 
 def decide(site: AttentionSite, options: Options) -> Decision:

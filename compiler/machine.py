@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from sage_compiler.errors import InvalidOptionError
+from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels.cpu.kernel import KERNELS
-from sage_compiler.kernels.cuda.arch import arch_of
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, arch_of
 from sage_compiler.text import count
 
 
@@ -27,12 +27,19 @@ def target_of(device: torch.device) -> str:
 
     Raises:
         InvalidOptionError: a device that no recipe has a kernel for.
-        KernelUnavailableError: an NVIDIA GPU of another compute capability.
+        KernelUnavailableError: an NVIDIA GPU whose compute capability is none of a target's.
     """
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
-        return arch_of(torch.cuda.get_device_capability(device)).name
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = arch_of((major, minor))
+        if arch is PORTABLE:
+            raise KernelUnavailableError(
+                f"compute capability {major}.{minor} has no times to choose recipes by; calibrate "
+                f"the model on the CPU, for the closest target of {', '.join(ARCHS)}"
+            )
+        return arch.name
     raise InvalidOptionError(
         f"a model on {device}; there are recipes for CPUs and NVIDIA GPUs: move it there"
     )

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Literal, overload
 
 import torch
 from torch import Tensor
 
-from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
+from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.functional import parse_band
-from sage_compiler.kernels.cpu.kernel import RECIPES, need, pack_problem, refuse_head_dims
+from sage_compiler.kernels.cpu.packed import CpuStore
+from sage_compiler.kernels.cuda.packed import CudaStore
 from sage_compiler.kernels.layout import empty_output
-from sage_compiler.semantics import DTYPES, Semantics, parse_semantics
+from sage_compiler.kernels.packed import PackedShape, PackedStore
+from sage_compiler.semantics import DTYPES, parse_semantics
 from sage_compiler.validate import check_mask, check_sinks
 
-BLOCK: Final = 256
-"""Tokens that are packed together: they share the mean of K, and the scale and midpoint of V."""
-
-_ANY: Final = Semantics()
+_OPEN: Final[dict[str, Callable[[PackedShape, torch.device, str | None], PackedStore]]] = {
+    "cpu": lambda shape, device, precision: CpuStore(shape, precision),
+    "cuda": CudaStore,
+}
+"""What has the tokens of a cache, by the type of its device."""
 
 
 class PackedKV:
     """Keys and values of one attention layer, quantized once and attended many times.
 
-    For decoding on the CPU: quantizing all keys anew for one query costs more than it gains, so
-    an attention of a few queries gains only with keys that stay packed. Inference only.
+    For decoding: quantizing all keys anew for one query costs more than it gains, so an attention
+    of a few queries gains only with keys that stay packed. Inference only.
 
         cache = sage.PackedKV(batch=1, kv_heads=8, head_dim=128, capacity=4096)
         cache.append(key, value)                      # the prompt: (1, 8, 500, 128)
@@ -33,28 +37,37 @@ class PackedKV:
             cache.append(key, value)                  # (1, 8, 1, 128)
             output = cache.attend(query)              # (1, 32, 1, 128)
 
-    Whole blocks of 256 tokens are packed for good. The tokens of the last, partial block are kept
-    in their own dtype too, and the block is packed again with every append: the result does not
-    depend, to the bit, on how tokens were divided among appends. See docs/numerics.md for what the
-    tokens of a block share; here it includes tokens that a mask later hides, so what is not finite
-    shows in all of its block.
+    Whole blocks of tokens, 256 on a CPU and 64 on a GPU, are packed for good. The tokens of the
+    last, partial block are kept in their own dtype too, and the block is packed again with every
+    append: the result does not depend, to the bit, on how tokens were divided among appends. On a
+    GPU all of the first 256 tokens are packed again until they are there, since all later ones
+    share their mean of K. See docs/numerics.md for what the tokens of a block share; here it
+    includes tokens that a mask later hides, so what is not finite shows in all of its block, and
+    on a GPU, in K of the first 256 tokens, in all.
 
-    One cache may be attended by several threads at once, but append and reset need it alone.
+    One cache may be attended by several threads at once, but append and reset need it alone. On a
+    GPU all is launched on the current stream, and nothing waits for it; who uses several streams
+    orders them. A CUDA graph that captured ``attend`` attends, whenever it is replayed, to as many
+    tokens as there were at the capture, and one that captured ``append`` writes to where it wrote
+    then: lengths are the host's.
 
     Args:
         batch: sequences, all of one length.
         kv_heads: key/value heads.
-        head_dim: of keys and queries; a multiple of 8 from 16 to 256.
+        head_dim: of keys and queries; on a CPU a multiple of 8 from 16 to 256, on a GPU 1 to 256.
         value_head_dim: of values and outputs; the same range; None: head_dim.
         capacity: the most tokens it can hold; their memory is reserved at once.
         dtype: of keys, values, queries and outputs: float32, bfloat16 or float16.
-        precision: "int8_int8", or "int8_int16" for P in 16 bits.
+        precision: on a CPU "int8_int8", or "int8_int16" for P in 16 bits; on a GPU a recipe that
+            its architecture has, see docs/cuda-kernels.md. None: the first of them.
+        device: where the cache is, and all tensors have to be: "cpu", or a GPU.
 
     Raises:
-        InvalidAttentionError: a size, head_dim or dtype that it cannot have.
+        InvalidAttentionError: a size, head_dim, dtype or device that it cannot have.
         InvalidOptionError: a precision that it cannot have, or SAGE_CPU_ISA naming no instruction
             set that is here.
-        KernelUnavailableError: the native CPU kernel is not there.
+        KernelUnavailableError: the native CPU kernel is not there, or there is no such GPU, or no
+            kernels for it.
     """
 
     def __init__(
@@ -66,7 +79,8 @@ class PackedKV:
         value_head_dim: int | None = None,
         capacity: int,
         dtype: torch.dtype = torch.float32,
-        precision: str = "int8_int8",
+        precision: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         for name, size in (("batch", batch), ("kv_heads", kv_heads), ("capacity", capacity)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -74,30 +88,19 @@ class PackedKV:
         if dtype not in DTYPES:
             known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
             raise InvalidAttentionError(f"dtype={dtype}; supported: {known}")
-        if precision not in RECIPES:
-            known = ", ".join(RECIPES)
-            raise InvalidOptionError(f"precision={precision!r}; a packed cache can be {known}")
         if value_head_dim is None:
             value_head_dim = head_dim
-        refusal = refuse_head_dims(head_dim, value_head_dim)
-        if refusal is not None:
-            raise InvalidAttentionError(f"{refusal}; a packed cache needs such a one")
-
         self.batch, self.kv_heads, self.capacity = batch, kv_heads, capacity
         self.head_dim, self.value_head_dim = head_dim, value_head_dim
-        self.dtype, self.precision = dtype, precision
+        self.dtype, self.device = dtype, _device(device)
         self._length = 0
-        self._library = need()
-        self._isa = self._library.isa
-        # Uninitialized: what is not yet packed is not read.
-        packed_bytes = self._library.packed_size(self._problem(0))
-        # Not inference tensors, which could only be written to in inference mode.
-        with torch.inference_mode(False):
-            self._packed = torch.empty(packed_bytes, dtype=torch.uint8, device="cpu")
-            # The tokens of the partial block, in their places in the block.
-            staged = (batch, kv_heads, min(BLOCK, capacity))
-            self._staged_key = torch.empty(*staged, head_dim, dtype=dtype, device="cpu")
-            self._staged_value = torch.empty(*staged, value_head_dim, dtype=dtype, device="cpu")
+        shape = PackedShape(batch, kv_heads, head_dim, value_head_dim, capacity, dtype)
+        self._store = _OPEN[self.device.type](shape, self.device, precision)
+
+    @property
+    def precision(self) -> str:
+        """The recipe."""
+        return self._store.precision
 
     @property
     def length(self) -> int:
@@ -107,13 +110,14 @@ class PackedKV:
     @property
     def nbytes(self) -> int:
         """The bytes that the cache occupies, whatever its length."""
-        return self._packed.nbytes + self._staged_key.nbytes + self._staged_value.nbytes
+        return self._store.nbytes
 
     def __repr__(self) -> str:
+        where = "" if self.device.type == "cpu" else f", {self.device}"
         return (
             f"PackedKV({self._length} of {self.capacity} tokens, batch {self.batch}, "
             f"{self.kv_heads} heads, head_dim {self.head_dim}, value_head_dim "
-            f"{self.value_head_dim}, {self.dtype}, {self.precision})"
+            f"{self.value_head_dim}, {self.dtype}, {self.precision}{where})"
         )
 
     def reset(self) -> None:
@@ -125,7 +129,8 @@ class PackedKV:
         """Add n tokens at the end.
 
         Args:
-            key: (batch, kv_heads, n, head_dim) in the cache's dtype, on the CPU; any strides.
+            key: (batch, kv_heads, n, head_dim) in the cache's dtype, on its device; any
+                strides.
             value: (batch, kv_heads, n, value_head_dim), likewise.
 
         Raises:
@@ -146,20 +151,8 @@ class PackedKV:
                 "fit: make it larger, or reset it"
             )
         key, value = key.detach().resolve_neg(), value.detach().resolve_neg()
-        length, end = self._length, self._length + added
-        # First the tokens that fill the partial block, if there is one, then whole blocks and rest.
-        staged = length % BLOCK
-        filling = min(added, BLOCK - staged) if staged else 0
-        if filling:
-            self._stage(key[:, :, :filling], value[:, :, :filling], staged)
-            self._pack(length - staged, length + filling, self._staged_key, self._staged_value)
-        if filling < added:
-            key, value = key[:, :, filling:], value[:, :, filling:]
-            self._pack(length + filling, end, key, value)
-            rest = end % BLOCK
-            if rest:
-                self._stage(key[:, :, -rest:], value[:, :, -rest:], 0)
-        self._length = end
+        self._store.append(self._length, key, value)
+        self._length += added
 
     @overload
     def attend(
@@ -209,7 +202,7 @@ class PackedKV:
         causal attention. A row that sees no key, as all do while the cache is empty, yields 0.
 
         Args:
-            query: (batch, H, Lq, head_dim) in the cache's dtype, on the CPU, H a multiple of
+            query: (batch, H, Lq, head_dim) in the cache's dtype, on its device, H a multiple of
                 kv_heads; any strides.
             is_causal: hide keys after the diagonal.
             scale: factor of the scores; None: 1 / sqrt(head_dim).
@@ -240,64 +233,14 @@ class PackedKV:
             attn_mask = attn_mask.resolve_neg()
         if sinks is not None:
             sinks = sinks.resolve_neg().to(torch.float32).contiguous()
-        output = empty_output(query, self._staged_value)
-        lse = None
-        if return_lse:
-            lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cpu")
-        problem = self._problem(
-            self._length,
-            semantics,
-            query=query,
-            output=output,
-            attn_mask=attn_mask,
-            sinks=sinks,
-            lse=lse,
+        # It has the batch size and channels of V, which is all that is asked of it.
+        value = query.new_empty((self.batch, self.kv_heads, 0, self.value_head_dim))
+        output = empty_output(query, value)
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32) if return_lse else None
+        self._store.attend(
+            self._length, query, semantics, output, attn_mask=attn_mask, sinks=sinks, lse=lse
         )
-        self._library.attend(problem, self._packed.data_ptr(), self._packed.nbytes)
         return output if lse is None else (output, lse)
-
-    def _stage(self, key: Tensor, value: Tensor, start: int) -> None:
-        """Copy tokens to their places ``start``... in the partial block."""
-        stop = start + key.shape[2]
-        self._staged_key[:, :, start:stop] = key
-        self._staged_value[:, :, start:stop] = value
-
-    def _pack(self, first: int, end: int, key: Tensor, value: Tensor) -> None:
-        """Pack tokens first..end-1, which key and value begin with."""
-        problem = self._problem(end, key=key, value=value)
-        self._library.pack_kv(problem, first, self._packed.data_ptr(), self._packed.nbytes)
-
-    def _problem(
-        self,
-        key_length: int,
-        semantics: Semantics = _ANY,
-        *,
-        query: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        output: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        sinks: Tensor | None = None,
-        lse: Tensor | None = None,
-    ) -> bytes:
-        heads, query_length = self.kv_heads, 0
-        if query is not None:
-            heads, query_length = query.shape[1], query.shape[2]
-        sizes = (self.batch, heads, self.kv_heads, query_length, key_length, self.head_dim)
-        return pack_problem(
-            self._isa,
-            self.precision,
-            self.dtype,
-            (*sizes, self.value_head_dim, self.capacity),
-            semantics,
-            query=query,
-            key=key,
-            value=value,
-            output=output,
-            attn_mask=attn_mask,
-            sinks=sinks,
-            lse=lse,
-        )
 
     def _check_tokens(self, name: str, tensor: Tensor, head_dim: int) -> None:
         self._check_tensor(name, tensor)
@@ -325,9 +268,10 @@ class PackedKV:
                 f"{name} is {tensor.layout} of shape {tuple(tensor.shape)}; it must be strided and "
                 "4-D: (batch, heads, length, head_dim)"
             )
-        if tensor.dtype != self.dtype or tensor.device.type != "cpu":
+        if tensor.dtype != self.dtype or tensor.device != self.device:
             raise InvalidAttentionError(
-                f"{name} is {tensor.dtype} on {tensor.device}; the cache is {self.dtype} on the CPU"
+                f"{name} is {tensor.dtype} on {tensor.device}; the cache is {self.dtype} on "
+                f"{self.device}"
             )
         _check_no_gradient(name, tensor)
 
@@ -338,3 +282,21 @@ def _check_no_gradient(name: str, tensor: Tensor) -> None:
             f"{name} requires a gradient; a packed cache is for inference only: call it under "
             "torch.no_grad()"
         )
+
+
+def _device(device: torch.device | str) -> torch.device:
+    """A device that a cache can be on, with its index."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidAttentionError(f"device={device!r}: {error}") from None
+    if found.type not in _OPEN:
+        raise InvalidAttentionError(
+            f"device={device!r}; a packed cache can be on {' or '.join(_OPEN)}"
+        )
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise KernelUnavailableError(f"device={device!r}; torch finds no GPU here")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    return torch.device("cuda", index)

@@ -38,6 +38,8 @@ class Site:
             "" when kept.
         decision: "rewrite" or "keep"; reason: why.
         source: ``file:line: code`` that wrote it.
+        rotary: whether a rotary embedding of query and key is in the operator too, in a few words,
+            or why not; "" where there is none, or where the kernel does not rotate.
         cosine, rel_l1: errors of the recipe in calibration, the worst over its inputs; None where
             no policy says.
         seconds, exact_seconds: time of the layer's attention for one input, with the recipe and
@@ -60,6 +62,7 @@ class Site:
     rel_l1: float | None = None
     seconds: float | None = None
     exact_seconds: float | None = None
+    rotary: str = ""
 
 
 class GraphPair:

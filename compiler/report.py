@@ -157,6 +157,7 @@ def describe(gm: fx.GraphModule, outcome: Outcome, policy: Policy | None = None)
                 rel_l1=None if errors is None else errors.rel_l1,
                 seconds=_seconds(choice, decision.recipe),
                 exact_seconds=None if choice is None else choice.seconds.get(EXACT),
+                rotary=decision.rotary,
             )
         )
     pair = GraphPair(gm, outcome.before, Snapshot(gm.graph), sites, nodes)
@@ -212,6 +213,10 @@ def _table(sites: list[Site], shown: dict[str, Callable[[Site], str]]) -> list[s
     lines += [
         f"  recipe {recipe}: {reason} ({count(number, 'site')})"
         for (recipe, reason), number in reasons.items()
+    ]
+    rotations = Counter(site.rotary for site in sites if site.rotary)
+    lines += [
+        f"  rotary {rotary} ({count(number, 'site')})" for rotary, number in rotations.items()
     ]
     return lines
 

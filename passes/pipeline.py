@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from sage_compiler.errors import RewriteError
 from sage_compiler.passes.detect import detect
 from sage_compiler.passes.rewrite import Replacement, rewrite
+from sage_compiler.passes.rotary import Rotation, find_rotation
 from sage_compiler.passes.site import AttentionSite, Finding
 from sage_compiler.passes.snapshot import Snapshot
+from sage_compiler.passes.walk import Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ class Decision:
         step_recipes: by range of timesteps, where ``recipe`` is not the same in all of them;
             ``step_index`` is the tensor that holds the range at run time.
         guard: the operator's guard, "" for none.
+        fuses_rotary: whether the kernel that serves the site rotates query and key itself, so that
+            a rotary embedding in the graph is handed to it.
+        rotary: what became of it, in a few words; "" where there is none. The passes say it.
     """
 
     recipe: str | None
@@ -35,6 +40,8 @@ class Decision:
     step_index: Tensor | None = None
     step_recipes: tuple[str, ...] = ()
     guard: str = ""
+    fuses_rotary: bool = False
+    rotary: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,13 @@ def run(
         else (finding, Decision(None, finding.reason))
         for finding in findings
     ]
+    rotations = _find_rotations(gm.graph, decided)
+    decided = [
+        (finding, replace(decision, rotary=rotations[finding][1]))
+        if isinstance(finding, AttentionSite) and finding in rotations
+        else (finding, decision)
+        for finding, decision in decided
+    ]
     replacements = [
         Replacement(
             finding,
@@ -78,6 +92,7 @@ def run(
             step_index=decision.step_index,
             step_recipes=decision.step_recipes,
             guard=decision.guard,
+            rotation=rotations[finding][0] if finding in rotations else None,
         )
         for finding, decision in decided
         if isinstance(finding, AttentionSite) and decision.recipe is not None
@@ -96,6 +111,21 @@ def run(
         for finding, decision in decided
     ]
     return Outcome(checked, before)
+
+
+def _find_rotations(
+    graph: fx.Graph, decided: Sequence[tuple[Finding, Decision]]
+) -> dict[AttentionSite, tuple[Rotation | None, str]]:
+    """What ``find_rotation`` says of the sites whose kernel rotates."""
+    sites = [
+        finding
+        for finding, decision in decided
+        if isinstance(finding, AttentionSite) and decision.recipe and decision.fuses_rotary
+    ]
+    if not sites:
+        return {}
+    walk = Walk(graph)
+    return {site: find_rotation(site, walk) for site in sites}
 
 
 @contextlib.contextmanager

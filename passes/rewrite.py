@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sage_compiler.errors import InvalidAttentionError, RewriteError
 from sage_compiler.passes.masks import is_pure
 from sage_compiler.passes.normalize import tensor_of
+from sage_compiler.passes.rotary import Rotation
 from sage_compiler.passes.site import AttentionSite
 from sage_compiler.passes.values import RESULT, Value, emit, nodes_of
 from sage_compiler.precision import EXACT
@@ -42,6 +43,7 @@ class Replacement:
         step_index, step_recipes: the tensor that holds the range of timesteps at run time, and the
             recipe of each range; None and empty: ``recipe`` serves all of them.
         guard: the operator's guard, "" for none.
+        rotation: what the operator rotates itself; None: query and key are what the site says.
     """
 
     site: AttentionSite
@@ -50,6 +52,7 @@ class Replacement:
     step_index: Tensor | None = None
     step_recipes: tuple[str, ...] = ()
     guard: str = ""
+    rotation: Rotation | None = None
 
 
 def rewrite(graph: fx.Graph, replacements: list[Replacement]) -> dict[AttentionSite, str]:
@@ -160,7 +163,17 @@ def _call_operator(
     def build(value: Value | None) -> Any:
         return emit(value, lambda node: now.get(node, node), call, done)
 
-    query, key, value = (build(each) for each in (site.query, site.key, site.value))
+    rotation = replacement.rotation
+    of_query = None if rotation is None else rotation.query
+    of_key = None if rotation is None else rotation.key
+    query, key, value = (
+        build(each)
+        for each in (
+            site.query if of_query is None else of_query.source,
+            site.key if of_key is None else of_key.source,
+            site.value,
+        )
+    )
     if _value(query).dim() == 3:
         query, key, value = (call(_aten.unsqueeze.default, node, 0) for node in (query, key, value))
     query, key, value = _share_batch(call, query, key, value)
@@ -186,6 +199,15 @@ def _call_operator(
         arguments.pop()
     given = [value for value, _ in arguments]
     operator = torch.ops.sage.attention.default
+    if rotation is not None:
+        operator = torch.ops.sage.rotary_attention.default
+        tables = [
+            build(table)
+            for side in (of_query, of_key)
+            for table in ((None, None) if side is None else (side.cosine, side.sine))
+        ]
+        dtype = str(rotation.dtype).removeprefix("torch.")
+        given = [*tables, str(rotation.pairs), rotation.channels, dtype, *given]
     if not site.without_autocast:
         new: fx.Node = call(operator, query, key, value, *given)
         return new

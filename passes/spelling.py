@@ -6,7 +6,7 @@ import sys
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sage_compiler.passes.normalize import argument, operation, tensor_of
@@ -64,14 +64,14 @@ def permutation_of(node: fx.Node, rank: int) -> list[int] | None:
         elif name == "T":
             result = probe.permute(*range(rank - 1, -1, -1))
         else:
-            result = _called(node, probe)
+            result = called(node, probe)
     return [size - 2 for size in result.shape]
 
 
-def _called(node: fx.Node, first: Tensor) -> Any:
+def called(node: fx.Node, first: Any) -> Any:
     """What a node computes, with ``first`` for its first argument."""
     args, kwargs = list(node.args), dict(node.kwargs)
-    for name in ("input", "self"):
+    for name in ("input", "self", "tensors"):
         if name in kwargs:
             args.insert(0, kwargs.pop(name))
     if node.op == "call_method":

@@ -13,14 +13,13 @@ from typing import Final
 
 from sage_compiler.commands import kernels_compiling, kernels_cost, kernels_explain, options
 from sage_compiler.errors import SageError, UsageError
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
 from sage_compiler.kernels.cuda.check import check, table
 from sage_compiler.kernels.cuda.manifest import Entry
-from sage_compiler.kernels.cuda.pack import build, find_packs
+from sage_compiler.kernels.cuda.pack import MOST_COMPRESSED, build, bytes_on_disk, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import KernelSpec
-from sage_compiler.kernels.cuda.variants import all_specs, standalone_specs
+from sage_compiler.kernels.cuda.variants import all_specs, checked_specs, standalone_specs
 from sage_compiler.text import columns
 
 _CHECK: Final = """\
@@ -34,11 +33,14 @@ environment variable SAGE_KERNEL_PACK; then nothing is compiled where the model 
 
     sagec kernels build --arch sm_89 --arch sm_90a --out pack
 
-With --standalone, the pack also serves a host that cannot compile: see docs/onnx-cuda.md."""
+With --standalone, the pack also serves a host that cannot compile: see docs/onnx-cuda.md. With
+--release, it is the one of a wheel, as `make wheel-cuda` makes it: all architectures, PTX for GPUs
+that have none of their own, compressed."""
 _LIST: Final = """\
 List the kernels that are shipped in packs and those that are kept in the cache.
 
     sagec kernels list"""
+_BUILT: Final = (*ARCHS, PORTABLE.name)
 _HEADING: Final = ("symbol", "arch", "bytes", "registers", "spills", "where", "age")
 _UNITS: Final = (("d", 24 * 60 * 60), ("h", 60 * 60), ("min", 60), ("s", 1))  # in seconds
 
@@ -71,8 +73,13 @@ def add_command(commands: options.Commands) -> None:
         summary="compile every variant into a kernel pack",
         description=_BUILD,
     )
-    kernels_compiling.add_compiling(building, "at least one")
+    kernels_compiling.add_compiling(building, "at least one, with --release all by default", _BUILT)
     _add_standalone(building)
+    building.add_argument(
+        "--release",
+        action="store_true",
+        help=f"the pack of a wheel, compressed, at most {MOST_COMPRESSED >> 20} MiB",
+    )
     building.add_argument("--out", type=Path, required=True, metavar="DIR", help="the pack")
     options.add_json(building)
 
@@ -96,7 +103,8 @@ def _add_standalone(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    specs = _specs(arguments)
+    specs_of = standalone_specs if arguments.standalone else checked_specs
+    specs = [spec for arch in kernels_compiling.archs(arguments) for spec in specs_of(arch)]
     disassembler = Disassembler.find()
     compiler, jobs = kernels_compiling.compiler(arguments), kernels_compiling.jobs(arguments)
     found = check(specs, compiler, disassembler, jobs)
@@ -112,17 +120,23 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    if not arguments.arch:
-        raise UsageError(f"--arch is missing; known: {', '.join(ARCHS)}")
-    specs = _specs(arguments)
+    release: bool = arguments.release
+    if not (arguments.arch or release):
+        raise UsageError(f"--arch is missing; known: {', '.join(_BUILT)}")
+    if release and arguments.standalone:
+        raise UsageError("--release and --standalone; a pack is one of them")
+    specs_of = standalone_specs if arguments.standalone else all_specs
+    archs = kernels_compiling.archs(arguments, _BUILT)
+    specs = [spec for arch in archs for spec in specs_of(arch)]
     entries = build(
         specs,
         arguments.out,
         kernels_compiling.compiler(arguments),
         kernels_compiling.jobs(arguments),
         lambda binaries: kernels_compiling.progress(binaries, len(specs)),
+        most_compressed=MOST_COMPRESSED if release else None,
     )
-    size = sum(entry.size for entry in entries)
+    size = bytes_on_disk(arguments.out)
     if arguments.json:
         made = {"folder": str(arguments.out), "kernels": len(entries), "bytes": size}
         options.print_json(made)
@@ -156,11 +170,6 @@ def _list(arguments: argparse.Namespace) -> int:
     else:
         print("no kernels: none is shipped in a pack, and none is in the cache")
     return options.OK
-
-
-def _specs(arguments: argparse.Namespace) -> list[KernelSpec]:
-    specs_of = standalone_specs if arguments.standalone else all_specs
-    return [spec for arch in kernels_compiling.archs(arguments) for spec in specs_of(arch)]
 
 
 def _cells(entry: Entry) -> tuple[str, str, str, str, str]:

@@ -9,21 +9,23 @@ from typing import Final
 
 from sage_compiler.commands import kernels_compiling, options
 from sage_compiler.errors import UsageError
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cost import Class, Cost, costs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import AttendSpec
-from sage_compiler.kernels.cuda.variants import all_specs
+from sage_compiler.kernels.cuda.variants import accumulators, variant
 from sage_compiler.precision import Accumulator
 from sage_compiler.text import columns
 
 _COST: Final = """\
-Count the instructions that the attention kernels of a pack execute for a tile of keys, by class,
+Count the instructions that the attention kernels execute for a tile of keys, by class,
 against the least there could be, and what they take of each part of a multiprocessor. Nothing is
 run: it compiles the kernels in bfloat16 and finds their main loops in the machine code. What the
 numbers mean is in docs/cuda-costs.md.
 
     sagec kernels cost --arch sm_89"""
 _DTYPE: Final = "bfloat16"  # the loop does not see it: operands are quantized, output is after it
+_HEAD_DIMS: Final = (64, 128)
 _BEGIN: Final = "<!-- sagec kernels cost -->\n"
 _END: Final = "<!-- end -->\n"
 
@@ -48,9 +50,12 @@ def add_command(actions: options.Commands) -> None:
 
 
 def attend_specs(arch: str) -> list[AttendSpec]:
-    """The attention kernels of a pack, in one dtype."""
+    """The plain attention kernels of every recipe, in one dtype, with FP16 sums too."""
     return [
-        spec for spec in all_specs(arch) if isinstance(spec, AttendSpec) and spec.dtype == _DTYPE
+        variant(arch, _DTYPE, head_dim, recipe, accumulator).attend
+        for head_dim in _HEAD_DIMS
+        for recipe in ARCHS[arch].recipes
+        for accumulator in accumulators(recipe)
     ]
 
 

@@ -18,10 +18,11 @@ from sage_compiler.commands.kernels_question import Question, add_question, dtyp
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import dispatch
-from sage_compiler.kernels.cuda.arch import ARCHS, Arch, arch_of
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch, arch_of
 from sage_compiler.kernels.cuda.cut import Cut
 from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
 from sage_compiler.kernels.cuda.kernel import has_softcap
+from sage_compiler.kernels.cuda.pack import find_packs
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
@@ -32,6 +33,7 @@ from sage_compiler.semantics import UNBOUNDED, MaskClass
 from sage_compiler.text import columns, duration
 
 _WIDTH: Final = 100  # of prose
+_SHIPPED: Final = "on first use; release wheels have it"
 _EXPLAIN: Final = """\
 Say which CUDA kernels an attention gets on a GPU, and why, or why it gets none. Neither that GPU
 nor a compiler is needed. The shape is that of the query: batch, heads, length, head_dim.
@@ -160,7 +162,7 @@ def answer(question: Question) -> Answer:
         scratch_bytes,
         {
             name: rates.seconds(arch.name, name, work)
-            for name in (*arch.recipes, EXACT)
+            for name in (() if arch is PORTABLE else (*arch.recipes, EXACT))
             if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
     )
@@ -235,8 +237,9 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
                 "threads": spec.threads,
                 "shared_bytes": spec.shared_bytes,
                 "packed": packed,
+                "shipped": shipped,
             }
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
+            for spec, blocks, packed, shipped in _launches(found)
         ]
         about["tile"] = {
             "queries": attend.tile_rows,
@@ -257,7 +260,11 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
 def _lines(question: Question, found: Answer) -> list[str]:
     """The answer for people."""
     major, minor = question.capability
-    where = f"compute capability {major}.{minor}" if found.arch is None else found.arch.name
+    where = f"compute capability {major}.{minor}"
+    if found.arch is PORTABLE:
+        where += f", by PTX of {found.arch.name}"
+    elif found.arch is not None:
+        where = found.arch.name
     lines = [f"{question}; on {where}", _decision(question, found)]
     if found.arch is None:
         return lines
@@ -273,9 +280,9 @@ def _lines(question: Question, found: Answer) -> list[str]:
                 str(blocks),
                 str(spec.threads),
                 str(spec.shared_bytes),
-                "in a pack" if packed else "on first use",
+                "in the pack" if packed else _SHIPPED if shipped else "on first use",
             )
-            for spec, blocks, packed in _launches(found.arch, found.kernels, found.sizes, found.cut)
+            for spec, blocks, packed, shipped in _launches(found)
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
@@ -342,14 +349,14 @@ def _prose(sentence: str) -> list[str]:
     return wrap(sentence, width=_WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
-def _launches(
-    arch: Arch, kernels: Variant, sizes: Sizes, cut: Cut
-) -> list[tuple[KernelSpec, int, bool]]:
-    """Each kernel, its blocks, and whether a pack has it."""
-    packed = set(all_specs(arch.name))
+def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
+    """Each kernel, its blocks, whether a pack here has it, and whether release wheels do."""
+    assert found.arch is not None and found.kernels is not None and found.cut is not None
+    packs, shipped = find_packs(), set(all_specs(found.arch.name))
+    blocks = found.sizes.blocks(found.kernels, found.cut.splits)
     return [
-        (spec, blocks, spec in packed)
-        for spec, blocks in zip(kernels.specs(), sizes.blocks(kernels, cut.splits), strict=True)
+        (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
+        for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)
     ]
 
 
@@ -370,6 +377,8 @@ def _geometry_reason(arch: Arch, kernels: Variant) -> str:
 
 
 def _caveat(arch: Arch) -> str:
+    if arch is PORTABLE:
+        return "times are predicted of none: whose they would be is not known"
     return f"times are predicted, none is measured: {rates.explanation(arch.name)}"
 
 

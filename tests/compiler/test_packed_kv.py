@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sage_compiler as sage
 from sage_compiler.kernels.cpu import library
-from sage_compiler.packed_kv import BLOCK
+from sage_compiler.kernels.cpu.packed import BLOCK
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.calls import LAYOUTS, gaussian, laid_out, make_call, run, run_lse
 from tests.compiler.kernels.dense import Call, dense

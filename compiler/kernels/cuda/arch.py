@@ -121,6 +121,14 @@ _INT4_FP16_AFTER_FP8: Final = Offer(
 )
 
 _FP8_IS_YOUNGER: Final = "tensor cores multiply FP8 from sm_89 on"
+_FP8_IS_NOT_IN_PTX: Final = (
+    "this GPU has no kernels of its own but PTX for all from compute capability 8.0 on, which has "
+    "no FP8 products"
+)
+_INT4_IS_NOT_IN_PTX: Final = (
+    "this GPU has no kernels of its own but PTX for all from compute capability 8.0 on, and INT4 "
+    "products are emulated on those from 9.0 on, slower than INT8"
+)
 _FP8_IS_CONVERTED: Final = (
     "mma.sync converts E4M3 to half here, which is slower than FP16 itself, and no kernel uses "
     "wgmma or tcgen05"
@@ -259,6 +267,29 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
 )
 
 
+PORTABLE: Final = Arch(
+    "compute_80",
+    capability=(8, 0),
+    shared_bytes=99 << 10,
+    multiprocessors=48,
+    offers=(_INT8_FP16,),
+    lacking={Format.INT4: _INT4_IS_NOT_IN_PTX, Format.FP8: _FP8_IS_NOT_IN_PTX},
+    geometries=_UP_TO_SM_89,
+)
+"""PTX, which the driver compiles for the GPU that is there: for all that have a compute capability
+above this one and no entry in ``ARCHS``, such as 8.7, 10.3, 11.0 and 12.1.
+
+int8_fp16 alone, whose products all of them have: INT8 and FP16 with mma.sync. The kernels are those
+of sm_80, with at most 99 KiB of shared memory, which all of them have too. The multiprocessors are
+those of GB10.
+"""
+
+
+def named(name: str) -> Arch:
+    """The architecture of a spec: one of ``ARCHS``, or ``PORTABLE``."""
+    return PORTABLE if name == PORTABLE.name else ARCHS[name]
+
+
 def arch_of(capability: tuple[int, int]) -> Arch:
     """The architecture whose kernels a device of this compute capability runs.
 
@@ -268,9 +299,11 @@ def arch_of(capability: tuple[int, int]) -> Arch:
     for arch in ARCHS.values():
         if arch.capability == capability:
             return arch
+    if capability > PORTABLE.capability:
+        return PORTABLE
     major, minor = capability
     known = ", ".join(f"{a}.{b}" for a, b in (arch.capability for arch in ARCHS.values()))
     raise KernelUnavailableError(
-        f"compute capability {major}.{minor}: there are kernels for {known}; "
-        "use precision='exact' on this device"
+        f"compute capability {major}.{minor}: there are kernels for {known} and others from 8.0 "
+        "on; use precision='exact' on this device"
     )

@@ -15,9 +15,9 @@ from torch import Tensor
 from sage_compiler.kernels.cuda import params
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
-from sage_compiler.kernels.cuda.spec import KernelSpec
-from sage_compiler.kernels.cuda.variants import Variant
-from sage_compiler.kernels.quantize import E4M3_MAX, FP16_ACCUMULATOR_MAX, P_FACTOR
+from sage_compiler.kernels.cuda.spec import AttendSpec, KernelSpec
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
+from sage_compiler.kernels.quantize import E4M3_MAX, FP16_ACCUMULATOR_MAX, FP16_MAX, P_FACTOR
 from sage_compiler.precision import Accumulator, Format
 from sage_compiler.semantics import DeadRows, Semantics
 
@@ -36,7 +36,9 @@ class Operands:
     """Addresses of what the quantizers wrote, as ``struct AttendParams`` has it; 0: there is none.
 
     Attributes:
-        tiles: (B, Hkv, N), where N are the key blocks of ``Sizes``.
+        tiles: (B, Hkv, head_tiles).
+        head_tiles: those of a cache; else as many as key blocks of ``Sizes``.
+        value_scales: of kernels whose tiles do not have them.
         part_outputs, part_sums: memory for what parts of the keys make of each query, of kernels
             that split keys; nobody writes it before.
     """
@@ -49,11 +51,12 @@ class Operands:
     row_term: int
     part_outputs: int = 0
     part_sums: int = 0
+    head_tiles: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """The launches of ``Variant.attend`` and ``Variant.merge``.
+    """The launches of ``attend`` and ``merge`` of a variant.
 
     Attributes:
         output: (B, H, Lq, Dv), the last stride 1.
@@ -63,7 +66,7 @@ class Attending:
     """
 
     target: Launcher
-    kernels: Variant
+    kernels: Variant | CacheVariant
     sizes: Sizes
     reach: Reach
     semantics: Semantics
@@ -108,6 +111,7 @@ class Attending:
             self.reach.lower,
             self.reach.upper,
             self.output.shape[3],
+            sizes.key_blocks if operands.head_tiles is None else operands.head_tiles,
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
@@ -135,7 +139,7 @@ class Attending:
             self.output.shape[3],
             self.semantics.dead_rows is DeadRows.NAN,
             log2(P_FACTOR[attend.pv]),
-            _value_limit(attend.pv, attend.accumulator),
+            _value_limit(attend),
         )
         self.target.launch(merge, -(-sizes.rows // merge.rows), packed)
 
@@ -148,8 +152,10 @@ class Attending:
         )
 
 
-def _value_limit(pv: Format, accumulator: Accumulator) -> float:
-    """The largest magnitude of V as it is quantized."""
-    if pv is not Format.FP8:
+def _value_limit(attend: AttendSpec) -> float:
+    """The largest magnitude of V as it is summed up: quantized, or with the scales of its tiles."""
+    if attend.pv is not Format.FP8:
         return inf
-    return FP16_ACCUMULATOR_MAX if accumulator is Accumulator.FP16 else E4M3_MAX
+    if attend.tile_scales:
+        return FP16_MAX if attend.dtype == "float16" else inf
+    return FP16_ACCUMULATOR_MAX if attend.accumulator is Accumulator.FP16 else E4M3_MAX

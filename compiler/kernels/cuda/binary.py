@@ -30,7 +30,7 @@ class Binary:
     """One compiled kernel.
 
     Attributes:
-        image: what the driver loads, a cubin.
+        image: what the driver loads: a cubin, or PTX.
         warnings: of the compiler, in its words; "" when there are none.
     """
 

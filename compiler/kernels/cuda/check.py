@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from sage_compiler.errors import KernelUnavailableError
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.dispatch import default_recipe
 from sage_compiler.kernels.cuda.parallel import each
@@ -21,8 +21,11 @@ from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
 from sage_compiler.kernels.cuda.spec import (
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     MergeSpec,
     OperandSpec,
@@ -120,7 +123,7 @@ def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> t
     spilled = max(resources.spill_stores, resources.spill_loads, resources.stack)
     if spilled > budget:
         found.append(f"{spilled} bytes of spills or stack; at most {budget}")
-    shared, most = spec.shared_bytes + resources.static_shared, ARCHS[spec.arch].shared_bytes
+    shared, most = spec.shared_bytes + resources.static_shared, named(spec.arch).shared_bytes
     if shared > most:
         found.append(f"{shared} bytes of shared memory; {spec.arch} has {most}")
     return tuple(found)
@@ -158,11 +161,15 @@ def is_default(spec: KernelSpec) -> bool:
     match spec:
         case AttendSpec(qk=qk, pv=pv, accumulator=accumulator):
             return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)
+        case AppendSpec(qk=qk, pv=pv):
+            return (qk, pv) == (recipe.qk, recipe.pv)
         case QuerySpec(qk=qk) | KeySpec(qk=qk):
             return qk is recipe.qk
+        case DeltaSpec():
+            return recipe.qk is Format.INT4
         case ValueSpec(pv=pv, accumulator=accumulator):
             return (pv, accumulator) == (recipe.pv, recipe.accumulator)
-        case StatisticsSpec() | MergeSpec() | PreparationSpec():
+        case StatisticsSpec() | KeyMeanSpec() | MergeSpec() | PreparationSpec():
             return True
     raise TypeError(f"{type(spec).__name__} is no kind of kernel that is known here")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from typing import Final, NamedTuple
 
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.sizes import Sizes
 from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, QueryTile, padded_dim
 from sage_compiler.kernels.cuda.variants import PACKED_ROWS, variant
@@ -131,7 +131,7 @@ def _resident(
     attend = variant(
         arch, dtype, head_dim, recipe, value_head_dim=value_head_dim, masked=masked, tile=tile
     ).attend
-    shared = ARCHS[arch].shared_bytes + _RESERVED_BYTES
+    shared = named(arch).shared_bytes + _RESERVED_BYTES
     by_shared = shared // (attend.shared_bytes + _RESERVED_BYTES)
     by_registers = _WARPS * 32 // attend.threads
     return max(1, min(by_shared, by_registers))

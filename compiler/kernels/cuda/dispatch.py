@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch
 from sage_compiler.kernels.cuda.cut import Cut, choose
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, QUERY_BLOCK, QueryTile
@@ -41,7 +41,7 @@ def decide(
     """The kernels of one attention, or in one sentence why there are none.
 
     Args:
-        arch: a key of ``ARCHS``.
+        arch: a key of ``ARCHS``, or ``PORTABLE``'s name.
         recipe: a key of ``RECIPES``.
         dtype: of Q, K, V and the output, as torch names it.
         head_dim: channels of Q and K.
@@ -56,7 +56,7 @@ def decide(
     """
     lack = lacking(arch, recipe)
     if lack is not None:
-        return f"no {recipe} on {arch}, but {', '.join(ARCHS[arch].recipes)}: {lack}"
+        return f"no {recipe} on {arch}, but {', '.join(_table(arch).recipes)}: {lack}"
     if dtype not in DTYPES:
         return f"{dtype} is none of {', '.join(DTYPES)}"
     for name, size in (("head_dim", head_dim), ("value head_dim", value_head_dim)):
@@ -146,7 +146,7 @@ def plan(
         value_head_dim,
         sizes,
         reach.key_tiles,
-        multiprocessors or ARCHS[arch].multiprocessors,
+        multiprocessors or _table(arch).multiprocessors,
         masked=masked,
     )
     found = kernels(cut.tile)
@@ -156,7 +156,7 @@ def plan(
 
 def lacking(arch: str, recipe: str) -> str | None:
     """Why an architecture has no kernels of a recipe at all, or None where it has."""
-    table = ARCHS[arch]
+    table = _table(arch)
     if recipe in table.recipes:
         return None
     formats = (RECIPES[recipe].qk, RECIPES[recipe].pv)
@@ -166,17 +166,21 @@ def lacking(arch: str, recipe: str) -> str | None:
 
 def default_recipe(arch: str) -> str:
     """What `auto` means on an architecture; whether it is taken, ``gate`` says."""
-    return ARCHS[arch].recipes[0]
+    return _table(arch).recipes[0]
 
 
 def gate(arch: str, recipe: str) -> Gate | str:
     """The least sizes that `auto` gives a recipe, or in one sentence why it gives nothing."""
-    measured = ARCHS[arch].measured
+    measured = _table(arch).measured
     if measured is None:
         return f"{recipe} is not measured on this GPU ({arch})"
     if recipe != default_recipe(arch):
         return f"{recipe} is not the recipe that {measured.file} measured on {arch}"
     return measured.gate
+
+
+def _table(arch: str) -> Arch:
+    return PORTABLE if arch == PORTABLE.name else ARCHS[arch]
 
 
 @functools.cache

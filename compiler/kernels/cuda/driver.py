@@ -27,7 +27,20 @@ SUCCESS: Final = 0
 _INVALID_IMAGE: Final = 200
 _INVALID_CONTEXT: Final = 201
 _NO_BINARY_FOR_GPU: Final = 209
+_INVALID_PTX: Final = 218
+_JIT_COMPILER_NOT_FOUND: Final = 221
+_UNSUPPORTED_PTX_VERSION: Final = 222
+_JIT_COMPILATION_DISABLED: Final = 223
 _NOT_FOUND: Final = 500
+_NOT_FOR_HERE: Final = (
+    _INVALID_IMAGE,
+    _NO_BINARY_FOR_GPU,
+    _INVALID_PTX,
+    _JIT_COMPILER_NOT_FOUND,
+    _UNSUPPORTED_PTX_VERSION,
+    _JIT_COMPILATION_DISABLED,
+    _NOT_FOUND,
+)
 _CAPTURE_MODE_RELAXED: Final = 2  # CUstreamCaptureMode
 _CAPTURE_IMPLICIT: Final = 906  # asked of the default stream while another one is capturing
 
@@ -197,7 +210,7 @@ class Driver:
             except DriverError as error:
                 if module:
                     self._call("cuModuleUnload", module)
-                if error.code not in (_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _NOT_FOUND):
+                if error.code not in _NOT_FOR_HERE:
                     raise
                 raise KernelUnavailableError(
                     f"{symbol} on device {device}: {error}; the driver is for CUDA "

@@ -8,7 +8,8 @@ inputs are read with their strides.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import log
 from typing import Final, Literal
@@ -54,7 +55,7 @@ class Target:
     """Where the kernels run.
 
     Attributes:
-        arch: a key of ``arch.ARCHS``.
+        arch: a key of ``arch.ARCHS``, or the name of ``arch.PORTABLE``.
         device: the index of the device.
         stream: a CUstream of it, as torch gives it.
         loader: where the kernels come from.
@@ -106,16 +107,7 @@ def attention(
             neither found nor compiled here, or would have to be loaded while a CUDA graph is
             captured.
     """
-    with torch.cuda.device(query.device):
-        index = query.device.index or 0
-        loader = default_loader()
-        target = Target(
-            _arch(index),
-            index,
-            torch.cuda.current_stream(query.device).cuda_stream,
-            loader,
-            multiprocessors=_multiprocessors(loader.driver, index),
-        )
+    with on_device(query.device) as target:
         return run(
             target,
             query,
@@ -128,6 +120,25 @@ def attention(
             sinks=sinks,
             rotary=rotary,
             lengths=lengths,
+        )
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[Target]:
+    """The current stream of a device, which is the current device meanwhile.
+
+    Raises:
+        KernelUnavailableError: there are no kernels for it, or no driver.
+    """
+    with torch.cuda.device(device):
+        index = device.index or 0
+        loader = default_loader()
+        yield Target(
+            _arch(index),
+            index,
+            torch.cuda.current_stream(device).cuda_stream,
+            loader,
+            multiprocessors=_multiprocessors(loader.driver, index),
         )
 
 
@@ -356,8 +367,8 @@ class Call:
 
     def _statistics(self) -> None:
         packed = params.STATISTICS.pack(
-            *_tensor(self.key),
-            *_tensor(self.value),
+            *strided(self.key),
+            *strided(self.value),
             self.key_sums,
             self.value_amax,
             *self._key_flags(),
@@ -373,7 +384,7 @@ class Call:
 
     def _query(self) -> None:
         packed = params.QUERY.pack(
-            *_tensor(self.query),
+            *strided(self.query),
             self.key_sums,
             self.query_codes,
             self.query_scales,
@@ -398,7 +409,7 @@ class Call:
 
     def _key(self) -> None:
         packed = params.KEY.pack(
-            *_tensor(self.key),
+            *strided(self.key),
             self.key_sums,
             self.means,
             self.tiles,
@@ -419,7 +430,7 @@ class Call:
 
     def _value(self) -> None:
         packed = params.VALUE.pack(
-            *_tensor(self.value),
+            *strided(self.value),
             self.value_amax,
             self.tiles + self.tile.value_offset,
             self.value_scales,
@@ -480,8 +491,8 @@ class Call:
         return 0 if self.mask is None else self.mask.counts.data_ptr()
 
 
-def _tensor(tensor: Tensor) -> tuple[int, ...]:
-    """Data, strides, channels."""
+def strided(tensor: Tensor) -> tuple[int, ...]:
+    """``struct Strided`` of a tensor of 4 dims."""
     return (tensor.data_ptr(), *tensor.stride(), tensor.shape[3])
 
 

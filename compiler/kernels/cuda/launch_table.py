@@ -47,7 +47,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 3
+FORMAT: Final = 4
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -55,12 +55,14 @@ _Word = str | int
 
 def launch_table(specs: Sequence[KernelSpec], entries: Sequence[Entry]) -> str:
     """The table of a pack with these kernels, each with its entry."""
-    at = {spec: position for position, spec in enumerate(specs)}
+    # Hosts load cubins alone: PTX takes a device for which the table has no architecture.
+    listed = [each for each in zip(specs, entries, strict=True) if each[0].arch in ARCHS]
+    at = {spec: position for position, (spec, _) in enumerate(listed)}
     used = [arch for arch in ARCHS.values() if any(spec.arch == arch.name for spec in specs)]
     records: list[Sequence[_Word]] = [
         ("sage-launches", FORMAT, templates_digest()),
         *(_arch(arch, at) for arch in used),
-        *(_kernel(spec, entry) for spec, entry in zip(specs, entries, strict=True)),
+        *(_kernel(spec, entry) for spec, entry in listed),
         *(record for arch in used for record in _attentions(arch, at)),
     ]
     return signed("".join(" ".join(map(str, record)) + "\n" for record in records))

@@ -36,6 +36,8 @@ _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     "nvrtcGetProgramLog": [_Handle, ctypes.c_char_p],
     "nvrtcGetCUBINSize": [_Handle, _Size],
     "nvrtcGetCUBIN": [_Handle, ctypes.c_char_p],
+    "nvrtcGetPTXSize": [_Handle, _Size],
+    "nvrtcGetPTX": [_Handle, ctypes.c_char_p],
 }
 
 
@@ -82,8 +84,14 @@ class Nvrtc:
                 problem = f"{path} cannot be loaded: {error}"
         raise KernelUnavailableError(f"{problem}; {INSTALL}")
 
-    def compile(self, source: str, options: Sequence[str]) -> tuple[bytes | None, str]:
-        """The cubin, or None for what does not compile, and the log."""
+    def compile(
+        self, source: str, options: Sequence[str], kind: str = "CUBIN"
+    ) -> tuple[bytes | None, str]:
+        """The cubin or the PTX, or None for what does not compile, and the log.
+
+        Args:
+            kind: "CUBIN" or "PTX", which comes without the zero that ends it.
+        """
         program = _Handle()
         self._call(
             "nvrtcCreateProgram",
@@ -101,7 +109,8 @@ class Nvrtc:
             if status in _TOLD_IN_THE_LOG:
                 return None, log
             self._check("nvrtcCompileProgram", status, log)
-            return self._read(program, "CUBIN"), log
+            image = self._read(program, kind)
+            return image.rstrip(b"\0") if kind == "PTX" else image, log
         finally:
             self._call("nvrtcDestroyProgram", program)
 

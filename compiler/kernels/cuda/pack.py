@@ -2,9 +2,12 @@
 
     PACK/manifest.json
     PACK/launches.txt, for hosts without Python: see launch_table.py
-    PACK/<arch>/<symbol>.cubin, and its source beside it
+    PACK/<arch>/<symbol>.cubin, or .ptx of ``arch.PORTABLE``, and its source beside it
 
 A pack serves the templates that it was compiled from, and no others.
+
+That of a release wheel is compressed: images are ``<symbol>.cubin.xz``, each by itself, so that one
+is read in 2 ms. It has no launch table, and a host without Python finds no pack there.
 
 Environment:
     SAGE_KERNEL_PACK: the folder of a pack, looked at before the one that the package may carry.
@@ -20,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from sage_compiler.errors import UsageError
-from sage_compiler.kernels.cuda import launch_table
+from sage_compiler.errors import SageError, UsageError
+from sage_compiler.kernels.cuda import launch_table, xz
+from sage_compiler.kernels.cuda.arch import PORTABLE
 from sage_compiler.kernels.cuda.binary import Binary
 from sage_compiler.kernels.cuda.cache import check_safe
 from sage_compiler.kernels.cuda.manifest import Entry, digest
@@ -30,10 +34,12 @@ from sage_compiler.kernels.cuda.render import render, templates_digest
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.toolchain import Compiler
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MANIFEST: Final = "manifest.json"
 # As the templates, see render.py.
 SHIPPED: Final = Path(__file__).resolve().parent / "pack"
+
+MOST_COMPRESSED: Final = 8 << 20  # bytes of a release wheel's pack, all files together
 
 Progress = Callable[[Iterable[Binary]], Iterable[Binary]]
 
@@ -44,17 +50,23 @@ def build(
     compiler: Compiler,
     jobs: int,
     progress: Progress = iter,
+    *,
+    most_compressed: int | None = None,
 ) -> list[Entry]:
     """Compile kernels into a pack, in place of the one that may be there.
 
     Args:
         jobs: processes that compile.
         progress: shown for each kernel.
+        most_compressed: bytes that a compressed pack may take, all files together; None for one
+            that is not compressed.
 
     Raises:
         UsageError: ``out`` holds something that is not a pack.
         KernelUnavailableError: a kernel does not compile; what is there then is not a pack.
+        PackTooLargeError: it takes more than ``most_compressed``; nor is it then.
     """
+    compressed = most_compressed is not None
     _clear(out)
     entries = []
     binaries = progress(each(partial(_compile, compiler), specs, jobs))
@@ -62,20 +74,33 @@ def build(
         source = render(spec)
         folder = out / spec.arch
         folder.mkdir(exist_ok=True)
-        (folder / f"{spec.symbol}.cubin").write_bytes(binary.image)
+        image = xz.compress(binary.image) if compressed else binary.image
+        (folder / _image_name(spec.arch, spec.symbol, compressed)).write_bytes(image)
         (folder / f"{spec.symbol}.cu").write_text(source, encoding="utf-8")
         entries.append(Entry.of(spec, source, compiler.identity, binary))
-    launches = launch_table.launch_table(specs, entries)
-    (out / launch_table.NAME).write_text(launches, encoding="utf-8")
+    if not compressed:
+        launches = launch_table.launch_table(specs, entries)
+        (out / launch_table.NAME).write_text(launches, encoding="utf-8")
     manifest = {
         "format": FORMAT,
+        "compressed": compressed,
         "templates": templates_digest(),
         "kernels": [entry.to_dict() for entry in entries],
     }
     unfinished = out / f"{MANIFEST}.new"
     unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    size = bytes_on_disk(out)
+    if most_compressed is not None and size > most_compressed:
+        raise PackTooLargeError(
+            f"the pack takes {size} bytes, and may take {most_compressed}; take a group out of "
+            "variants.PACK, or compile with nvcc, whose images are smaller"
+        )
     os.replace(unfinished, out / MANIFEST)
     return entries
+
+
+class PackTooLargeError(SageError):
+    """A pack takes more bytes than it may."""
 
 
 class Pack:
@@ -83,6 +108,7 @@ class Pack:
 
     Attributes:
         entries: by symbol.
+        compressed: whether its images are.
         written: when, in seconds since the epoch.
     """
 
@@ -94,6 +120,12 @@ class Pack:
             raise ValueError(f"its manifest is not of format {FORMAT}")
         if manifest.get("templates") != templates_digest():
             raise ValueError("it was built from other templates")
+        compressed = manifest.get("compressed")
+        if not isinstance(compressed, bool):
+            raise ValueError("its manifest does not say whether it is compressed")
+        self.compressed = compressed
+        if self.compressed and not xz.is_available():
+            raise ValueError("it is compressed, and this Python was built without lzma")
         self.written = (folder / MANIFEST).stat().st_mtime
         entries = map(Entry.parse, _list(manifest.get("kernels")))
         self.entries = {entry.symbol: entry for entry in entries}
@@ -103,16 +135,31 @@ class Pack:
 
         A kernel whose file does not agree with the manifest is left out, with a warning.
         """
-        entry = self.entries.get(spec.symbol)
-        if entry is None or entry.source_sha256 != digest(render(spec).encode()):
+        entry = self._entry(spec)
+        if entry is None:
             return None
         try:
-            image = (self.folder / entry.arch / f"{entry.symbol}.cubin").read_bytes()
+            image = self._read(entry)
             entry.check(image)
         except (OSError, ValueError) as error:
             _warn(self.folder, f"{spec.symbol}: {error}")
             return None
         return image
+
+    def has(self, spec: KernelSpec) -> bool:
+        """Whether the manifest lists a kernel; its file is not looked at."""
+        return self._entry(spec) is not None
+
+    def _entry(self, spec: KernelSpec) -> Entry | None:
+        entry = self.entries.get(spec.symbol)
+        if entry is None or entry.source_sha256 != digest(render(spec).encode()):
+            return None
+        return entry
+
+    def _read(self, entry: Entry) -> bytes:
+        name = _image_name(entry.arch, entry.symbol, self.compressed)
+        content = (self.folder / entry.arch / name).read_bytes()
+        return xz.decompress(content, entry.size) if self.compressed else content
 
 
 def find_packs() -> list[Pack]:
@@ -154,9 +201,20 @@ def _clear(out: Path) -> None:
         # First, so that what remains of an interrupted build is not a pack.
         (out / MANIFEST).unlink()
         (out / launch_table.NAME).unlink(missing_ok=True)
-        for kernel in (*out.glob("sm_*/sage_*.cubin"), *out.glob("sm_*/sage_*.cu")):
-            kernel.unlink()
+        for kind in ("cubin", "ptx", f"cubin{xz.SUFFIX}", f"ptx{xz.SUFFIX}", "cu"):
+            for kernel in out.glob(f"*/sage_*.{kind}"):
+                kernel.unlink()
     out.mkdir(parents=True, exist_ok=True)
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """The size of all files of a pack."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _image_name(arch: str, symbol: str, compressed: bool) -> str:
+    kind = "ptx" if arch == PORTABLE.name else "cubin"
+    return f"{symbol}.{kind}{xz.SUFFIX if compressed else ''}"
 
 
 def _list(data: object) -> list[Any]:

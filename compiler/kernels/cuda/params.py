@@ -12,13 +12,19 @@ from typing import Final
 _TENSOR: Final = "P5q"
 _FLAGS: Final = "P3q"
 _MASK: Final = "P5q"
+_STAGED: Final = "P3q"
 
 STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
 QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
-ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P15q2f")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P16q2f")
 MERGE: Final = struct.Struct("@7P10q2f")
+
+# Of a cache.
+KEY_MEAN: Final = struct.Struct(f"@{_TENSOR}{_STAGED}P3q")
+APPEND: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}{_STAGED}{_STAGED}2P7q")
+DELTA: Final = struct.Struct("@4P4q")
 
 # What the kernels for packed batches take behind their own struct; see varlen.py.
 SEQUENCES: Final = struct.Struct("@2P10q")

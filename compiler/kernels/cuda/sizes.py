@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
-from sage_compiler.kernels.cuda.spec import QueryTile, padded_dim
+from sage_compiler.kernels.cuda.spec import AttendSpec, QueryTile, padded_dim
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
@@ -181,20 +181,38 @@ class Sizes(NamedTuple):
         """
         attend = kernels.attend
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
-        smooths_query = attend.qk is Format.INT4
-        rows = self.batch * self.heads * self.query_blocks
         kv_heads = self.batch * self.kv_heads
-        delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
-        parts = self.rows * splits if attend.split else 0
+        *of_query, delta, part_outputs, part_sums = self.query_scratch(
+            attend, row_term=row_term, splits=splits
+        )
         return (
             kv_heads * self.chunks * padded * _FLOAT_BYTES,
             kv_heads * self.chunks * padded_value * _FLOAT_BYTES,
+            *of_query,
+            kv_heads * self.key_blocks * attend.tile.bytes,
+            kv_heads * self.sequences * padded_value * _FLOAT_BYTES,
+            delta,
+            part_outputs,
+            part_sums,
+        )
+
+    def query_scratch(
+        self, attend: AttendSpec, *, row_term: bool, splits: int = 1
+    ) -> tuple[int, int, int, int, int, int, int]:
+        """What ``scratch`` has for queries: codes, scales, means, row term, delta, both of parts.
+
+        It is all that an attention needs whose K and V are packed already.
+        """
+        padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+        smooths_query = attend.qk is Format.INT4
+        rows = self.batch * self.heads * self.query_blocks
+        delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
+        parts = self.rows * splits if attend.split else 0
+        return (
             rows * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,
-            kv_heads * self.key_blocks * attend.tile.bytes,
-            kv_heads * self.sequences * padded_value * _FLOAT_BYTES,
             delta if smooths_query else 0,
             parts * padded_value * _FLOAT_BYTES,
             parts * 2 * _FLOAT_BYTES,

@@ -36,7 +36,7 @@ class KernelSpec(ABC):
     """One kernel, compiled for one architecture.
 
     Attributes:
-        arch: a key of ``arch.ARCHS``.
+        arch: a key of ``arch.ARCHS``, or the name of ``arch.PORTABLE``.
         varlen: whether it takes a packed batch of sequences, whose lengths it reads itself: any
             kernel on Q, K or V may.
     """
@@ -283,6 +283,52 @@ QUERY_BLOCK: Final = QueryTile()
 
 
 @dataclass(frozen=True, slots=True)
+class KeyMeanSpec(_QuantizerSpec):
+    """The mean of K by which a cache smooths it."""
+
+    kind: ClassVar[str] = "key_mean"
+    template: ClassVar[str] = "KeyMean"
+    params: ClassVar[struct.Struct] = params.KEY_MEAN
+
+    @property
+    def shared_bytes(self) -> int:
+        return QUANTIZER_THREADS * _CHUNK * _FLOAT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (DTYPES[self.dtype], str(self.head_dim))
+
+
+@dataclass(frozen=True, slots=True)
+class AppendSpec(_QuantizerSpec):
+    """New tokens of a cache, packed into its tiles."""
+
+    value_head_dim: int
+    qk: Format
+    pv: Format
+
+    kind: ClassVar[str] = "append"
+    template: ClassVar[str] = "Append"
+    params: ClassVar[struct.Struct] = params.APPEND
+
+    @property
+    def shared_bytes(self) -> int:
+        key = KeySpec(self.arch, self.dtype, self.head_dim, self.qk)
+        value = ValueSpec(self.arch, self.dtype, self.value_head_dim, self.pv)
+        return max(key.shared_bytes, value.shared_bytes + self.value_head_dim * _FLOAT_BYTES)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.qk],
+            _CPP_FORMATS[self.pv],
+            str(self.head_dim),
+            str(self.value_head_dim),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class AttendSpec(OperandSpec):
     """The fused attention over quantized operands.
 
@@ -293,6 +339,7 @@ class AttendSpec(OperandSpec):
         softcap: whether the scores have one.
         qk, pv: formats of the operands of both products.
         accumulator: of P @ V within a tile of keys.
+        tile_scales: whether V has its scales in the tiles, as in a cache; else they are of heads.
         warp_rows: queries of a warp, 16 or 32: more of them read K and V from shared memory less
             often, and take more registers.
         stages: tiles of K and V in shared memory.
@@ -311,6 +358,7 @@ class AttendSpec(OperandSpec):
     tile_rows: int = QUERY_BLOCK.rows
     packed_heads: bool = QUERY_BLOCK.packed_heads
     split: bool = QUERY_BLOCK.split
+    tile_scales: bool = False
 
     kind: ClassVar[str] = "attend"
     template: ClassVar[str] = "Attend"
@@ -348,7 +396,8 @@ class AttendSpec(OperandSpec):
     @property
     def tile(self) -> KeyValueTile:
         """How a tile of keys and values is packed."""
-        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
+        scaled = self.tile_scales and value_is_scaled(self.dtype, self.pv)
+        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv, scaled)
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -362,12 +411,41 @@ class AttendSpec(OperandSpec):
             _cpp(self.masked),
             _cpp(self.softcap),
             _cpp(self.accumulator is Accumulator.FP16),
+            _cpp(self.tile_scales),
             _cpp(self.packed_heads),
             _cpp(self.split),
             str(self.tile_rows),
             str(self.warp_rows),
             str(self.stages),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaSpec(KernelSpec):
+    """What the means of a smoothed Q contribute to scores with the INT4 keys of a cache."""
+
+    head_dim: int
+
+    kind: ClassVar[str] = "delta"
+    template: ClassVar[str] = "Delta"
+    params: ClassVar[struct.Struct] = params.DELTA
+
+    @property
+    def threads(self) -> int:
+        return QUANTIZER_THREADS
+
+    @property
+    def shared_bytes(self) -> int:
+        return KeySpec(self.arch, "float32", self.head_dim, Format.INT4).shared_bytes
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (str(self.head_dim),)
+
+
+def value_is_scaled(dtype: str, pv: Format) -> bool:
+    """Whether a V of this dtype has scales; FP16 takes float16 as it is."""
+    return pv is not Format.FP16 or dtype != "float16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,12 +484,15 @@ class KeyValueTile:
 
     @classmethod
     @functools.cache  # of every call, and of a few dims
-    def of(cls, head_dim: int, value_head_dim: int, qk: Format, pv: Format) -> KeyValueTile:
-        """The tile for these dims, padded or not."""
+    def of(
+        cls, head_dim: int, value_head_dim: int, qk: Format, pv: Format, value_scales: bool = False
+    ) -> KeyValueTile:
+        """The tile for these dims, padded or not, and whether it has scales of V."""
         key = TILE_MMA.kv_block * padded_dim(head_dim) * _BITS[qk] // 8
         value = TILE_MMA.kv_block * padded_dim(value_head_dim) * _BITS[pv] // 8
         scales_offset = key + value
-        return cls(key, scales_offset, scales_offset + _CACHE_LINE)
+        scales = padded_dim(value_head_dim) * _FLOAT_BYTES if value_scales else 0
+        return cls(key, scales_offset, scales_offset + _CACHE_LINE + scales)
 
 
 def _cpp(truth: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import headers
+from sage_compiler.kernels.cuda.arch import PORTABLE
 from sage_compiler.kernels.cuda.binary import Binary, read_log
 from sage_compiler.kernels.cuda.nvrtc import Nvrtc
 from sage_compiler.kernels.cuda.render import INCLUDE
@@ -32,7 +33,9 @@ class Compiler(Protocol):
         """Everything besides the source, the templates and the arch that a binary depends on."""
 
     def compile(self, source: str, arch: str) -> Binary:
-        """Compile a source with one kernel.
+        """Compile a source with one kernel, to a cubin, or for ``PORTABLE`` to PTX.
+
+        Resources of PTX are those of the cubin for ``PORTABLE``'s own compute capability.
 
         Raises:
             KernelUnavailableError: it does not compile, with the first lines of the log.
@@ -62,13 +65,15 @@ class NvccCompiler:
         with tempfile.TemporaryDirectory(prefix="sage-nvcc-") as name:
             folder = Path(name)
             (folder / "kernel.cu").write_text(source, encoding="utf-8")
-            command = [str(self._path), *NVCC_FLAGS, f"--gpu-architecture={arch}", "--cubin"]
+            command = [str(self._path), *NVCC_FLAGS, f"--gpu-architecture={_real(arch)}", "--cubin"]
+            if arch == PORTABLE.name:
+                command.append("--keep")  # the PTX that the cubin is made of, kernel.ptx
             command += [f"-I{path}" for path in (INCLUDE, *self._cutlass.folders)]
             done = _run([*command, "--output-file=kernel.cubin", "kernel.cu"], cwd=folder)
             log = done.stdout + done.stderr
             if done.returncode:
                 raise failure("nvcc", arch, log)
-            return _binary((folder / "kernel.cubin").read_bytes(), log)
+            return _binary((folder / f"kernel.{_kind(arch)}").read_bytes(), log)
 
 
 class NvrtcCompiler:
@@ -84,9 +89,9 @@ class NvrtcCompiler:
         self.identity = " ".join(("nvrtc", self._nvrtc.version, *libraries, *NVRTC_FLAGS))
 
     def compile(self, source: str, arch: str) -> Binary:
-        options = [*NVRTC_FLAGS, f"--gpu-architecture={arch}"]
+        options = [*NVRTC_FLAGS, f"--gpu-architecture={_real(arch)}"]
         options += [f"-I{path}" for path in self._folders]
-        image, log = self._nvrtc.compile(source, options)
+        image, log = self._nvrtc.compile(source, options, _kind(arch).upper())
         if image is None:
             raise failure("NVRTC", arch, log)
         return _binary(image, log)
@@ -122,6 +127,15 @@ def failure(compiler: str, arch: str, log: str) -> KernelUnavailableError:
     first = next((i for i, line in enumerate(lines) if "error" in line), 0)
     shown = "\n".join(lines[first : first + _LOG_LINES])
     return KernelUnavailableError(f"{compiler} cannot compile a kernel for {arch}:\n{shown}")
+
+
+def _real(arch: str) -> str:
+    """What is compiled for: PTX of ``PORTABLE`` comes with a cubin, which tells of resources."""
+    return arch.replace("compute_", "sm_")
+
+
+def _kind(arch: str) -> str:
+    return "ptx" if arch == PORTABLE.name else "cubin"
 
 
 def _binary(image: bytes, log: str) -> Binary:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from types import MappingProxyType
 from typing import Final
 
-from sage_compiler.kernels.cuda.arch import ARCHS, Geometry
+from sage_compiler.kernels.cuda.arch import Geometry, named
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.spec import (
     HEAD_DIMS,
     QUERY_BLOCK,
+    AppendSpec,
     AttendSpec,
+    DeltaSpec,
     KernelSpec,
+    KeyMeanSpec,
     KeySpec,
     MergeSpec,
     QuerySpec,
@@ -32,10 +37,78 @@ from sage_compiler.kernels.cuda.spec import (
 from sage_compiler.precision import RECIPES, Accumulator, Format
 from sage_compiler.semantics import RotaryPairs
 
-# What a kernel pack has, of all recipes: what most models ask for, at some 40 kB a kernel. Masks,
-# windows, softcap and float32 would be eight times as many and more, and compile in a second.
 PACKED_DTYPES: Final = ("float16", "bfloat16")
 PACKED_HEAD_DIMS: Final = (64, 128)
+
+
+class Share(StrEnum):
+    """Which of an architecture's recipes a group of a pack has."""
+
+    FIRST = "the first one"  # what `auto` means
+    OFFERED = "all of them"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Attentions that a kernel pack has, and why these.
+
+    Attributes:
+        recipes: of each architecture.
+        head_dims: of Q, K and V.
+        masked: whether there is an explicit mask.
+    """
+
+    name: str
+    recipes: Share
+    head_dims: tuple[int, ...]
+    masked: bool
+    reason: str
+
+
+PACK: Final = (
+    Group(
+        "plain",
+        Share.OFFERED,
+        PACKED_HEAD_DIMS,
+        masked=False,
+        reason="nearly all models have these head_dims, and what is between is filled up with "
+        "zeros: 64 has all from 33 on, 40 of Stable Diffusion among them, 128 all from 97 on. "
+        "Full and causal attention and any length are one kernel. All recipes, so that a policy "
+        "compiles nothing",
+    ),
+    Group(
+        "masked",
+        Share.FIRST,
+        PACKED_HEAD_DIMS,
+        masked=True,
+        reason="padded batches: BERT and other encoders at 64, batched generation at 128. A key "
+        "padding and any other explicit mask, bool or float, with any strides, are one kernel, "
+        "with a diagonal on top or not",
+    ),
+    Group(
+        "96",
+        Share.FIRST,
+        (96,),
+        masked=False,
+        reason="Phi-3 mini, and the 80 channels of ViT-H and Stable Diffusion. Its operands are "
+        "filled up to 128, so that it shares all kernels but one with 128",
+    ),
+    # What few queries get, ``short_variants``, belongs here as a group of its own, with the first
+    # recipe of each architecture, once a GPU has shown where it gains: until then, on first use.
+)
+"""What a kernel pack has, in float16 and bfloat16: what most models ask for. All else is compiled
+on first use, in a second or two.
+
+Left out: windows and softcap (few models, and twice as many kernels for each of them); head_dim 32,
+192 and 256 (another set of quantizers each); float32 (inference in it is rare); FP16 sums, which no
+recipe has; and ``RARE``.
+"""
+
+RARE: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
+    {("sm_89", "int4_fp16"): "slower and less accurate than int8_fp8, so hardly a policy has it"}
+)
+"""Recipes that an architecture offers and packs lack, and why."""
+
 # A host that cannot compile needs masks, windows and softcap too, and pays for them in bytes.
 STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 
@@ -97,7 +170,7 @@ def variant(
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
-    geometry = ARCHS[arch].geometry(max(key_dim, value_dim))
+    geometry = named(arch).geometry(max(key_dim, value_dim))
     statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
     query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
     key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
@@ -133,6 +206,66 @@ def variant(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class CacheVariant:
+    """The kernels of a cache: ``key_mean`` and ``append`` of new tokens, the others of attention.
+
+    Attributes:
+        delta: with INT4, which comes with Q smoothing.
+        merge: as of ``Variant``.
+    """
+
+    key_mean: KeyMeanSpec
+    append: AppendSpec
+    query: QuerySpec
+    delta: DeltaSpec | None
+    attend: AttendSpec
+    merge: MergeSpec | None = None
+
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """All of them, in the order of their launches."""
+        delta = () if self.delta is None else (self.delta,)
+        merge = () if self.merge is None else (self.merge,)
+        return (self.key_mean, self.append, self.query, *delta, self.attend, *merge)
+
+
+@functools.cache
+def cache_variant(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    recipe: str,
+    *,
+    value_head_dim: int | None = None,
+    window: bool = False,
+    masked: bool = False,
+    softcap: bool = False,
+    tile: QueryTile = QUERY_BLOCK,
+) -> CacheVariant:
+    """The kernels of a cache, with arguments as of ``variant``."""
+    found = variant(
+        arch,
+        dtype,
+        head_dim,
+        recipe,
+        value_head_dim=value_head_dim,
+        window=window,
+        masked=masked,
+        softcap=softcap,
+        tile=tile,
+    )
+    attend = replace(found.attend, tile_scales=True)
+    padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
+    return CacheVariant(
+        key_mean=KeyMeanSpec(arch, dtype, padded),
+        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        query=found.query,
+        delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
+        attend=attend,
+        merge=found.merge,
+    )
+
+
 def _warp_rows(geometry: Geometry, masked: bool, tile: QueryTile) -> int:
     if tile.packed_heads:  # each row has a scale of its own to keep, and few rows want many warps
         return _PACKED_WARP_ROWS
@@ -151,12 +284,12 @@ def accumulators(recipe: str) -> tuple[Accumulator, ...]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What a kernel pack has for an architecture: the dims and dtypes of most models."""
-    for dtype in PACKED_DTYPES:
-        for head_dim in PACKED_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
-                for accumulator in accumulators(recipe):
-                    yield variant(arch, dtype, head_dim, recipe, accumulator)
+    """What a kernel pack has for an architecture: ``PACK``, without ``RARE``."""
+    for group in PACK:
+        recipes = named(arch).recipes[: 1 if group.recipes is Share.FIRST else None]
+        for dtype, head_dim, recipe in itertools.product(PACKED_DTYPES, group.head_dims, recipes):
+            if (arch, recipe) not in RARE:
+                yield variant(arch, dtype, head_dim, recipe, masked=group.masked)
 
 
 def short_variants(arch: str) -> Iterator[Variant]:
@@ -167,7 +300,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
+            for recipe in named(arch).recipes:
                 for split in (False, True):
                     tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
@@ -175,10 +308,16 @@ def short_variants(arch: str) -> Iterator[Variant]:
 
 def further_variants(arch: str) -> Iterator[Variant]:
     """What is compiled on first use, one of each kind: dims, float32, split keys, sequences."""
-    for recipe in ARCHS[arch].recipes:
+    packed = set(variants(arch))
+    for each in _further_variants(arch):
+        if each not in packed:
+            yield each
+
+
+def _further_variants(arch: str) -> Iterator[Variant]:
+    for recipe in named(arch).recipes:
         for head_dim in HEAD_DIMS:
-            if head_dim not in PACKED_HEAD_DIMS:
-                yield variant(arch, "bfloat16", head_dim, recipe)
+            yield variant(arch, "bfloat16", head_dim, recipe)
         yield variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
         yield variant(arch, "float32", 128, recipe)
         yield variant(arch, "bfloat16", 64, recipe, masked=True)
@@ -196,13 +335,39 @@ def further_variants(arch: str) -> Iterator[Variant]:
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
+        yield from half_sums(arch, recipe)
+
+
+def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
+    """SageAttention2++'s variants of a recipe, which no call asks for yet: they are checked."""
+    for accumulator in accumulators(recipe)[1:]:
+        for head_dim in PACKED_HEAD_DIMS:
+            yield variant(arch, "bfloat16", head_dim, recipe, accumulator)
+
+
+def cache_variants(arch: str) -> Iterator[CacheVariant]:
+    """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
+    for recipe in named(arch).recipes:
+        for head_dim in HEAD_DIMS:
+            yield cache_variant(arch, "bfloat16", head_dim, recipe)
+        yield cache_variant(arch, "float16", 128, recipe)
+        yield cache_variant(arch, "float32", 128, recipe)
+        yield cache_variant(arch, "bfloat16", 64, recipe, value_head_dim=128)
+        yield cache_variant(arch, "bfloat16", 64, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, masked=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, window=True)
+        yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
+        for head_dim in PACKED_HEAD_DIMS:
+            for split in (False, True):
+                tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 
 def standalone_variants(arch: str) -> Iterator[Variant]:
     """What a host needs that cannot compile: every mask and softcap, and more dims."""
     for dtype in PACKED_DTYPES:
         for head_dim in STANDALONE_HEAD_DIMS:
-            for recipe in ARCHS[arch].recipes:
+            for recipe in named(arch).recipes:
                 for window, masked, softcap in itertools.product((False, True), repeat=3):
                     yield variant(
                         arch,
@@ -223,8 +388,18 @@ def standalone_specs(arch: str) -> tuple[KernelSpec, ...]:
 
 def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     """The kernels of a pack, or those besides, each once, in a stable order."""
-    packed = dict.fromkeys(spec for each in variants(arch) for spec in each.specs())
+    packed = _specs(variants(arch))
     if not further:
-        return tuple(packed)
-    others = dict.fromkeys(spec for each in further_variants(arch) for spec in each.specs())
-    return tuple(spec for spec in others if spec not in packed)
+        return packed
+    others = (*_specs(further_variants(arch)), *_specs(cache_variants(arch)))
+    return tuple(spec for spec in dict.fromkeys(others) if spec not in packed)
+
+
+def checked_specs(arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of a pack and those of ``half_sums``: what ``sagec kernels check`` looks at."""
+    halves = (each for recipe in named(arch).recipes for each in half_sums(arch, recipe))
+    return tuple(dict.fromkeys((*all_specs(arch), *_specs(halves))))
+
+
+def _specs(variants: Iterable[Variant | CacheVariant]) -> tuple[KernelSpec, ...]:
+    return tuple(dict.fromkeys(spec for each in variants for spec in each.specs()))

@@ -22,8 +22,8 @@
 namespace sage {
 
 template <class Output, class Qk, class Pv, int kHeadDim, int kValueDim, bool kWindow, bool kMasked,
-          bool kSoftcap, bool kHalfAccumulator, bool kPackedHeads, bool kSplitKeys, int kTileRows,
-          int kWarpRows, int kStages>
+          bool kSoftcap, bool kHalfAccumulator, bool kTileScales, bool kPackedHeads,
+          bool kSplitKeys, int kTileRows, int kWarpRows, int kStages>
 class Attend {
  public:
     using Params = AttendParams;
@@ -34,9 +34,14 @@ class Attend {
     using Rows = cute::conditional_t<kPackedHeads, PackedRows<kTileRows, kWarpRows>,
                                      HeadRows<kTileRows, kWarpRows>>;
     using QueryTile = Tile<kTileRows, padded_dim(kHeadDim) * Qk::kBits / 8>;
+    // Scales of V are those of a head, in memory, or with kTileScales those of a tile, inside of
+    // it, but none for a V that FP16 holds as it is.
+    static constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+    static constexpr bool kScaledProduct = kTileScales && !(Pv::kBits == 16 && kHalfOutput);
     // A stage of the ring: a packed tile, see KeyValueTile, and delta's columns for it where all
     // rows have the same.
-    using Packed = KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim)>;
+    using Packed =
+        KeyValueTile<Qk, Pv, padded_dim(kHeadDim), padded_dim(kValueDim), kScaledProduct>;
     using KeyTile = typename Packed::Key;
     using ValueTile = typename Packed::Value;
     static constexpr int kDeltaBytes = kDelta && !kPackedHeads ? kKeyBlock * sizeof(float) : 0;
@@ -91,7 +96,7 @@ class Attend {
         p.query_length = sequence.query_length();
         p.key_length = sequence.key_length();
         p.query_blocks = sequence.query_blocks();
-        p.key_blocks = sequence.key_blocks();
+        p.key_blocks = p.head_tiles = sequence.key_blocks();
         p.lower = sequence.lower();
         p.upper = sequence.upper();
         if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
@@ -188,7 +193,7 @@ class Attend {
                 Weights weights;
                 float decay[kBands][kHalves];
                 softmax(weights, decay, scores, query_scales, tile, shown, stage(now));
-                multiply_weights_value(weights, decay, stage(now) + Packed::kValueOffset);
+                multiply_weights_value(weights, decay, stage(now));
             }
 
             now = now + 1 == kStages ? 0 : now + 1;
@@ -236,13 +241,20 @@ class Attend {
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
         char const* const packed = static_cast<char const*>(p_.key_value_tiles) +
-                                   (rows_.kv_head() * p_.key_blocks + tile) * Packed::kBytes;
+                                   (rows_.kv_head() * p_.head_tiles + tile) * Packed::kBytes;
         char* const to = stage(place);
         KeyTile::template copy_async<kThreads>(to, packed);
         ValueTile::template copy_async<kThreads, kValueDim>(to + Packed::kValueOffset,
                                                             packed + Packed::kValueOffset);
         if (arch::thread_index() == 0) {
             arch::copy_async(to + Packed::kScalesOffset, packed + Packed::kScalesOffset);
+        }
+        if constexpr (kScaledProduct) {
+            int const byte = arch::thread_index() * kAccessBytes;
+            if (byte < Packed::kValueScalesBytes) {
+                arch::copy_async(to + Packed::kValueScalesOffset + byte,
+                                 packed + Packed::kValueScalesOffset + byte);
+            }
         }
         if constexpr (kDeltaBytes > 0) {
             int const byte = arch::thread_index() * kAccessBytes;
@@ -476,14 +488,15 @@ class Attend {
     }
 
     // output = output * decay + P V. E4M3 tensor cores keep fewer bits of an accumulator than a
-    // float has, so there the product of a tile has one of its own.
+    // float has, so there the product of a tile has one of its own, as where its V has scales.
     SAGE_DEVICE void multiply_weights_value(Weights const& weights,
                                             float const (&decay)[kBands][kHalves],
-                                            char const* value_tile) {
+                                            char const* stage) {
+        char const* const value_tile = stage + Packed::kValueOffset;
         int const of_lane = ValueTile::of_lane();
         SAGE_UNROLL
         for (int pair = 0; pair < kChannelAtoms / 2; ++pair) {
-            if constexpr (Pv::kBits == 16) {
+            if constexpr (Pv::kBits == 16 && !kScaledProduct) {
                 decay_output(decay, pair);
                 SAGE_UNROLL
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
@@ -495,7 +508,7 @@ class Attend {
                 for (int step = 0; step < ValueTile::kSteps; ++step) {
                     add_product(product, 0, weights, value_tile, of_lane, pair, step);
                 }
-                decay_output(decay, pair, product);
+                decay_output(decay, pair, product, stage);
             }
         }
     }
@@ -528,20 +541,33 @@ class Attend {
 
     template <class Product>
     SAGE_DEVICE void decay_output(float const (&decay)[kBands][kHalves], int pair,
-                                  Product const& product) {
+                                  Product const& product, char const* stage) {
         SAGE_UNROLL
-        for (int band = 0; band < kBands; ++band) {
+        for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            float2 scale;
+            if constexpr (kScaledProduct) scale = scale_of_tile(stage, 2 * pair + of_pair);
             SAGE_UNROLL
-            for (int of_pair = 0; of_pair < 2; ++of_pair) {
+            for (int band = 0; band < kBands; ++band) {
                 SAGE_UNROLL
                 for (int half = 0; half < kHalves; ++half) {
-                    float2 const sum = in_float(product[band][of_pair], half);
+                    float2 sum = in_float(product[band][of_pair], half);
+                    if constexpr (kScaledProduct) {
+                        sum = make_float2(sum.x * scale.x, sum.y * scale.y);
+                    }
                     float* const of_row = output_[band][2 * pair + of_pair] + 2 * half;
                     of_row[0] = arch::fma(of_row[0], decay[band][half], sum.x);
                     of_row[1] = arch::fma(of_row[1], decay[band][half], sum.y);
                 }
             }
         }
+    }
+
+    // V's scales of the tile, for the thread's two channels of every eight.
+    SAGE_DEVICE static float2 scale_of_tile(char const* stage, int atom) {
+        float const* const scales =
+            reinterpret_cast<float const*>(stage + Packed::kValueScalesOffset);
+        return arch::load_shared(
+            reinterpret_cast<float2 const*>(scales + atom * 8 + first_column()));
     }
 
     SAGE_DEVICE static float2 in_float(float const (&product)[4], int half) {
@@ -596,8 +622,13 @@ class Attend {
 
     SAGE_DEVICE void store() const {
         float const* const value_scales =
-            p_.value_scales + int64_t{rows_.kv_head()} * padded_dim(kValueDim);
-        float const limit = value_limit<Pv, kHalfAccumulator>();
+            kTileScales ? nullptr
+                        : p_.value_scales + int64_t{rows_.kv_head()} * padded_dim(kValueDim);
+        // With the scales of tiles a sum has the size of V itself, whose type the output has too.
+        constexpr bool kIsBounded = !kTileScales || (kScaledProduct && kHalfOutput);
+        float const limit = !kIsBounded   ? infinity()
+                            : kTileScales ? Half::kLimit
+                                          : value_limit<Pv, kHalfAccumulator>();
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
@@ -620,8 +651,11 @@ class Attend {
                 for (int atom = 0; atom < kChannelAtoms; ++atom) {
                     int const channel = atom * 8 + first_column();
                     if (channel >= p_.channels) continue;
-                    float2 const scale =
-                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                    float2 scale = make_float2(1.0f, 1.0f);
+                    if constexpr (!kTileScales) {
+                        scale = arch::load_global(
+                            reinterpret_cast<float2 const*>(value_scales + channel));
+                    }
                     float const* const sums = output_[band][atom] + 2 * half;
                     float const low = end.value(sums[0], limit, scale.x);
                     float const high = end.value(sums[1], limit, scale.y);

@@ -52,17 +52,25 @@ struct QuantizeKey {
             }
         }
 
+        int64_t const tile = task * p.tile_bytes;
+        pack(at, key, largest, p.codes + tile, reinterpret_cast<float*>(p.scales + tile));
+        if constexpr (kDelta) store_delta(p, head, block.inner);
+    }
+
+    // Rounds K' of a tile, of which `largest` is the largest magnitude that the thread has. With
+    // kDelta K' is in smoothed() then.
+    SAGE_DEVICE static void pack(At const& at, float const (&key)[kTokens][kChunk],
+                                 uint32_t largest, char* codes, float* scales) {
         // Largest magnitudes: (groups, parts). A token's group is its index modulo 8, halved.
         uint32_t* const amax = reinterpret_cast<uint32_t*>(arch::shared_memory());
         int const group = at.row % 8 / 2, part = at.row / 8 * 2 + at.row % 2;
         largest = largest_of_token<kHeadDim>(largest);
         if (at.first_column()) arch::store_shared(amax + group * kParts + part, largest);
-        float* const smoothed = reinterpret_cast<float*>(amax + At::kRows);
         if constexpr (kDelta) {
             SAGE_UNROLL
             for (int t = 0; t < kTokens; ++t) {
                 int const token = t * At::kRows + at.row;
-                store_floats_shared(smoothed + token * kRowFloats + at.channel, key[t]);
+                store_floats_shared(smoothed() + token * kRowFloats + at.channel, key[t]);
             }
         }
         arch::barrier();
@@ -72,16 +80,15 @@ struct QuantizeKey {
             largest = larger(largest, arch::load_shared(amax + group * kParts + other));
         }
         float const scale = scale_of(largest, Format::kLimit);
-        if (part == 0 && at.first_column()) {
-            float* const scales = reinterpret_cast<float*>(p.scales + task * p.tile_bytes);
-            arch::store_global(scales + group, scale);
-        }
+        if (part == 0 && at.first_column()) arch::store_global(scales + group, scale);
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            store_codes<Format, kHeadDim>(p.codes + task * p.tile_bytes, t * At::kRows + at.row,
-                                          at.channel, key[t], scale);
+            store_codes<Format, kHeadDim>(codes, t * At::kRows + at.row, at.channel, key[t], scale);
         }
-        if constexpr (kDelta) store_delta(p, head, block.inner, smoothed);
+    }
+
+    SAGE_DEVICE static float* smoothed() {  // (tokens, D), in rows of kRowFloats
+        return reinterpret_cast<float*>(arch::shared_memory()) + At::kRows;
     }
 
     // As Varlen wants it.
@@ -107,15 +114,15 @@ struct QuantizeKey {
         return task;
     }
 
- private:
     static constexpr int kUnits = kHeadDim / 16;  // 16 channels make two steps of the atom
 
-    // delta (G * M, 64) of this key block. A warp has 8 keys, whose K' it keeps in registers, and
-    // goes through all rows of means. The channels of a step may be any 8, as long as both operands
-    // agree: so that a thread's loads are 16 bytes, step s of unit u has channels 16 u + 4 t + 2 s
+    // delta (G * M, 64) of this key block, of what is in smoothed(). A warp has 8 keys, whose K' it
+    // keeps in registers, and goes through all rows of means. The channels of a step may be any 8,
+    // as long as both operands agree: so that a thread's loads are 16 bytes, step s of unit u has
+    // channels 16 u + 4 t + 2 s
     // (+ 1).
-    SAGE_DEVICE static void store_delta(Params const& p, int64_t head, int64_t block,
-                                        float const* smoothed) {
+    template <class WithMeans>
+    SAGE_DEVICE static void store_delta(WithMeans const& p, int64_t head, int64_t block) {
         int const warp = arch::thread_index() / 32, lane = arch::thread_index() % 32;
         int const row_of_lane = lane / 4, t = lane % 4;
 
@@ -123,7 +130,7 @@ struct QuantizeKey {
         SAGE_UNROLL
         for (int u = 0; u < kUnits; ++u) {
             float4 const four = arch::load_shared(reinterpret_cast<float4 const*>(
-                smoothed + (warp * 8 + row_of_lane) * kRowFloats + 16 * u + 4 * t));
+                smoothed() + (warp * 8 + row_of_lane) * kRowFloats + 16 * u + 4 * t));
             to_tf32(keys[u], four);
         }
 
@@ -158,6 +165,7 @@ struct QuantizeKey {
         }
     }
 
+ private:
     SAGE_DEVICE static void load_means(uint32_t (&operand)[4], float const* means, int64_t row,
                                        int64_t rows, int channel) {
         float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);

@@ -68,11 +68,13 @@ struct Merge {
                                head.inner * p.output_head_stride +
                                query.inner * p.output_token_stride;
         int64_t const kv_head = Split(query.outer, p.group).outer;  // G divides H
-        float const* const scales = p.value_scales + kv_head * kValueDim;
+        float const* const scales =
+            p.value_scales == nullptr ? nullptr : p.value_scales + kv_head * kValueDim + channel;
         float values[kChannels];
         SAGE_UNROLL
         for (int i = 0; i < kChannels; ++i) {
-            values[i] = end.value(output[i], p.limit, arch::load_global(scales + channel + i));
+            float const scale = scales == nullptr ? 1.0f : arch::load_global(scales + i);
+            values[i] = end.value(output[i], p.limit, scale);
         }
         bool const pairs = stores_pairs(of_row, p.channels);
         SAGE_UNROLL

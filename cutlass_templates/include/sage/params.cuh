@@ -140,17 +140,17 @@ struct AttendParams {
     void const* query_codes;
     float const* query_scales;
     void const* key_value_tiles;  // (B, Hkv, N) of KeyValueTile
-    float const* value_scales;
-    float const* delta;     // (B, H, M, N * kKeyBlock), or null
-    float const* row_term;  // (B, H, Lq); null where neither LSE, softcap nor sinks need it
-    float const* sinks;     // (H): one more logit of each head, in the denominator; may be null
-    void* output;           // (B, H, Lq, channels) of the output type, channels contiguous
-    float* lse;             // (B, H, Lq) by its stride, natural logarithm; may be null
-    Mask mask;              // of a kernel that has one
-    Flags tiles;            // what it is in each: a token is a query block, and has N bytes
-    Flags live;             // queries that see a key through it
-    float* part_outputs;    // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
-    float* part_sums;       // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
+    float const* value_scales;    // (B, Hkv, D); null where tiles have their own
+    float const* delta;           // (B, H, M, N * kKeyBlock), or null
+    float const* row_term;        // (B, H, Lq); null where neither LSE, softcap nor sinks need it
+    float const* sinks;   // (H): one more logit of each head, in the denominator; may be null
+    void* output;         // (B, H, Lq, channels) of the output type, channels contiguous
+    float* lse;           // (B, H, Lq) by its stride, natural logarithm; may be null
+    Mask mask;            // of a kernel that has one
+    Flags tiles;          // what it is in each: a token is a query block, and has N bytes
+    Flags live;           // queries that see a key through it
+    float* part_outputs;  // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
+    float* part_sums;     // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
     int64_t output_batch_stride, output_head_stride, output_token_stride;
     int64_t lse_head_stride;  // Lq, or more
     int64_t heads, group;     // H, G
@@ -160,15 +160,63 @@ struct AttendParams {
     int64_t parts;         // of the keys, of a kernel that splits them
     int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
     int64_t channels;      // of V and the output
+    int64_t head_tiles;    // tiles from one head to the next: N, or those of a cache
     float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
+};
+
+// The kernels of a cache (sage.PackedKV): key/value tokens in packed tiles that grows. K is
+// smoothed by the mean of its first kMeanTokens tokens, so that what is packed stays right whatever
+// comes; until they are there all is packed anew with each token. Tokens that will be packed again
+// are kept as they came, in staged tiles (B, Hkv, places, kKeyBlock, D). With fewer than
+// kMeanTokens tokens the place of a tile is its index; else only the last tile, if it is not full,
+// is kept, where the host says: not where this launch reads, since what a launch stores it does not
+// load.
+constexpr int kMeanTokens = 256;
+
+struct Staged {
+    void* data;            // of the input type
+    int64_t place_before;  // of the last tile before the new tokens, if there are kMeanTokens
+    int64_t place_after;   // of the last tile with them, likewise
+    int64_t places;        // of one head
+};
+
+// One block per head.
+struct KeyMeanParams {
+    Strided key;  // the new tokens
+    Staged staged;
+    float* mean;          // (B, Hkv, D)
+    int64_t heads;        // Hkv
+    int64_t length, end;  // tokens before the new ones, and with them
+};
+
+// One block per (K or V, tile that changes, head).
+struct AppendParams {
+    Strided key, value;  // the new tokens
+    Staged staged_key, staged_value;
+    float const* key_mean;      // (B, Hkv, D)
+    char* tiles;                // (B, Hkv, head_tiles) of KeyValueTile with scales of V
+    int64_t heads, head_tiles;  // Hkv; tiles that a head has room for
+    int64_t length, end;        // tokens before the new ones, and with them
+    int64_t first_tile, changed_tiles;
+    int64_t key_tasks;  // B * Hkv * changed_tiles; blocks from there on do V
+};
+
+// One block per (key block, head).
+struct DeltaParams {
+    float const* means;  // (B, Hkv, G * M, D), times score_factor
+    char const* codes;   // of the first tile, INT4
+    char const* scales;  // of the first tile
+    float* delta;        // (B, Hkv, G * M, N * kKeyBlock): means . K'
+    int64_t tile_bytes;  // tiles are in order (B, Hkv, head_tiles)
+    int64_t head_tiles, key_blocks, mean_rows;
 };
 
 // One block per Merge::kRows rows: what the parts of the keys made of each, joined.
 struct MergeParams {
     float const* part_outputs;  // as of AttendParams; a part whose sum of P is 0 has none
     float const* part_sums;
-    float const* value_scales;  // (B, Hkv, D of V)
+    float const* value_scales;  // (B, Hkv, D of V); null where sums have them already
     float const* row_term;      // (B, H, Lq); null where neither LSE nor sinks need it, and where
                                 // scores have it already, under a softcap
     float const* sinks;
@@ -182,7 +230,7 @@ struct MergeParams {
     int64_t channels;
     int64_t dead_is_nan;       // whether a row that sees no key is NaN; else it is 0
     float log2_weight_factor;  // of P, see numeric.cuh
-    float limit;               // of |V| as it was quantized
+    float limit;               // of |V| as it is summed up
 };
 
 // The sequences of a packed batch, which lie one after another along the lengths of a batch of 1:

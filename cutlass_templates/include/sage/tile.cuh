@@ -75,15 +75,18 @@ struct Tile {
 };
 
 // A tile of kKeyBlock keys as the quantizers write it and the attention kernel copies it, in one
-// piece: the rows of K (keys, kKeyDim), those of V transposed (kValueDim, keys), and K's scales.
-// Padded, so that every tile begins at a line of the cache.
-template <class Qk, class Pv, int kKeyDim, int kValueDim>
+// piece: the rows of K (keys, kKeyDim), those of V transposed (kValueDim, keys), K's scales, and
+// where V has scales for each tile, these. Padded, so that every tile begins at a line of the
+// cache.
+template <class Qk, class Pv, int kKeyDim, int kValueDim, bool kValueScales>
 struct KeyValueTile {
     using Key = Tile<kKeyBlock, kKeyDim * Qk::kBits / 8>;
     using Value = Tile<kValueDim, kKeyBlock * Pv::kBits / 8>;
     static constexpr int kValueOffset = Key::kBytes;
     static constexpr int kScalesOffset = kValueOffset + Value::kBytes;
-    static constexpr int kBytes = kScalesOffset + 128;
+    static constexpr int kValueScalesOffset = kScalesOffset + 128;
+    static constexpr int kValueScalesBytes = kValueScales ? kValueDim * sizeof(float) : 0;
+    static constexpr int kBytes = kValueScalesOffset + kValueScalesBytes;
     static_assert(kScalesOffset % 128 == 0 && kKeyGroups * sizeof(float) == kAccessBytes);
 };
 

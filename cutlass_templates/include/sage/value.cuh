@@ -15,6 +15,9 @@ struct QuantizeValue {
     static constexpr int kTokens = kKeyBlock / At::kRows;
     static constexpr int kRowFloats = kHeadDim + 4;  // padded against bank conflicts
     static constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Format::kLimit;
+    // A V in FP16 is taken as it is.
+    static constexpr bool kScaled =
+        Format::kBits == 8 || !cutlass::platform::is_same<Input, cutlass::half_t>::value;
     static_assert(!kHalfAccumulator || Format::kBits == 8, "a mode of E4M3");
 
     static constexpr int kThreads = kQuantizerThreads;
@@ -55,7 +58,7 @@ struct QuantizeValue {
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }
         arch::barrier();
-        store_transposed(p, task, shared);
+        store_transposed(p.codes + task * p.tile_bytes, shared);
     }
 
     // As Varlen wants it.
@@ -76,10 +79,6 @@ struct QuantizeValue {
     }
 
  private:
-    // A V in FP16 is taken as it is.
-    static constexpr bool kScaled =
-        Format::kBits == 8 || !cutlass::platform::is_same<Input, cutlass::half_t>::value;
-
     SAGE_DEVICE static void scales_of_channels(Params const& p, At const& at, int64_t head,
                                                float (&scale)[kChunk]) {
         if constexpr (!kScaled) {
@@ -103,11 +102,12 @@ struct QuantizeValue {
         }
     }
 
-    // 16 bytes a thread and turn: 16 tokens of a channel in E4M3, 8 in FP16.
-    SAGE_DEVICE static void store_transposed(Params const& p, int64_t task, float const* shared) {
+ public:
+    // Rounds scaled tokens (tokens, D), in rows of kRowFloats: 16 bytes a thread and turn, 16
+    // tokens of a channel in E4M3, 8 in FP16.
+    SAGE_DEVICE static void store_transposed(char* codes, float const* shared) {
         constexpr int kTokensAtOnce = 128 / Format::kBits;
         constexpr int kParts = kKeyBlock / kTokensAtOnce;
-        char* const tile = p.codes + task * p.tile_bytes;
         SAGE_UNROLL
         for (int unit = 0; unit < kHeadDim * kParts; unit += kThreads) {
             int const index = unit + arch::thread_index();
@@ -128,11 +128,12 @@ struct QuantizeValue {
                         arch::pack_half(at_token(column, token), at_token(column, token + 1));
                 }
             }
-            arch::store_global(reinterpret_cast<uint4*>(tile) + channel * kParts + part,
+            arch::store_global(reinterpret_cast<uint4*>(codes) + channel * kParts + part,
                                make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
     }
 
+ private:
     SAGE_DEVICE static float at_token(float const* column, int token) {
         return arch::load_shared(column + token * kRowFloats);
     }

@@ -288,6 +288,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        lower_,
                                        upper_,
                                        a.value_head_dim,
+                                       key_blocks_,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {

@@ -1,6 +1,7 @@
 #include "device.hpp"
 
 #include <dlfcn.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -14,6 +15,7 @@ constexpr int64_t kSharedBytesUnasked = 48 << 10;
 constexpr int64_t kMostBlocks = 0x7fffffff;
 // From the folder of this library in its package to where the package may carry a pack.
 constexpr char kShipped[] = "/../../kernels/cuda/pack";
+constexpr char kTable[] = "/launches.txt";
 
 class Lock {
  public:
@@ -55,10 +57,13 @@ bool find_shipped(char (&path)[kBytes]) {
     const char* const slash = library == nullptr ? nullptr : strrchr(library, '/');
     const size_t folder = slash == nullptr ? 0 : size_t(slash - library);
     if (folder == 0 || folder + sizeof kShipped > kBytes) return false;
+    // That of a release wheel is for Python alone, and has no table.
+    char table[sizeof path + sizeof kTable];
     memcpy(path, library, folder);
     memcpy(path + folder, kShipped, sizeof kShipped);
+    snprintf(table, sizeof table, "%s%s", path, kTable);
     struct stat status;
-    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+    return stat(table, &status) == 0 && S_ISREG(status.st_mode);
 }
 
 // The value of an environment variable, null where it is not set or empty.

@@ -28,6 +28,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in ("float16", "bfloat16"))
 
     monkeypatch.setattr(kernels, "all_specs", all_specs)
+    monkeypatch.setattr(kernels, "checked_specs", all_specs)
     monkeypatch.setattr(kernels_compiling, "find", lambda *names: FakeCompiler(" or ".join(names)))
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
     monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
@@ -76,6 +77,21 @@ def test_build_makes_a_pack_and_list_shows_it(
     assert {row["arch"] for row in rows} == {"sm_80", "sm_89"}
 
 
+def test_the_pack_of_a_release(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "pack"
+    release = ["kernels", "build", "--release", "--out", str(out), "--jobs", "1"]
+    assert cli.main([*release, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    assert made == {"folder": str(out), "kernels": 2 * (len(ARCHS) + 1), "bytes": on_disk}
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "compute_80", *ARCHS}
+    monkeypatch.setattr(kernels, "MOST_COMPRESSED", on_disk - 1)
+    assert cli.main(release) == 1
+    assert f"the pack takes {on_disk} bytes, and may take {on_disk - 1}" in capsys.readouterr().err
+
+
 def test_ahead_of_time_nvcc_is_asked_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +138,8 @@ def test_standalone_kernels_are_others(
     [
         (["check", "--arch", "sm_8"], "unknown architecture 'sm_8'; known: sm_80, sm_86"),
         (["build", "--out", "x"], "--arch is missing; known: sm_80"),
+        (["build", "--out", "x", "--release", "--standalone"], "a pack is one of them"),
+        (["check", "--arch", "compute_80"], "unknown architecture 'compute_80'; known: sm_80"),
         (["check", "--jobs", "0"], "--jobs 0; it must be at least 1"),
     ],
     ids=str,

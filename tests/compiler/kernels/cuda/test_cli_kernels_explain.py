@@ -46,7 +46,7 @@ def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     symbols = [line.split()[0] for line in lines if line.startswith("  sage_")]
     kinds = [symbol.split("_")[1] for symbol in symbols]
     assert kinds == ["statistics", "query", "key", "value", "attend"]
-    assert text.count("in a pack") == 5 and "on first use" not in text
+    assert text.count("on first use; release wheels have it") == 5 and "in the pack" not in text
     assert "tile: 128 queries and 64 keys, 16 queries a warp, 2 stages" in lines
     assert "times are predicted, none is measured" in lines[-1]
     names = [line.split()[0] for line in lines[lines.index(heading(lines)) + 1 : -1]]
@@ -67,7 +67,7 @@ def test_auto_says_who_serves_and_what_a_name_would_launch(
         "auto: float arithmetic serves: cuda-mma: int8_fp16 is not measured on this GPU (sm_90a)"
     )
     assert "int8_fp16, where it is asked for by name, launches" in lines
-    assert any("on first use" in line for line in lines)  # a softcap is in no pack
+    assert any(line.endswith("on first use") for line in lines)  # a softcap is in no pack
     names = [line.split()[:2] for line in lines[lines.index(heading(lines)) + 1 : -1]]
     assert [name for name, _ in names] == [
         "int8_fp16", "int4_fp16", "int8_fp8", "int4_fp8", "exact",
@@ -99,6 +99,31 @@ def test_a_gpu_without_kernels(recipe: str, capsys: pytest.CaptureFixture[str]) 
     assert found["served_by"] == ("exact" if recipe == "auto" else "reference")
 
 
+def test_a_gpu_with_ptx_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = explained(
+        capsys, "1x2x128x64", "--arch", "sm_121", "--recipe", "int8_fp16"
+    ).splitlines()
+    assert lines[0].endswith("; on compute capability 12.1, by PTX of compute_80")
+    assert lines[1] == "int8_fp16: int8_fp16, kernel cuda-mma"
+    assert len([line for line in lines if line.startswith("  sage_")]) == 5
+    assert "  sage_attend_compute_80_bfloat16_64_64_" in "\n".join(lines)
+    names = [line.split()[:2] for line in lines[lines.index(heading(lines)) + 1 : -1]]
+    assert [name for name, _ in names] == [
+        "int8_fp16", "int4_fp16", "int8_fp8", "int4_fp8", "exact",
+    ]  # fmt: skip
+    assert {time for _, time in names} == {"-"}
+    refused = explained(capsys, "1x2x128x64", "--arch", "sm_103", "--recipe", "int8_fp8")
+    assert (
+        "no int8_fp8 on compute_80, but int8_fp16: this GPU has no kernels of its own but PTX for "
+        "all from compute capability 8.0 on, which has no FP8 products. The reference"
+    ) in refused.splitlines()[1]
+    found = explained_json(capsys, "1x2x128x64", "--arch", "sm_87")
+    assert (found["arch"], found["asked"], found["served_by"]) == ("compute_80", "auto", "exact")
+    assert "int8_fp16 is not measured on this GPU" in found["reason"]
+    assert all(each["shipped"] and not each["packed"] for each in found["launches"])
+    assert found["exact_seconds"] is None
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("1x4x300x96", "--arch", "sm_80", "--value-dim", "40", "--recipe", "int8_fp16")
     more = ("--mask", "window_bottom_right:128,0", "--mask", "bool", "--dtype", "float32")
@@ -111,10 +136,10 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
     assert found["launches"][4]["symbol"] == (
-        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False"
+        "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False_False"
     )
     assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
-    assert not any(each["packed"] for each in found["launches"])
+    assert not any(each["packed"] or each["shipped"] for each in found["launches"])
     assert found["tile"]["warp_rows"] == 16 and found["tile"]["reason"]
     assert found["exact_seconds"] is None  # sinks
     offered = {each["recipe"]: each["offered"] for each in found["recipes"]}

@@ -175,7 +175,7 @@ def test_the_document_has_what_the_tool_finds(real: tuple[Cost, str]) -> None:
         )
 
 
-def test_the_document_has_every_kernel_of_a_pack() -> None:
+def test_the_document_has_every_recipe() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     begin, end = text.index("<!-- sagec"), text.index("<!-- end")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("| sm_")]

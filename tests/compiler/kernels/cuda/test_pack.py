@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -10,12 +11,21 @@ from pathlib import Path
 import pytest
 
 from sage_compiler.errors import KernelUnavailableError, UsageError
-from sage_compiler.kernels.cuda import launch_table
+from sage_compiler.kernels.cuda import launch_table, xz
 from sage_compiler.kernels.cuda import pack as pack_module
 from sage_compiler.kernels.cuda.binary import Binary
 from sage_compiler.kernels.cuda.cache import Cache
 from sage_compiler.kernels.cuda.images import Images
-from sage_compiler.kernels.cuda.pack import MANIFEST, Pack, build, find_packs
+from sage_compiler.kernels.cuda.pack import (
+    FORMAT,
+    MANIFEST,
+    MOST_COMPRESSED,
+    Pack,
+    PackTooLargeError,
+    build,
+    bytes_on_disk,
+    find_packs,
+)
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.render import render
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler, ToySpec
@@ -107,6 +117,90 @@ def test_a_damaged_kernel_is_left_out(folder: Path, damage: Callable[[Path], obj
     assert pack.find(LARGE) == image_of(LARGE)
 
 
+PORTABLE = replace(TOY, arch="compute_80")
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Path:
+    """A pack as that of a release wheel."""
+    out = tmp_path / "compressed"
+    build([*SPECS, PORTABLE], out, FakeCompiler(), jobs=1, most_compressed=MOST_COMPRESSED)
+    return out
+
+
+def test_a_compressed_pack_holds_the_same_images(compressed: Path) -> None:
+    names = {path.name for path in compressed.rglob("*") if path.is_file()}
+    images = {f"{spec.symbol}.cubin.xz" for spec in SPECS} | {f"{PORTABLE.symbol}.ptx.xz"}
+    sources = {f"{spec.symbol}.cu" for spec in (*SPECS, PORTABLE)}
+    assert names == {MANIFEST, *images, *sources}  # and no launch table
+    pack = Pack(compressed)
+    for spec in (*SPECS, PORTABLE):
+        assert pack.has(spec) and pack.find(spec) == image_of(spec)
+    assert not pack.has(replace(TOY, arch="sm_86"))
+    # Read-only, as where an administrator installed it.
+    for path in compressed.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert Pack(compressed).find(TOY) == image_of(TOY)
+
+
+def test_building_again_replaces_compressed_kernels(compressed: Path) -> None:
+    build([ADA], compressed, FakeCompiler(), jobs=1)
+    names = {path.name for path in compressed.rglob("*") if path.is_file()}
+    assert names == {MANIFEST, launch_table.NAME, f"{ADA.symbol}.cubin", f"{ADA.symbol}.cu"}
+
+
+def test_a_pack_that_is_too_large_is_none(tmp_path: Path) -> None:
+    out = tmp_path / "pack"
+    build(SPECS, out, FakeCompiler(), jobs=1, most_compressed=MOST_COMPRESSED)
+    size = bytes_on_disk(out)
+    build(SPECS, out, FakeCompiler(), jobs=1, most_compressed=size)
+    assert Pack(out).entries.keys() == {spec.symbol for spec in SPECS}
+    with pytest.raises(PackTooLargeError, match=f"takes {size} bytes, and may take {size - 1}"):
+        build(SPECS, out, FakeCompiler(), jobs=1, most_compressed=size - 1)
+    with pytest.raises(FileNotFoundError):
+        Pack(out)
+
+
+def test_damaged_compressed_kernels_are_left_out(compressed: Path) -> None:
+    path = compressed / "sm_80" / f"{TOY.symbol}.cubin.xz"
+    image, whole = image_of(TOY), path.read_bytes()
+    draw = random.Random(0)
+    damaged = [b"", whole[:-1], whole[: len(whole) // 2], image, xz.compress(image + b"0")]
+    damaged += [xz.compress(image[:-1]), xz.compress(image.replace(b"sage", b"Sage"))]
+    damaged.append(xz.compress(bytes(1 << 28)))  # a bomb: no more is made than an image may be
+    for _ in range(100):
+        at = draw.randrange(len(whole))
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+    pack = Pack(compressed)
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = pack.find(TOY)
+        assert found in (None, image)  # of padding and headers some bits say nothing
+        refused += found is None
+        assert (found is None) == any(TOY.symbol in str(each.message) for each in caught)
+    assert refused > len(damaged) * 0.8
+    assert pack.find(LARGE) == image_of(LARGE)
+
+
+def test_without_lzma_a_compressed_pack_is_not_used(
+    compressed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xz, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="this Python was built without lzma"):
+        Pack(compressed)
+    assert Pack(folder).find(TOY) == image_of(TOY)
+
+
+def test_hosts_are_not_told_of_ptx(folder: Path) -> None:
+    build([TOY, PORTABLE], folder, FakeCompiler(), jobs=1)
+    assert (folder / "compute_80" / f"{PORTABLE.symbol}.ptx").read_bytes() == image_of(PORTABLE)
+    table = (folder / launch_table.NAME).read_text()
+    assert TOY.symbol in table and "compute_80" not in table
+
+
 def test_a_kernel_that_is_rendered_otherwise_is_left_out(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +239,17 @@ def damage_manifest(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 0}', '{"format": 1, "kernels": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 0}',
+        f'{{"format": {FORMAT}}}',
+        f'{{"format": {FORMAT}, "compressed": "yes"}}',
+    ],
+)
 def test_a_pack_with_another_manifest_is_ignored(chosen: Path, text: str) -> None:
     damage_manifest(chosen, text)
     with pytest.warns(RuntimeWarning, match="is not used"):

@@ -2,12 +2,14 @@
 
 import pickle
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import headers, nvrtc, toolchain
+from sage_compiler.kernels.cuda.arch import PORTABLE
 from sage_compiler.kernels.cuda.binary import Resources, read_log
 from sage_compiler.kernels.cuda.toolchain import Compiler
 from tests.compiler.kernels.cuda.toy import TOY, source
@@ -41,6 +43,20 @@ def test_what_ptxas_reports_is_read() -> None:
     assert resources == Resources(255, 28, 52, 24, 1024)
     assert rest.splitlines() == [NVCC_LOG.splitlines()[0], NVCC_LOG.splitlines()[-1]]
     assert read_log(NVRTC_LOG) == (Resources(8, 0, 0, 0, 0), "")
+
+
+@pytest.mark.parametrize("name", toolchain.NAMES)
+def test_ptx_is_of_the_portable_architecture(name: str) -> None:
+    try:
+        compiler = toolchain.find(name)
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+    spec = replace(TOY, arch=PORTABLE.name)
+    binary = compiler.compile(source(spec), spec.arch)
+    text = binary.image.decode()
+    assert ".target sm_80" in text and f".visible .entry {spec.symbol}(" in text
+    assert not binary.image.endswith(b"\0")  # the driver's call adds it
+    assert binary.resources == compiler.compile(source(TOY), TOY.arch).resources
 
 
 def test_what_called_functions_take_is_added() -> None:

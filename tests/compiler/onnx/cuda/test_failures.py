@@ -284,9 +284,10 @@ def test_random_tables_are_refused_or_harmless(pretending: TestDriver, pack: Pat
 
     def damage(text: str) -> str:
         letters = list(text)
-        for _ in range(rng.randint(1, 5)):
-            at = rng.randrange(len(letters))
-            letters[at : at + rng.choice((1, 1, 30))] = rng.choice(DAMAGE)
+        while letters == list(text):  # a 7 may become a 7
+            for _ in range(rng.randint(1, 5)):
+                at = rng.randrange(len(letters))
+                letters[at : at + rng.choice((1, 1, 30))] = rng.choice(DAMAGE)
         return "".join(letters)
 
     records = (pack / NAME).read_text()
@@ -447,7 +448,7 @@ def test_the_parameters_are_those_of_this_format() -> None:
     C++ compares: raise it, in launch_table.py and pack.cpp, and write the new digest here."""
     header = host.TEMPLATES / "include" / "sage" / "params.cuh"
     digest = hashlib.sha256(header.read_bytes()).hexdigest()
-    assert (FORMAT, digest[:16]) == (3, "6b65a01826c50c9a")
+    assert (FORMAT, digest[:16]) == (4, "e195c7c2929bc0b3")
 
 
 def test_the_process_has_one_runtime(

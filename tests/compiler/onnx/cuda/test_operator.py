@@ -284,6 +284,9 @@ def test_the_package_may_carry_a_pack(
         "auto",
     )
     assert len(installed.launches()) == 5
+    (shipped / "launches.txt").unlink()  # as that of a release wheel, which is for Python
+    library = Library(tmp_path / "package" / "onnx" / "runtime" / "python.so")
+    assert "there is no kernel pack" in library.cuda_state()
     shutil.rmtree(shipped)
     library = Library(tmp_path / "package" / "onnx" / "runtime" / "other.so")
     assert "there is no kernel pack" in library.cuda_state()
