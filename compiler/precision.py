@@ -63,11 +63,16 @@ class Accumulator(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Tokens per tile: of Q per block and per warp, and of K per block."""
+    """Tokens per tile: of Q per block and per warp, and of K per block.
+
+    Attributes:
+        softmax_blocks: blocks of K that one step of the online softmax takes, with one maximum.
+    """
 
     q_block: int
     q_warp: int
     kv_block: int
+    softmax_blocks: int = 1
 
 
 TILE_MMA: Final = Tile(q_block=128, q_warp=32, kv_block=64)  # mma.sync: sm_80, 86, 89, 120

@@ -102,7 +102,8 @@ class _Board:
         efficiency: FlashAttention-2's published speed over what the model makes of full rates.
         measured_on: the board which that speed was measured on.
         mma_sync: the share of ``products`` that mma.sync reaches; the rest needs wgmma or tcgen05,
-            which neither our kernels nor SDPA's flash kernel use.
+            which SDPA's flash kernel does not use, nor do our kernels but those of ``wgmma``.
+        wgmma: recipes whose kernels use wgmma.
     """
 
     name: str
@@ -115,6 +116,7 @@ class _Board:
     efficiency: float
     measured_on: str
     mma_sync: float = 1.0
+    wgmma: tuple[str, ...] = ()
 
 
 def _tera(
@@ -177,6 +179,7 @@ _H100: Final = _Board(
     efficiency=0.7,
     measured_on="H100",
     mma_sync=0.62,
+    wgmma=("int8_fp8",),
 )
 _B200: Final = replace(
     _H100,
@@ -187,6 +190,7 @@ _B200: Final = replace(
     products=_tera(int8=4500, fp8=4500, fp16=2250),
     bandwidth=8000e9,
     mma_sync=0.31,
+    wgmma=(),
 )
 
 _BOARDS: Final[Mapping[str, _Board]] = MappingProxyType(
@@ -363,7 +367,8 @@ def _pair_seconds(board: _Board, recipe: str, work: Work) -> float:
             key_dim = -(-key_dim // 64) * 64  # the 32 bytes of one step of mma
             floats += 1  # delta
     value_dim = _product_dim(work.value_head_dim)
-    products = (2 * key_dim / qk_rate + 2 * value_dim / pv_rate) / board.mma_sync
+    share = 1.0 if recipe in board.wgmma else board.mma_sync
+    products = (2 * key_dim / qk_rate + 2 * value_dim / pv_rate) / share
     # Per query and tile of keys, one instruction for each channel of the output decays it.
     floats += value_dim / TILE_MMA.kv_block
     softmax = (1 / _EXP2_LANES + floats / board.float_lanes) / (board.multiprocessors * board.clock)

@@ -4,13 +4,16 @@
     python -m benchmarks.gpu --quick                  # fewer lengths
     python -m benchmarks.gpu --no-speed --sanitizer   # compute-sanitizer too; takes long
 
-Writes <gpu>.json and <gpu>.md into a folder. Nothing is timed, and no speed is written, unless
-every check passes. Exit status: 0, or 1 when a check fails, or 2 without a GPU.
+Writes <gpu>.json, <gpu>.md and, where there is matplotlib, <gpu>.png into a folder. Nothing is
+timed, and no speed is written, unless every check passes. What matters most is timed first and
+written at once, and what there is no time for is named. Exit status: 0, or 1 when a check fails, or
+2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +24,7 @@ from typing import Any, Final
 from benchmarks.gpu import correctness, speed
 from benchmarks.gpu.checks import CHECKS
 from benchmarks.gpu.device import CudaDevice, Device
-from benchmarks.gpu.matrix import Subject, further_subjects, subjects
+from benchmarks.gpu.matrix import Subject, further_subjects, subjects, timed_subjects
 from benchmarks.gpu.presence import NO_DEVICE
 from benchmarks.gpu.publish import COLUMNS, describe, publish, summary, texts
 from benchmarks.gpu.trial import Plan
@@ -82,7 +85,7 @@ def chosen(arguments: argparse.Namespace) -> Work:
     grid = speed.QUICK if arguments.quick else speed.Grid()
     return Work(
         subjects,
-        further_subjects,
+        lambda arch: (*further_subjects(arch), *timed_subjects(arch)),
         plan,
         arguments.checks or tuple(CHECKS),
         arguments.sanitizer,
@@ -113,24 +116,37 @@ def run(device: Device, work: Work, out: Path) -> int:
         results += correctness.sanitize(sanitizer, device.index)
     print(f"{summary(results)}, {time.monotonic() - start:.0f} s", flush=True)
 
+    settings = {
+        "seed": work.plan.seed,
+        "checks": list(work.checks),
+        "speed": work.grid is not None,
+    }
+
+    def keep(so_far: speed.Results) -> None:
+        seconds = {"seconds": round(time.monotonic() - start)}
+        rows = [] if so_far.failures else so_far.rows
+        publish(out, machine, settings | seconds, results, rows, so_far.left_out, quiet=True)
+
     found = speed.Results()
     if work.grid is not None and all(result["passed"] for result in results):
         table = Table(**COLUMNS)
         deadline = start + 60 * work.minutes
-        found = speed.run(device, ready, work.grid, deadline, lambda row: _print(table, row))
+        found = speed.run(device, ready, work.grid, deadline, lambda row: _print(table, row), keep)
         failures = found.failures
         results.append({"check": "speed", "passed": not failures, "failures": failures})
         for failure in failures:
             print(f"FAILED {failure}", flush=True)
         for reason in dict.fromkeys(found.left_out):
             print(f"left out: {reason}", flush=True)
-    settings = {
-        "seed": work.plan.seed,
-        "checks": list(work.checks),
-        "speed": work.grid is not None,
-        "seconds": round(time.monotonic() - start),
-    }
-    publish(out, machine, settings, results, found.rows, found.left_out)
+    settings["seconds"] = round(time.monotonic() - start)
+    path = publish(out, machine, settings, results, found.rows, found.left_out)
+    if found.rows and not found.failures:
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no plot: there is no matplotlib here", flush=True)
+        else:
+            from benchmarks.gpu.plot import plot  # an optional package
+
+            plot(found.rows, describe(machine), path.with_suffix(".png"))
     return 0 if all(result["passed"] for result in results) else FAILED
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import Device, target
-from benchmarks.gpu.matrix import Subject
-from sage_compiler.kernels.cuda import kernel
+from benchmarks.gpu.matrix import Subject, dtype_name
+from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.semantics import UNBOUNDED
 from tests.compiler.kernels.dense import Call
 
 GARBAGE: Final = (0xC5, 0x3A)  # bytes: large numbers in every format, of both signs
@@ -25,11 +27,13 @@ class Outcome:
 
     Attributes:
         problem: what was written where nothing may be, or None.
+        splits: parts that the keys were cut into.
     """
 
     output: Tensor
     lse: Tensor
     problem: str | None
+    splits: int = 1
 
 
 class Fenced:
@@ -56,6 +60,28 @@ class Fenced:
         return all(bool((part == self._garbage).all()) for part in outside)
 
 
+def plan(place: kernel.Target, subject: Subject, call: Call) -> dispatch.Plan:
+    """The kernels of a call, and how they are cut, as ``kernel.run`` has them."""
+    batch, heads, query_length, head_dim = call.query.shape
+    lengths = (query_length, call.key.shape[2])
+    planned = dispatch.plan(
+        place.arch,
+        subject.recipe,
+        dtype_name(call.query.dtype),
+        head_dim,
+        call.value.shape[3],
+        Sizes.of(batch, heads, call.key.shape[1], *lengths),
+        Reach.of(call.semantics, *lengths),
+        place.multiprocessors,
+        window=call.semantics.window_left != UNBOUNDED,
+        masked=call.attn_mask is not None,
+        softcap=kernel.has_softcap(call.semantics),
+        accumulator=subject.accumulator,
+    )
+    assert not isinstance(planned, str), planned
+    return planned
+
+
 def attend(device: Device, subject: Subject, call: Call, garbage: int = GARBAGE[0]) -> Outcome:
     """Run one attention by a subject's kernels on the current stream, and wait for it.
 
@@ -75,9 +101,11 @@ def attend(device: Device, subject: Subject, call: Call, garbage: int = GARBAGE[
         fences.update({f"scratch {i}": piece for i, piece in enumerate(pieces)})
         return [piece.address() for piece in pieces], pieces
 
+    place_of_call = target(device, scratch)
+    planned = plan(place_of_call, subject, call)
     kernel.Call(
-        target(device, scratch),
-        subject.kernels,
+        place_of_call,
+        planned.kernels,
         call.query,
         call.key,
         call.value,
@@ -86,10 +114,12 @@ def attend(device: Device, subject: Subject, call: Call, garbage: int = GARBAGE[
         lse,
         call.sinks,
         call.attn_mask,
+        splits=planned.cut.splits,
     ).run()
     device.synchronize()
     broken = [name for name, fence in fences.items() if not fence.is_intact()]
-    return Outcome(output, lse, f"written beside {', '.join(broken)}" if broken else None)
+    splits = planned.cut.splits
+    return Outcome(output, lse, f"written beside {', '.join(broken)}" if broken else None, splits)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

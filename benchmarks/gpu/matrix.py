@@ -16,11 +16,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS, RotaryKeySpec, RotaryQuerySpec
 from sage_compiler.kernels.cuda.variants import (
     Variant,
-    accumulators,
     further_variants,
+    variant,
     variants,
 )
 from sage_compiler.precision import RECIPES, Accumulator, Format, Recipe
@@ -100,7 +101,7 @@ class Subject:
     def kernel(self) -> str:
         """The name in results: the recipe, and what is not as usual."""
         spec, name = self.kernels.attend, self.recipe
-        if self.accumulator is not accumulators(self.recipe)[0]:
+        if self.accumulator is not Accumulator.FP32:
             name += f"_acc{self.accumulator.value[2:]}"
         name += "_window" * spec.window + "_masked" * spec.masked + "_softcap" * spec.softcap
         return name + "_packed" * spec.packed_heads + "_split" * spec.split
@@ -143,12 +144,23 @@ def subjects(arch: str) -> tuple[Subject, ...]:
 
 
 def further_subjects(arch: str) -> tuple[Subject, ...]:
-    """What is compiled on first use, one of each kind; no case rotates Q and K."""
-    return tuple(Subject(each) for each in further_variants(arch) if not _rotates(each))
+    """What is compiled on first use, one of each kind."""
+    return tuple(Subject(each) for each in further_variants(arch) if is_checked(each))
 
 
-def _rotates(kernels: Variant) -> bool:
-    return isinstance(kernels.query, RotaryQuerySpec) or isinstance(kernels.key, RotaryKeySpec)
+def is_checked(kernels: Variant) -> bool:
+    """Whether they take calls as they are made here: no packed batch, no rotary embedding."""
+    rotates = isinstance(kernels.query, RotaryQuerySpec) or isinstance(kernels.key, RotaryKeySpec)
+    return not (kernels.attend.varlen or rotates)
+
+
+def timed_subjects(arch: str) -> tuple[Subject, ...]:
+    """What is timed in float16 besides, and so has to be checked: masks, head_dim 256."""
+    found = []
+    for recipe in ARCHS[arch].recipes:
+        found.append(variant(arch, "float16", 128, recipe, masked=True))
+        found.append(variant(arch, "float16", 256, recipe))
+    return tuple(map(Subject, found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from benchmarks.measure import shown
 # Stands in the folder until the first run on a GPU: benchmarks/results/cuda.json.
 MISSING: Final = "cuda.json"
 COLUMNS: Final[Mapping[str, int]] = {
-    "kernel": 14, "D": 3, "length": 6, "mask": 6, "BxH": 5, "kernel_TFLOPS": 0, "total_TFLOPS": 0,
-    "peer": 5, "peer_TFLOPS": 0, "total_vs_peer": 18, "cosine": 8,
+    "kernel": 14, "D": 3, "length": 7, "mask": 7, "BxH": 6, "kernel_TFLOPS": 0, "total_TFLOPS": 0,
+    "total_ms": 9, "peer": 13, "peer_TFLOPS": 0, "total_vs_peer": 18, "cosine": 8, "rel_L1": 7,
+    "peer_rel_L1": 0,
 }  # fmt: skip
 
 
@@ -27,16 +28,33 @@ def texts(row: Mapping[str, Any]) -> list[str]:
     return [
         row["kernel"],
         str(row["head_dim"]),
-        str(row["seq_len"]),
-        "causal" if row["causal"] else "none",
-        f"{row['batch']}x{row['heads']}",
+        _lengths(row),
+        row["mask"],
+        f"{row['batch']}x{_heads(row)}",
         f"{row['tflops_kernel']:.1f}",
         f"{row['tflops_total']:.1f}",
+        f"{row['ms_total']:.4g}",
         row["peer"] or "",
         "" if row["tflops_peer"] is None else f"{row['tflops_peer']:.1f}",
         against,
         f"{row['cosine']:.6f}",
+        f"{row['rel_l1']:.4f}",
+        "" if row["rel_l1_peer"] is None else f"{row['rel_l1_peer']:.4f}",
     ]
+
+
+def _lengths(row: Mapping[str, Any]) -> str:
+    """Of queries, where they are others, and of keys."""
+    if row["queries"] == row["seq_len"]:
+        return str(row["seq_len"])
+    return f"{row['queries']}x{row['seq_len']}"
+
+
+def _heads(row: Mapping[str, Any]) -> str:
+    """Of Q, and of K and V where they are fewer."""
+    if row["kv_heads"] == row["heads"]:
+        return str(row["heads"])
+    return f"{row['heads']}/{row['kv_heads']}"
 
 
 def describe(machine: Mapping[str, str]) -> str:
@@ -84,8 +102,13 @@ def publish(
     correctness: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     left_out: Sequence[str],
+    *,
+    quiet: bool = False,
 ) -> Path:
     """Write FOLDER/<gpu>.json and .md, without rows if a check failed.
+
+    Args:
+        quiet: while the run goes on.
 
     The file that says that no run on a GPU has been made is removed from the folder.
     """
@@ -102,5 +125,6 @@ def publish(
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(_markdown(results), encoding="utf-8")
     (folder / MISSING).unlink(missing_ok=True)
-    print(f"written: {shown(path)} and {path.with_suffix('.md').name}", flush=True)
+    if not quiet:
+        print(f"written: {shown(path)} and {path.with_suffix('.md').name}", flush=True)
     return path

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Final
 
 import torch
@@ -104,7 +103,7 @@ class Trial:
         """
         call = case.on(self.device.place)
         chosen = self.chosen(call)
-        if chosen != self.subject.kernels:
+        if uncut(chosen, self.subject.kernels) != self.subject.kernels:
             self.expect(False, f"{case.label}: is served by other kernels: {chosen}")
             return
         first, second = (attend(self.device, self.subject, call, byte) for byte in GARBAGE)
@@ -117,6 +116,7 @@ class Trial:
             here.semantics,
             attn_mask=here.attn_mask,
             sinks=here.sinks,
+            splits=first.splits,
         )
         problems = [first.problem, second.problem, differ(first, second)]
         problems += self.far_from(first, *expected)
@@ -126,22 +126,10 @@ class Trial:
         self.expect(not told, f"{case.label}: {told}")
 
     def chosen(self, call: Call) -> Variant:
-        """The kernels that a call is served by, cut into blocks as the subject's; none is launched.
-
-        Few queries get another cut than many, of the same kernels: see ``cut.py``.
-        """
+        """The kernels that a call is served by, without launching them."""
         probe = _Probe(self.device.arch, self.device.index, 0, self.device.loader)
         self._run(probe, call)
-        served = Variant(*probe.specs)  # type: ignore[arg-type]
-        wanted = self.subject.kernels
-        attend = dataclasses.replace(
-            served.attend,
-            warp_rows=wanted.attend.warp_rows,
-            tile_rows=wanted.attend.tile_rows,
-            packed_heads=wanted.attend.packed_heads,
-            split=wanted.attend.split,
-        )
-        return dataclasses.replace(served, attend=attend, merge=wanted.merge)
+        return Variant(*probe.specs)  # type: ignore[arg-type]
 
     def far_from(self, outcome: Outcome, output: Tensor, lse: Tensor) -> Iterator[str | None]:
         """How an outcome differs from the reference's output and LSE."""
@@ -168,6 +156,16 @@ class Trial:
         except AssertionError as error:
             return str(error)
         return None
+
+
+def uncut(kernels: Variant, like: Variant) -> Variant:
+    """Kernels whose products are cut into blocks as others' are; short calls are cut finer."""
+    if type(kernels.attend) is not type(like.attend):
+        return kernels
+    cut = ("warp_rows", "stages", "tile_rows", "packed_heads", "split")
+    own = {each.name for each in fields(like.attend)}
+    same = {name: getattr(like.attend, name) for name in cut if name in own}
+    return replace(kernels, attend=replace(kernels.attend, **same), merge=like.merge)
 
 
 def differ(first: Outcome, second: Outcome) -> str | None:

@@ -50,13 +50,14 @@ def add_command(actions: options.Commands) -> None:
 
 
 def attend_specs(arch: str) -> list[AttendSpec]:
-    """The plain attention kernels of every recipe, in one dtype, with FP16 sums too."""
-    return [
+    """The plain kernels of mma.sync for every recipe, in one dtype, with FP16 sums too."""
+    found = (
         variant(arch, _DTYPE, head_dim, recipe, accumulator).attend
         for head_dim in _HEAD_DIMS
-        for recipe in ARCHS[arch].recipes
-        for accumulator in accumulators(recipe)
-    ]
+        for recipe in ARCHS[arch].portable_recipes
+        for accumulator in accumulators(arch, recipe)
+    )
+    return [spec for spec in found if isinstance(spec, AttendSpec)]
 
 
 def _cost(arguments: argparse.Namespace) -> int:

@@ -24,11 +24,12 @@ from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
 from sage_compiler.kernels.cuda.kernel import has_softcap
 from sage_compiler.kernels.cuda.pack import find_packs
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
-from sage_compiler.kernels.cuda.spec import KernelSpec
+from sage_compiler.kernels.cuda.spec import HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
+from sage_compiler.kernels.triton import kernel as triton
 from sage_compiler.ops import SHIPPED_GATE
-from sage_compiler.precision import AUTO, EXACT, TILE_MMA
+from sage_compiler.precision import AUTO, EXACT
 from sage_compiler.semantics import UNBOUNDED, MaskClass
 from sage_compiler.text import columns, duration
 
@@ -243,7 +244,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         ]
         about["tile"] = {
             "queries": attend.tile_rows,
-            "keys": TILE_MMA.kv_block,
+            "keys": attend.keys,
             "warp_rows": attend.warp_rows,
             "stages": attend.stages,
             "reason": _geometry_reason(found.arch, found.kernels),
@@ -286,7 +287,7 @@ def _lines(question: Question, found: Answer) -> list[str]:
         ]
         lines += columns([heading, *rows], indent="  ")
         lines.append(
-            f"tile: {attend.tile_rows} queries and {TILE_MMA.kv_block} keys, {attend.warp_rows} "
+            f"tile: {attend.tile_rows} queries and {attend.keys} keys, {attend.warp_rows} "
             f"queries a warp, {attend.stages} stages"
         )
         lines += _prose(_geometry_reason(found.arch, found.kernels))
@@ -296,6 +297,10 @@ def _lines(question: Question, found: Answer) -> list[str]:
         lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
+    if found.shown == triton.RECIPE:
+        lines.append(
+            "where these are in no pack and nothing compiles them, Triton's serve, if it is there"
+        )
     lines += ["", f"recipes on {found.arch.name}, in order of preference"]
     cells = [
         (name, _duration(found.seconds.get(name)), reason)
@@ -364,16 +369,25 @@ def _cut_reason(question: Question, found: Answer) -> str:
     if question.sequences is not None:
         return _SEQUENCES
     assert found.cut is not None and found.arch is not None
-    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
+    return reason_of_cut(
+        found.cut,
+        found.sizes,
+        found.arch.multiprocessors,
+        wgmma=found.kernels is not None and isinstance(found.kernels.attend, HopperAttendSpec),
+    )
 
 
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:
-    if kernels.attend.packed_heads:
+    attend = kernels.attend
+    longest = max(attend.head_dim, attend.value_head_dim)
+    if isinstance(attend, HopperAttendSpec):
+        return arch.ring(longest).reason
+    if attend.packed_heads:
         return (
             "each packed row has a scale of its own to keep, and few rows want many warps: 16 rows "
             "a warp; stages as for many queries"
         )
-    return arch.geometry(max(kernels.attend.head_dim, kernels.attend.value_head_dim)).reason
+    return arch.geometry(longest).reason
 
 
 def _caveat(arch: Arch) -> str:

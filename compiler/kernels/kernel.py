@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sage_compiler.kernels.rotary import Rotary
-from sage_compiler.semantics import MaskClass, Semantics
+from sage_compiler.semantics import UNBOUNDED, MaskClass, Semantics
 
 
 class Run(Protocol):
@@ -77,6 +77,8 @@ class Problem:
     """What a kernel needs to know of a call to accept or refuse it; lengths may be unknown.
 
     Attributes:
+        window: whether a window hides the first keys.
+        softcap: whether there is a softcap.
         capability: the compute capability of a GPU that need not be here; None: that of the device.
     """
 
@@ -88,6 +90,8 @@ class Problem:
     kv_heads: int
     mask_class: MaskClass
     has_mask: bool
+    window: bool = False
+    softcap: bool = False
     device_index: int = 0
     capability: tuple[int, int] | None = None
 
@@ -111,6 +115,8 @@ class Problem:
             kv_heads=key.shape[1],
             mask_class=semantics.mask_class,
             has_mask=attn_mask is not None,
+            window=semantics.window_left != UNBOUNDED,
+            softcap=semantics.softcap is not None,
             device_index=query.device.index or 0,
             capability=capability,
         )

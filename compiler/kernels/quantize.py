@@ -198,7 +198,7 @@ def quantize_value(
         if value.dtype == torch.float16 and not recipe.smooth_v:
             scale, data = torch.ones_like(amax), v
         else:
-            scale = _power_of_two_scale(amax)
+            scale = power_of_two_scale(amax)
             data = _to_range(v / scale, FP16_MAX).half().float()
     else:  # V in INT8, whatever the bits of P
         middle, scale = _midpoint_and_scale(v, counted, amax)
@@ -222,7 +222,7 @@ def _to_range(x: Tensor, limit: float) -> Tensor:
     return x.clamp(-limit, limit)
 
 
-def _power_of_two_scale(amax: Tensor) -> Tensor:
+def power_of_two_scale(amax: Tensor) -> Tensor:
     """The power of two that brings amax into [2**14, 2**15): room above, precision below."""
     # frexp gives amax in [2**(e-1), 2**e). Below 2**-111 the inverse would leave float32.
     exponent = torch.frexp(amax).exponent.clamp(min=FP16_TOP_EXPONENT - 126)

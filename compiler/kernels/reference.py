@@ -105,7 +105,8 @@ def attention(
     scores = _quantize_scores(query, key, seen, recipe, semantics, mask, band)
     v = quantize_value(value, seen.reachable, seen.counted, recipe)
 
-    tiles = list(visible_tiles(band, query_length, key_length, width))
+    at_once = width * recipe.tile.softmax_blocks
+    tiles = list(visible_tiles(band, query_length, key_length, at_once))
     state = _start(query, value_dim)
     for part in in_parts(tiles, splits):
         of_part = _start(query, value_dim)

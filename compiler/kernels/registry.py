@@ -15,9 +15,15 @@ from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cpu import kernel as cpu_kernel
 from sage_compiler.kernels.cuda import kernel as cuda_kernel
 from sage_compiler.kernels.kernel import OPEN, Gate, Kernel, Problem
+from sage_compiler.kernels.triton import kernel as triton_kernel
 from sage_compiler.precision import AUTO, EXACT
 
-KERNELS: Final[list[Kernel]] = [*cpu_kernel.KERNELS, *cuda_kernel.KERNELS]  # in order of preference
+# In order of preference.
+KERNELS: Final[list[Kernel]] = [
+    *cpu_kernel.KERNELS,
+    *cuda_kernel.KERNELS,
+    *triton_kernel.KERNELS,
+]
 
 # What `auto` means on a device that has a kernel for it, by its type. Whether it gains there, the
 # gate of the kernel says; on GPUs that nobody has measured, no gate opens.

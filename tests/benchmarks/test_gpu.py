@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib.machinery
 import json
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -20,23 +22,34 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu import checks, correctness, environment, matrix, presence, speed, timing
+from benchmarks.gpu import (
+    checks,
+    correctness,
+    environment,
+    matrix,
+    peers,
+    presence,
+    publish,
+    speed,
+    timing,
+)
 from benchmarks.gpu.__main__ import Work, chosen, main, parse, run
 from benchmarks.gpu.checks import CHECKS
 from benchmarks.gpu.device import Device, Result, target
 from benchmarks.gpu.guarded import GARBAGE, Fenced, attend, same_bits
-from benchmarks.gpu.matrix import Case, Subject, further_subjects, make_call, subjects
+from benchmarks.gpu.matrix import Case, Subject, further_subjects, is_checked, make_call, subjects
 from benchmarks.gpu.publish import MISSING
-from benchmarks.gpu.trial import Plan, Trial, distance
+from benchmarks.gpu.trial import Plan, Trial, distance, uncut
 from benchmarks.measure import RESULTS
 from sage_compiler.errors import KernelUnavailableError, UsageError
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import Driver, DriverError, Launch
 from sage_compiler.kernels.cuda.loader import Loader
-from sage_compiler.kernels.cuda.spec import KernelSpec, QuerySpec
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import further_variants, variant, variants
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
@@ -47,9 +60,24 @@ needs_kernels = pytest.mark.skipif(host.missing() is not None, reason=str(host.m
 
 SUBJECT = Subject(variant(emulation.ARCH, "float16", 64, "int8_fp16"))
 PLAN = Plan(lengths=((65, 70),), random_calls=1, large=((9, 70),), pair=((9, 70), (12, 30)))
-GRID = speed.Grid(head_dims=(64,), lengths=(70,), heads=2, batch=1, seconds=0.0)
+GRID = speed.Grid(
+    head_dims=(64,),
+    lengths=(70,),
+    masked_lengths=(),
+    decode_lengths=(),
+    heads=2,
+    batch=1,
+    seconds=0.0,
+)
 WORK = Work(lambda _: (SUBJECT,), lambda _: (), PLAN, tuple(CHECKS), False, GRID, minutes=9.0)
 NO_SPEED = dataclasses.replace(WORK, grid=None)
+
+
+@pytest.fixture(autouse=True)
+def few_peers(monkeypatch):
+    """Those that need neither a package nor a compiler; the second does not run on a CPU."""
+    few = {name: peers.PEERS[name] for name in ("flash", "cudnn")}
+    monkeypatch.setattr(speed, "PEERS", few)
 
 
 class LookAlike:
@@ -132,7 +160,9 @@ class LookAlike:
 
 def published(folder: Path) -> dict[str, Any]:
     """The results that a run left, and nothing else but their table."""
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".md"}
+    assert {".json", ".md"} <= {path.suffix for path in folder.iterdir()} <= {
+        ".json", ".md", ".png"
+    }  # fmt: skip
     (path,) = folder.glob("*.json")
     assert path.name == "look-alike-cpu-1-0.json"
     results: dict[str, Any] = json.loads(path.read_text())
@@ -419,8 +449,7 @@ def test_bits_are_compared():
 def test_every_variant_is_a_subject(arch):
     for find, theirs in ((subjects, variants), (further_subjects, further_variants)):
         found = find(arch)
-        plain = [each for each in theirs(arch) if type(each.query) is QuerySpec]  # none rotates
-        assert [subject.kernels for subject in found] == plain
+        assert [subject.kernels for subject in found] == [*filter(is_checked, theirs(arch))]
         assert len({subject.label for subject in found}) == len(found) > 0
         assert all(subject.recipe in ARCHS[arch].recipes for subject in found)
 
@@ -464,7 +493,7 @@ def test_every_case_is_served_by_its_subject(subject):
     cases = [matrix.arbitrary(subject, seed) for seed in range(30)]
     cases += matrix.ragged(subject, ((20, 30),), 0)
     for case in cases:
-        assert found.chosen(case.on(torch.device("cpu"))) == subject.kernels
+        assert uncut(found.chosen(case.on(torch.device("cpu"))), subject.kernels) == subject.kernels
 
 
 def test_a_device_has_to_pass_what_the_cpu_passes():
@@ -533,7 +562,10 @@ def test_candidates_take_turns_over_all_sets():
 
 
 def test_cells_shrink_until_they_fit():
-    grid = speed.Grid(head_dims=(128,), lengths=(1024, 16384, 32768))
+    grid = dataclasses.replace(
+        speed.Grid(), head_dims=(128,), lengths=(1024, 16384, 32768), masked_lengths=()
+    )
+    grid = dataclasses.replace(grid, decode_lengths=())
     roomy = [cell for cell in speed.cells(grid, 78 << 30, 50 << 20) if not isinstance(cell, str)]
     assert [(cell.seq_len, cell.batch, cell.heads) for cell in roomy[::2]] == [
         (1024, 4, 32),
@@ -555,6 +587,161 @@ def test_operations_are_counted_as_papers_do():
     assert dataclasses.replace(cell, causal=True).flops() == cell.flops() / 2
 
 
+def test_what_matters_most_is_timed_first():
+    cells = [cell for cell in speed.cells(speed.Grid(), 140 << 30, 50 << 20)]
+    assert all(isinstance(cell, speed.Cell) for cell in cells)
+    dims = [cell.head_dim for cell in cells]
+    assert dims == sorted(dims, key=(128, 64, 256).index) and set(dims) == {64, 128, 256}
+    for head_dim in (64, 128, 256):
+        lengths = {cell.seq_len for cell in cells if cell.head_dim == head_dim}
+        assert lengths >= {1024 << i for i in range(6)}
+    kinds = {(cell.mask, cell.query_length == 1) for cell in cells}
+    assert kinds == {
+        (speed.Mask.NONE, False),
+        (speed.Mask.NONE, True),
+        (speed.Mask.PADDING, False),
+        (speed.Mask.BIAS, False),
+    }
+    assert speed.Cell(64, 1000, False, 2, 8, queries=1, group=4).flops() == 4 * 2 * 8 * 1000 * 64
+
+
+def further_cells() -> list[speed.Cell]:
+    """Decoding and masks, small."""
+    grid = dataclasses.replace(
+        GRID, lengths=(), masked_lengths=(70,), decode_lengths=(90,), heads=4, decode_group=2
+    )
+    return [cell for cell in speed.cells(grid, 1 << 30, 1 << 14) if isinstance(cell, speed.Cell)]
+
+
+@needs_kernels
+def test_decoding_and_masks_are_timed(monkeypatch):
+    sdpa = {"sdpa": peers.Peer(None, lambda call: None, peers._sdpa)}
+    monkeypatch.setattr(speed, "PEERS", sdpa)
+    cells = further_cells()
+    assert [cell.mask_name for cell in cells] == ["no mask", "padding", "bias"]
+    for cell in cells:
+        masked = cell.mask is not speed.Mask.NONE
+        subject = Subject(variant(emulation.ARCH, "float16", 64, "int8_fp16", masked=masked))
+        assert cell.is_of(subject) and cell.is_of(SUBJECT) != masked
+        measured = speed.measure(LookAlike(), subject, cell, 0.0)
+        assert measured.failure is None
+        (row,) = measured.rows
+        assert row["mask"] == cell.mask_name and row["peer"] == "sdpa"
+        # 16 bits are nearer to float32 than 8 are.
+        assert row["rel_l1_peer"] < row["rel_l1"] < 0.02 and row["cosine_peer"] > row["cosine"]
+        assert publish.texts(row)[2] == ("1x90" if cell.query_length == 1 else "70")
+
+
+def a_call(**changes: Any) -> Call:
+    call = make_call(SUBJECT, 20, 30, seed=0, kv_heads=2, group=2)
+    return dataclasses.replace(call, **changes)
+
+
+def test_a_peer_that_fails_or_refuses_is_reported_and_the_others_go_on():
+    def raising(error: BaseException) -> peers.Peer:
+        def attention(module: object, like: Call) -> Callable[[Call], Tensor]:
+            def call(call: Call) -> Tensor:
+                raise error
+
+            return call
+
+        return peers.Peer(None, lambda call: None, attention)
+
+    table = {
+        "absent": peers.Peer("no_such_package", lambda call: None, peers._sage),
+        "choosy": peers.Peer(None, lambda call: "it takes no such call", peers._sdpa),
+        "broken": raising(RuntimeError("an ABI\n  that is another")),
+        "foreign": raising(TypeError("an unexpected keyword")),
+        "unloadable": peers.Peer("tests.benchmarks.no_such", lambda call: None, peers._sage),
+        "right": peers.Peer(None, lambda call: None, peers._sdpa),
+    }
+    calls = [a_call(), a_call()]
+    found, refused = peers.candidates(LookAlike(), calls, table)
+    assert list(found) == ["right"]
+    assert found["right"].call(1).shape == (1, 4, 20, 64)
+    assert refused == {
+        "absent": "there is no package no_such_package",
+        "choosy": "it takes no such call",
+        "broken": "an ABI that is another",
+        "foreign": "TypeError: an unexpected keyword",
+        "unloadable": "there is no package tests.benchmarks.no_such",
+    }
+    with pytest.raises(KeyboardInterrupt):
+        peers.candidates(LookAlike(), calls, {"stopped": raising(KeyboardInterrupt())})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packages_are_called_as_they_are_meant_to_be(causal, monkeypatch):
+    """With stand-ins that have their signatures, and compute what they would."""
+    mask_class = MaskClass.CAUSAL if causal else MaskClass.NONE
+    call = a_call(semantics=Semantics(mask_class))
+    call = dataclasses.replace(call, query=call.query[:, :, :20], key=call.key[:, :, :20])
+    call = dataclasses.replace(call, value=call.value[:, :, :20])
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, **kwargs):
+        assert tensor_layout == "HND" and not kwargs
+        return sdpa(q, k, v, is_causal)
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        assert q.shape[1] == 20 and q.shape[2] == 4 and k.shape[2] == 2
+        output = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), causal)
+        return output.transpose(1, 2)
+
+    def flash_attn_3_func(q, k, v, softmax_scale=None, causal=False):
+        return flash_attn_func(q, k, v, causal=causal), None
+
+    stand_ins = {
+        "sageattention": {"sageattn": sageattn},
+        "flash_attn": {"flash_attn_func": flash_attn_func},
+        "flash_attn_interface": {"flash_attn_func": flash_attn_3_func},
+    }
+    for name, functions in stand_ins.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    expected = sdpa(call.query, call.key, call.value, causal)
+    table = {name: peer for name, peer in peers.PEERS.items() if peer.module is not None}
+    found, refused = peers.candidates(LookAlike(), [call], table)
+    assert refused == {} and len(found) == 3
+    for candidate in found.values():
+        assert torch.equal(candidate.call(0), expected)
+    masked = dataclasses.replace(call, attn_mask=torch.ones(20, 20, dtype=torch.bool))
+    found, refused = peers.candidates(LookAlike(), [masked], table)
+    assert found == {} and set(refused.values()) == {"it takes no explicit mask"}
+
+
+@pytest.mark.parametrize("kind", ["none", "causal", "padding", "bias"])
+def test_flex_attention_gets_the_same_mask(kind, monkeypatch):
+    """Not compiled here: that takes a GPU."""
+    monkeypatch.setattr(peers, "_compiled_flex", lambda: peers.flex_attention.flex_attention)
+    call = a_call()
+    query = call.query.float()
+    call = Call(query, call.key[:, :, :20].float(), call.value[:, :, :20].float())
+    if kind == "causal":
+        call = dataclasses.replace(call, semantics=Semantics(MaskClass.CAUSAL))
+    elif kind != "none":
+        shown = (torch.arange(20) < 15).view(1, 1, 1, 20)
+        bias = torch.randn(1, 1, 20, 20)
+        call = dataclasses.replace(call, attn_mask=shown if kind == "padding" else bias)
+    attention = peers._flex(torch, call)
+    torch.testing.assert_close(attention(call), peers._sdpa(torch, call)(call))
+
+
+def test_results_become_a_picture(tmp_path):
+    plot = pytest.importorskip("benchmarks.gpu.plot")
+    row = {"kernel": "int8_fp16", "head_dim": 64, "seq_len": 70, "queries": 70, "mask": "causal"}
+    row |= {"tflops_kernel": 2.0, "tflops_total": 1.0, "tflops_peer": None, "peer": None}
+    rows = [row, row | {"seq_len": 140, "queries": 140}, row | {"queries": 1}]
+    plot.plot([*rows, row | {"peer": "flash", "tflops_peer": 1.5}], "a GPU", tmp_path / "gpu.png")
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    plot.plot(rows[2:], "a GPU", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_inputs_are_larger_than_the_cache():
     for length in (64, 1024, 32768):
         cell = speed.Cell(64, length, False, 1, 1)
@@ -571,7 +758,7 @@ def test_no_cell_is_begun_after_the_deadline():
 
 @needs_kernels
 def test_without_peers_there_is_a_row_without_a_ratio(monkeypatch):
-    monkeypatch.setattr(speed, "PEERS", {"cudnn": speed.PEERS["cudnn"]})
+    monkeypatch.setattr(speed, "PEERS", {"cudnn": peers.PEERS["cudnn"]})
     (cell, _) = speed.cells(GRID, 1 << 30, 1 << 14)
     assert isinstance(cell, speed.Cell)
     measured = speed.measure(LookAlike(), SUBJECT, cell, 0.0)

@@ -96,8 +96,8 @@ def test_candidates_are_the_recipes_with_kernels() -> None:
 def test_candidates_are_cheapest_first() -> None:
     assert candidates("sm_80") == candidates("sm_86") == ("int4_fp16", "int8_fp16")
     assert candidates("sm_89") == ("int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16")
-    # Without wgmma or tcgen05 kernels: those of mma.sync.
-    assert candidates("sm_90a") == candidates("sm_100a") == ("int8_fp16",)
+    assert candidates("sm_90a") == ("int8_fp8", "int8_fp16")  # by wgmma, and by mma.sync
+    assert candidates("sm_100a") == ("int8_fp16",)  # no kernel of tcgen05: by mma.sync
     assert candidates("sm_120a") == ("int8_fp8", "int8_fp16")
     assert candidates("cpu") == ("int8_int8", "int8_int16")
 
@@ -158,7 +158,7 @@ def test_float32_and_masks_cost_more() -> None:
         ("cpu", EXACT, {}),
         ("sm_80", "int8_fp8", {}),
         ("sm_86", "int4_fp8", {}),
-        ("sm_90a", "int8_fp8", {}),
+        ("sm_100a", "int8_fp8", {}),
         ("sm_89", "int8_int8", {}),
         ("sm_89", "int8_fp8", {"head_dim": 320}),
         ("sm_89", "int8_fp8", {"value_head_dim": 320}),

@@ -211,6 +211,10 @@ class Host:
         log: list[dict[str, Any]] = json.loads(self.library.sage_host_launches())
         return log
 
+    def set_capability(self, major: int, minor: int) -> None:
+        """The compute capability of all devices, with the shared memory that it has."""
+        self.library.sage_host_set_capability(major, minor)
+
     def seed(self, seed: int) -> None:
         """Chooses the order in which blocks and threads run from now on."""
         self.library.sage_host_seed(ctypes.c_uint64(seed))

@@ -324,6 +324,7 @@ MISSES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "two sums": (lambda x: llama(x) + x, "what is added are not products"),
     "a number besides": (lambda x: llama(x) * 0.5, "multiplied"),
     "changed since": (changed, "changed in place"),
+    "two tables": (lambda x: x * COS * COS + halves(x) * SIN, "multiplied twice"),
     "one head of all": (lambda x: llama(x) * 1 + 0 * x[:, 1:2], "multiplied"),
     "an index that is computed": (
         lambda x: x * COS + x[..., torch.arange(D).roll(D // 2)] * SIN, "depends on what",
@@ -344,6 +345,17 @@ def test_an_offset_of_the_tables_is_another_table() -> None:
     long = torch.cat((angles(D, L + 5), angles(D, L + 5)), -1)
     rotate = with_other(halves, long.cos()[5:], long.sin()[5:])
     assert check(attend(rotate), *projections()) == ["fused (half, 8 of 8 channels)"]
+
+
+def test_tables_of_each_head_in_another_order() -> None:
+    """(L, H, D) beside a query (B, L, H, D), which is transposed after its rotation."""
+    cos, sin = normal(L, H, D, seed=1), normal(B, L, H, D, seed=2)
+
+    def rotate(x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return (x * cos + neighbours(x) * sin).transpose(1, 2)
+
+    assert check(attend(rotate), *projections()) == ["fused (interleaved, 8 of 8 channels)"]
 
 
 def test_cosines_and_sines_that_change_places_stay_what_they_multiply() -> None:

@@ -45,6 +45,24 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
+class Ring:
+    """How the attention kernel of wgmma is cut for a class of head_dims, and why.
+
+    Attributes:
+        longest: as of ``Geometry``.
+        tiles: of 64 keys that a step takes.
+        masked_tiles: the same where an explicit mask is read.
+        stages: steps in shared memory.
+    """
+
+    longest: int
+    tiles: int
+    masked_tiles: int
+    stages: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Where the first recipe of an architecture gains, as it was measured on a GPU of it.
 
@@ -71,6 +89,7 @@ class Arch:
         lacking: formats whose products are no single instruction of mma.sync here, and what is
             instead; recipes of them are refused for this reason.
         geometries: by class of head_dims, ascending; the last one is for the greatest.
+        rings: the same of the kernel of wgmma, which has INT8 and E4M3; none where there is none.
         measured: the switch of `auto`. None: nobody has measured a gain, and `auto` is exact.
     """
 
@@ -81,6 +100,7 @@ class Arch:
     offers: tuple[Offer, ...]
     lacking: Mapping[Format, str]
     geometries: tuple[Geometry, ...]
+    rings: tuple[Ring, ...] = ()
     measured: Measurement | None = None
 
     @property
@@ -91,6 +111,19 @@ class Arch:
     def geometry(self, longest: int) -> Geometry:
         """That of the class of a head_dim, which is at most the last of ``spec.HEAD_DIMS``."""
         return next(each for each in self.geometries if longest <= each.longest)
+
+    def uses_wgmma(self, recipe: str) -> bool:
+        """Whether the products of a recipe are those of warpgroups."""
+        return bool(self.rings) and recipe == _INT8_FP8.recipe
+
+    @property
+    def portable_recipes(self) -> tuple[str, ...]:
+        """Those by mma.sync, which caches, packed batches and other cuts have kernels of."""
+        return tuple(recipe for recipe in self.recipes if not self.uses_wgmma(recipe))
+
+    def ring(self, longest: int) -> Ring:
+        """As ``geometry``, of an architecture with rings."""
+        return next(each for each in self.rings if longest <= each.longest)
 
 
 # --- recipes --------------------------------------------------------------------------------
@@ -120,6 +153,13 @@ _INT4_FP16_AFTER_FP8: Final = Offer(
     "int4_fp16", "quicker than int8_fp16, slower and less accurate than int8_fp8"
 )
 
+_INT8_FP8_BY_WGMMA: Final = Offer(
+    "int8_fp8", "both products in 8 bits, by wgmma, next to lossless: twice the rate of FP16"
+)
+_INT8_FP16_AFTER_WGMMA: Final = Offer(
+    "int8_fp16", "by mma.sync, which has less than the full rate: for layers that do not bear E4M3"
+)
+
 _FP8_IS_YOUNGER: Final = "tensor cores multiply FP8 from sm_89 on"
 _FP8_IS_NOT_IN_PTX: Final = (
     "this GPU has no kernels of its own but PTX for all from compute capability 8.0 on, which has "
@@ -131,7 +171,7 @@ _INT4_IS_NOT_IN_PTX: Final = (
 )
 _FP8_IS_CONVERTED: Final = (
     "mma.sync converts E4M3 to half here, which is slower than FP16 itself, and no kernel uses "
-    "wgmma or tcgen05"
+    "tcgen05"
 )
 _INT4_IS_EMULATED: Final = (
     "INT4 products are emulated from sm_90 on, slower than INT8 and less accurate"
@@ -202,6 +242,35 @@ _FROM_SM_90: Final = (
     ),
 )
 
+# Of the kernel of wgmma: two warpgroups of 64 queries with up to 240 registers a thread, and one
+# block on a multiprocessor, which has 227 KiB for it. Nothing was timed.
+_RINGS: Final = (
+    Ring(
+        longest=64,
+        tiles=2,
+        masked_tiles=2,
+        stages=4,
+        reason="products of 128 keys read Q half as often as of 64; four stages take 73 KiB",
+    ),
+    Ring(
+        longest=128,
+        tiles=2,
+        masked_tiles=1,
+        stages=4,
+        reason="products of 128 keys read Q half as often as of 64, and scores, P, P V and output "
+        "take 208 registers, of 240; beside the addresses of a mask they would spill up to 196 "
+        "bytes, so there a step is 64 keys; four stages take 145 KiB at most",
+    ),
+    Ring(
+        longest=256,
+        tiles=1,
+        masked_tiles=1,
+        stages=4,
+        reason="the output takes up to 128 registers, so scores are of 64 keys, and P V is made of "
+        "64 or 96 channels at a time; four stages take 161 KiB at most",
+    ),
+)
+
 # --- architectures --------------------------------------------------------------------------
 
 ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
@@ -240,9 +309,10 @@ ARCHS: Final[Mapping[str, Arch]] = MappingProxyType(
                 capability=(9, 0),
                 shared_bytes=227 << 10,
                 multiprocessors=132,
-                offers=(_INT8_FP16,),
-                lacking={Format.INT4: _INT4_IS_EMULATED, Format.FP8: _FP8_IS_CONVERTED},
+                offers=(_INT8_FP8_BY_WGMMA, _INT8_FP16_AFTER_WGMMA),
+                lacking={Format.INT4: _INT4_IS_EMULATED},
                 geometries=_FROM_SM_90,
+                rings=_RINGS,
             ),
             Arch(
                 "sm_100a",

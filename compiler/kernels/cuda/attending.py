@@ -121,7 +121,7 @@ class Attending:
         """Launch what joins the parts."""
         sizes, operands, attend = self.sizes, self.operands, self.kernels.attend
         merge = self.kernels.merge
-        assert merge is not None
+        assert merge is not None and isinstance(attend, AttendSpec)
         # Under a softcap the scores have the row term already.
         row_term = 0 if attend.softcap else operands.row_term
         packed = params.MERGE.pack(

@@ -43,7 +43,8 @@ _FRAME: Final = re.compile(
     r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 )
 _USED: Final = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
-_REPORT: Final = re.compile(r"^ptxas( info)? *[:.]|^ +\d+ bytes stack frame")
+# What ptxas says of serialized products of wgmma is a warning, though it calls it "info".
+_REPORT: Final = re.compile(r"^ptxas( info)? *[:.](?! *\(C75)|^ +\d+ bytes stack frame")
 
 
 def read_log(log: str) -> tuple[Resources, str]:

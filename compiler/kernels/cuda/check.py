@@ -24,6 +24,7 @@ from sage_compiler.kernels.cuda.spec import (
     AppendSpec,
     AttendSpec,
     DeltaSpec,
+    HopperAttendSpec,
     KernelSpec,
     KeyMeanSpec,
     KeySpec,
@@ -53,9 +54,16 @@ _QK_PRODUCTS: Final[Mapping[Format, str]] = {
 }
 _PV_PRODUCTS: Final[Mapping[Format, str]] = {Format.FP8: "QMMA.16832", Format.FP16: "HMMA.16816"}
 _HALF_PRODUCT: Final = "HMMA"
+_WGMMA_PRODUCTS: Final = ("IGMMA", "QGMMA")
+_BULK_COPY: Final = "UBLKCP"
+_SET_REGISTERS: Final = "USETMAXREG"
+_LOCAL_MEMORY: Final = ("LDL", "STL")
+_SERIALIZED: Final = "(C75"  # ptxas waits for products of wgmma, one by one, and says so
 _SHOWN: Final = (
     *_QK_PRODUCTS.values(),
     *_PV_PRODUCTS.values(),
+    *_WGMMA_PRODUCTS,
+    _BULK_COPY,
     "HMMA.1688",
     _ASYNC_COPY,
     _LOAD_MATRIX,
@@ -108,7 +116,9 @@ def check(
     return each(partial(_examine, compiler, disassembler), specs, jobs)
 
 
-def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> tuple[str, ...]:
+def problems(
+    spec: KernelSpec, opcodes: Counter[str], resources: Resources, warnings: str = ""
+) -> tuple[str, ...]:
     """What is wrong with the code of a kernel, one sentence each."""
     found = [
         f"no {opcode}, which it must have"
@@ -126,11 +136,14 @@ def problems(spec: KernelSpec, opcodes: Counter[str], resources: Resources) -> t
     shared, most = spec.shared_bytes + resources.static_shared, named(spec.arch).shared_bytes
     if shared > most:
         found.append(f"{shared} bytes of shared memory; {spec.arch} has {most}")
+    found += [line.strip() for line in warnings.splitlines() if _SERIALIZED in line]
     return tuple(found)
 
 
 def required(spec: KernelSpec) -> tuple[str, ...]:
     """The opcodes that a kernel must have, with whatever modifiers after them."""
+    if isinstance(spec, HopperAttendSpec):
+        return (*_WGMMA_PRODUCTS, _BULK_COPY, _SET_REGISTERS)
     if not isinstance(spec, AttendSpec):
         return ()
     accumulator = "F16" if spec.accumulator is Accumulator.FP16 else "F32"
@@ -146,6 +159,8 @@ def forbidden(spec: KernelSpec) -> tuple[str, ...]:
     """The opcodes that a kernel must not have."""
     if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
         return (_TRAP, _CALL, _HALF_PRODUCT)  # an emulation converts to half
+    if isinstance(spec, HopperAttendSpec):
+        return (_TRAP, _CALL, _HALF_PRODUCT, *_LOCAL_MEMORY)
     return (_TRAP, _CALL)
 
 
@@ -159,7 +174,10 @@ def is_default(spec: KernelSpec) -> bool:
     """Whether the default recipe of the spec's architecture uses it."""
     recipe = RECIPES[default_recipe(spec.arch)]
     match spec:
-        case AttendSpec(qk=qk, pv=pv, accumulator=accumulator):
+        case (
+            AttendSpec(qk=qk, pv=pv, accumulator=accumulator)
+            | HopperAttendSpec(qk=qk, pv=pv, accumulator=accumulator)
+        ):
             return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)
         case AppendSpec(qk=qk, pv=pv):
             return (qk, pv) == (recipe.qk, recipe.pv)
@@ -209,6 +227,6 @@ def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -
         resources=binary.resources,
         shared_bytes=spec.shared_bytes + binary.resources.static_shared,
         opcodes={name: times for name, times in counts.items() if times},
-        problems=problems(spec, opcodes, binary.resources),
+        problems=problems(spec, opcodes, binary.resources, binary.warnings),
         warnings=binary.warnings,
     )

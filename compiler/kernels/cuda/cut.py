@@ -72,6 +72,8 @@ def choose(
         key_tiles: ``Reach.key_tiles``.
         multiprocessors: of the device.
     """
+    if named(arch).uses_wgmma(recipe):
+        return Cut(QUERY_BLOCK, 1)
     tile = query_tile(sizes, max(head_dim, value_head_dim))
     resident = _resident(arch, recipe, dtype, head_dim, value_head_dim, masked, tile)
     wanted = multiprocessors * resident // sizes.tiles(tile)  # all at once, and none twice
@@ -91,8 +93,10 @@ def query_tile(sizes: Sizes, longest: int) -> QueryTile:
     return QueryTile(fitting, packed_heads=True)
 
 
-def reason(cut: Cut, sizes: Sizes, multiprocessors: int) -> str:
-    """Why an attention is cut so, in one sentence."""
+def reason(cut: Cut, sizes: Sizes, multiprocessors: int, *, wgmma: bool = False) -> str:
+    """Why an attention is cut so, in one sentence; ``wgmma`` as of ``Arch.uses_wgmma``."""
+    if wgmma:
+        return "the kernel of wgmma has no other cut, however few queries there are"
     blocks = sizes.tiles(cut.tile)
     if cut.tile.packed_heads and sizes.group > 1:
         rows = (

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import pack, toolchain
 from sage_compiler.kernels.cuda.cache import Cache, default_folder
 from sage_compiler.kernels.cuda.pack import Pack
@@ -40,6 +41,16 @@ class Images:
         return self._cache.image(
             spec, compiler.identity, lambda source: compiler.compile(source, spec.arch)
         )
+
+    def missing(self, spec: KernelSpec) -> str | None:
+        """Why the image of a kernel cannot be had, without making it; None where it can."""
+        if any(spec.symbol in candidate.entries for candidate in self._packs):
+            return None
+        try:
+            self._compiler()
+        except KernelUnavailableError as error:
+            return str(error)
+        return None
 
     def _compiler(self) -> Compiler:
         with self._lock:

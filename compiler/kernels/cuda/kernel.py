@@ -22,6 +22,7 @@ from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
 from sage_compiler.kernels.cuda.attending import Attending, Operands
 from sage_compiler.kernels.cuda.driver import Driver
+from sage_compiler.kernels.cuda.images import default_images
 from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
@@ -499,6 +500,10 @@ def strided(tensor: Tensor) -> tuple[int, ...]:
 @functools.cache
 def _arch(device: int) -> str:
     """The architecture whose kernels a device runs; KernelUnavailableError where there are none."""
+    if torch.version.hip is not None:  # whose capabilities are other numbers
+        raise KernelUnavailableError(
+            "the CUDA kernels are for GPUs of NVIDIA, and this PyTorch is built for ROCm"
+        )
     return arch_of(torch.cuda.get_device_capability(device)).name
 
 
@@ -533,20 +538,46 @@ def _refuse(recipe: str, problem: Problem) -> str | None:
         arch = _arch_of(problem)
     except KernelUnavailableError as error:
         return str(error)
-    return refuse(recipe, problem, arch)
+    return refuse(recipe, problem, arch) or unobtainable(recipe, problem)
 
 
 def refuse(recipe: str, problem: Problem, arch: str) -> str | None:
     """Why the kernels of an architecture do not take a problem, in one sentence, or None."""
-    kernels = dispatch.decide(
+    kernels = _decide(recipe, problem, arch)
+    return kernels if isinstance(kernels, str) else None
+
+
+def unobtainable(recipe: str, problem: Problem) -> str | None:
+    """Why the kernels that take a problem can be neither found nor compiled here, or None.
+
+    Not asked of a GPU that need not be here.
+
+    Raises:
+        KernelUnavailableError: there are no kernels for the GPU.
+    """
+    if problem.capability is not None:
+        return None
+    kernels = _decide(recipe, problem, _arch_of(problem))
+    return None if isinstance(kernels, str) else _missing(kernels)
+
+
+def _decide(recipe: str, problem: Problem, arch: str) -> Variant | str:
+    return dispatch.decide(
         arch,
         recipe,
         _dtype_name(problem.dtype),
         problem.head_dim,
         problem.value_head_dim,
+        window=problem.window,
         masked=problem.has_mask,
+        softcap=problem.softcap,
     )
-    return kernels if isinstance(kernels, str) else None
+
+
+@functools.cache
+def _missing(kernels: Variant) -> str | None:
+    reasons = map(default_images().missing, kernels.specs())
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _gate(recipe: str, problem: Problem) -> Gate | str:

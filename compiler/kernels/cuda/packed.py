@@ -61,9 +61,10 @@ class CudaStore:
         self.shape, self._device, self._on = shape, device, on
         with on(device) as target:
             arch = target.arch
-        self.precision = dispatch.default_recipe(arch) if precision is None else precision
-        if self.precision not in named(arch).recipes:
-            known = ", ".join(named(arch).recipes)
+        recipes = named(arch).portable_recipes
+        self.precision = recipes[0] if precision is None else precision
+        if self.precision not in recipes:
+            known = ", ".join(recipes)
             raise InvalidOptionError(
                 f"precision={precision!r}; a packed cache can be {known} on {arch}"
             )

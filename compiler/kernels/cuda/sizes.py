@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
-from sage_compiler.kernels.cuda.spec import AttendSpec, QueryTile, padded_dim
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, QueryTile, padded_dim
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
@@ -197,7 +197,7 @@ class Sizes(NamedTuple):
         )
 
     def query_scratch(
-        self, attend: AttendSpec, *, row_term: bool, splits: int = 1
+        self, attend: AttendSpec | HopperAttendSpec, *, row_term: bool, splits: int = 1
     ) -> tuple[int, int, int, int, int, int, int]:
         """What ``scratch`` has for queries: codes, scales, means, row term, delta, both of parts.
 

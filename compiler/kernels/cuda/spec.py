@@ -112,6 +112,9 @@ _FLOAT_BYTES: Final = 4
 _CACHE_LINE: Final = 128
 _LONGEST_SHARED_QUERY: Final = 128
 _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
+_WARPGROUP: Final = 128  # threads
+_KEY_SCALES: Final = 16  # bytes, of a tile
+_MBARRIER_BYTES: Final = 8
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -151,9 +154,14 @@ class StatisticsSpec(_QuantizerSpec):
 
 @dataclass(frozen=True, slots=True)
 class QuerySpec(_QuantizerSpec):
-    """Smoothing and quantization of Q; INT4 comes with Q smoothing."""
+    """Smoothing and quantization of Q; INT4 comes with Q smoothing.
+
+    Attributes:
+        panels: whether codes are in the order that wgmma reads (order.cuh), here and of K and V.
+    """
 
     qk: Format
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
@@ -167,7 +175,12 @@ class QuerySpec(_QuantizerSpec):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return (DTYPES[self.dtype], _CPP_FORMATS[self.qk], str(self.head_dim))
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.qk],
+            str(self.head_dim),
+            _cpp(self.panels),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +188,7 @@ class KeySpec(_QuantizerSpec):
     """Smoothing and quantization of K; INT4 comes with Q smoothing, so with its term of K."""
 
     qk: Format
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "key"
     template: ClassVar[str] = "QuantizeKey"
@@ -188,7 +202,12 @@ class KeySpec(_QuantizerSpec):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        return (DTYPES[self.dtype], _CPP_FORMATS[self.qk], str(self.head_dim))
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.qk],
+            str(self.head_dim),
+            _cpp(self.panels),
+        )
 
 
 _READERS: Final[Mapping[RotaryPairs, str]] = MappingProxyType(
@@ -244,6 +263,7 @@ class ValueSpec(_QuantizerSpec):
 
     pv: Format
     accumulator: Accumulator = Accumulator.FP32
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "value"
     template: ClassVar[str] = "QuantizeValue"
@@ -260,6 +280,7 @@ class ValueSpec(_QuantizerSpec):
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
             _cpp(self.accumulator is Accumulator.FP16),
+            _cpp(self.panels),
         )
 
 
@@ -363,6 +384,7 @@ class AttendSpec(OperandSpec):
     kind: ClassVar[str] = "attend"
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
+    keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
 
     @property
     def threads(self) -> int:
@@ -416,6 +438,75 @@ class AttendSpec(OperandSpec):
             _cpp(self.split),
             str(self.tile_rows),
             str(self.warp_rows),
+            str(self.stages),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HopperAttendSpec(OperandSpec):
+    """The fused attention by wgmma, of INT8 and E4M3, over operands whose codes are in panels.
+
+    Attributes:
+        value_head_dim, window, masked, softcap: as of ``AttendSpec``.
+        tiles: of keys that a step takes.
+        stages: steps in shared memory.
+    """
+
+    value_head_dim: int
+    window: bool
+    masked: bool
+    softcap: bool
+    tiles: int
+    stages: int
+
+    kind: ClassVar[str] = "attend_hopper"
+    template: ClassVar[str] = "AttendHopper"
+    params: ClassVar[struct.Struct] = params.ATTEND
+    qk: ClassVar[Format] = Format.INT8
+    pv: ClassVar[Format] = Format.FP8
+    accumulator: ClassVar[Accumulator] = Accumulator.FP32
+    warp_rows: ClassVar[int] = 16
+    tile_rows: ClassVar[int] = QUERY_BLOCK.rows
+    packed_heads: ClassVar[bool] = QUERY_BLOCK.packed_heads
+    split: ClassVar[bool] = QUERY_BLOCK.split
+    query_tile: ClassVar[QueryTile] = QUERY_BLOCK
+
+    @property
+    def keys(self) -> int:
+        """Keys of a step."""
+        return self.tiles * TILE_MMA.kv_block
+
+    @property
+    def threads(self) -> int:
+        return 3 * _WARPGROUP  # the producer's, and two of 64 queries each
+
+    @property
+    def shared_bytes(self) -> int:
+        row = padded_dim(self.head_dim) + self.value_head_dim
+        stage = self.keys * row + self.tiles * _KEY_SCALES
+        mbarriers = (1 + 4 * self.stages) * _MBARRIER_BYTES
+        return self.query_block_bytes + self.stages * stage + mbarriers
+
+    @property
+    def query_block_bytes(self) -> int:
+        """The codes of one query block."""
+        return TILE_MMA.q_block * padded_dim(self.head_dim)
+
+    @property
+    def tile(self) -> KeyValueTile:
+        """How a tile of keys and values is packed."""
+        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            DTYPES[self.dtype],
+            str(self.head_dim),
+            str(self.value_head_dim),
+            _cpp(self.window),
+            _cpp(self.masked),
+            _cpp(self.softcap),
+            str(self.tiles),
             str(self.stages),
         )
 

@@ -21,6 +21,7 @@ from sage_compiler.kernels.cuda.spec import (
     AppendSpec,
     AttendSpec,
     DeltaSpec,
+    HopperAttendSpec,
     KernelSpec,
     KeyMeanSpec,
     KeySpec,
@@ -129,7 +130,7 @@ class Variant:
     query: QuerySpec
     key: KeySpec
     value: ValueSpec
-    attend: AttendSpec
+    attend: AttendSpec | HopperAttendSpec
     merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -163,28 +164,33 @@ def variant(
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
-        tile: what a block of the attention kernel does.
+        tile: what a block of the attention kernel does; that of wgmma has ``QUERY_BLOCK`` only.
         varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
     value_dim = key_dim if value_head_dim is None else _least_dim(value_head_dim)
     padded, padded_value = padded_dim(key_dim), padded_dim(value_dim)
-    geometry = named(arch).geometry(max(key_dim, value_dim))
-    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
-    query = QuerySpec(arch, dtype, padded, qk, varlen=varlen)
-    key = KeySpec(arch, dtype, padded, qk, varlen=varlen)
-    if rotary_query is not None:
-        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query)
-    if rotary_key is not None:
-        statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
-        key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key)
-    return Variant(
-        statistics=statistics,
-        query=query,
-        key=key,
-        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, varlen=varlen),
-        attend=AttendSpec(
+    longest = max(key_dim, value_dim)
+    wgmma = named(arch).uses_wgmma(recipe)
+    attend: AttendSpec | HopperAttendSpec
+    if wgmma:
+        assert tile == QUERY_BLOCK and not varlen
+        ring = named(arch).ring(longest)
+        attend = HopperAttendSpec(
+            arch,
+            dtype,
+            key_dim,
+            value_dim,
+            window,
+            masked,
+            softcap,
+            tiles=ring.masked_tiles if masked else ring.tiles,
+            stages=ring.stages,
+        )
+    else:
+        geometry = named(arch).geometry(longest)
+        attend = AttendSpec(
             arch,
             dtype,
             key_dim,
@@ -201,7 +207,21 @@ def variant(
             packed_heads=tile.packed_heads,
             split=tile.split,
             varlen=varlen,
-        ),
+        )
+    statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
+    query = QuerySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
+    key = KeySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
+    if rotary_query is not None:
+        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query, panels=wgmma)
+    if rotary_key is not None:
+        statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
+        key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key, panels=wgmma)
+    return Variant(
+        statistics=statistics,
+        query=query,
+        key=key,
+        value=ValueSpec(arch, dtype, padded_value, pv, accumulator, panels=wgmma, varlen=varlen),
+        attend=attend,
         merge=MergeSpec(arch, dtype, padded_value) if tile.split else None,
     )
 
@@ -254,6 +274,7 @@ def cache_variant(
         softcap=softcap,
         tile=tile,
     )
+    assert isinstance(found.attend, AttendSpec)
     attend = replace(found.attend, tile_scales=True)
     padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
     return CacheVariant(
@@ -276,9 +297,9 @@ def _least_dim(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def accumulators(recipe: str) -> tuple[Accumulator, ...]:
+def accumulators(arch: str, recipe: str) -> tuple[Accumulator, ...]:
     """The accumulators that there are kernels for, the default one first."""
-    if RECIPES[recipe].pv is Format.FP8:
+    if RECIPES[recipe].pv is Format.FP8 and not named(arch).uses_wgmma(recipe):
         return (Accumulator.FP32, Accumulator.FP16)
     return (Accumulator.FP32,)
 
@@ -300,7 +321,7 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in named(arch).recipes:
+            for recipe in named(arch).portable_recipes:
                 for split in (False, True):
                     tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
@@ -330,6 +351,8 @@ def _further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
+        if named(arch).uses_wgmma(recipe):
+            continue
         split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
         yield variant(arch, "bfloat16", 128, recipe, tile=split)
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
@@ -340,14 +363,14 @@ def _further_variants(arch: str) -> Iterator[Variant]:
 
 def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
     """SageAttention2++'s variants of a recipe, which no call asks for yet: they are checked."""
-    for accumulator in accumulators(recipe)[1:]:
+    for accumulator in accumulators(arch, recipe)[1:]:
         for head_dim in PACKED_HEAD_DIMS:
             yield variant(arch, "bfloat16", head_dim, recipe, accumulator)
 
 
 def cache_variants(arch: str) -> Iterator[CacheVariant]:
     """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
-    for recipe in named(arch).recipes:
+    for recipe in named(arch).portable_recipes:
         for head_dim in HEAD_DIMS:
             yield cache_variant(arch, "bfloat16", head_dim, recipe)
         yield cache_variant(arch, "float16", 128, recipe)

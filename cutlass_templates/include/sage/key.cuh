@@ -9,7 +9,8 @@
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim, class Reader = Plain>
+// With kPanels, codes are in the order that wgmma reads.
+template <class Input, class Format, int kHeadDim, bool kPanels = false, class Reader = Plain>
 struct QuantizeKey {
     using Params = typename Reader::template With<KeyParams>;
     using At = Position<kHeadDim>;
@@ -17,6 +18,7 @@ struct QuantizeKey {
     static constexpr int kParts = At::kRows / kKeyGroups;  // rows of threads that share a group
     static constexpr int kRowFloats = kHeadDim + 4;        // padded against bank conflicts
     static constexpr bool kDelta = Format::kBits == 4;
+    using Codes = Order<kPanels, kKeyBlock, kHeadDim * Format::kBits / 8>;
 
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
@@ -83,7 +85,7 @@ struct QuantizeKey {
         if (part == 0 && at.first_column()) arch::store_global(scales + group, scale);
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            store_codes<Format, kHeadDim>(codes, t * At::kRows + at.row, at.channel, key[t], scale);
+            store_codes<Format, Codes>(codes, t * At::kRows + at.row, at.channel, key[t], scale);
         }
     }
 

@@ -8,7 +8,8 @@
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim, class Reader = Plain>
+// With kPanels, codes are in the order that wgmma reads.
+template <class Input, class Format, int kHeadDim, bool kPanels, class Reader = Plain>
 struct QuantizeQuery {
     using Params = typename Reader::template With<QueryParams>;
     using Kept = Chunk<typename Reader::template Kept<Input>>;
@@ -18,6 +19,7 @@ struct QuantizeQuery {
     static constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
     static constexpr int kTokensOfWarp = kQueryWarp / At::kRows;
     static constexpr bool kSmooth = Format::kBits == 4;
+    using Codes = Order<kPanels, kQueryBlock, kHeadDim * Format::kBits / 8>;
 
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
@@ -208,8 +210,8 @@ struct QuantizeQuery {
             float const scale = scale_of(largest, Format::kLimit);
             float x[kChunk];
             smoothed(x, query[t], mean, place.live(t));
-            store_codes<Format, kHeadDim>(p.codes, place.task * kQueryBlock + place.in_block(t),
-                                          place.at.channel, x, scale);
+            store_codes<Format, Codes>(static_cast<char*>(p.codes) + place.task * Codes::kBytes,
+                                       place.in_block(t), place.at.channel, x, scale);
             if (t % kTokensOfWarp == 0 && part == 0 && place.at.first_column()) {
                 int64_t const index = place.task * kGroups + warp * kQueryGroups + group;
                 arch::store_global(p.scales + index, scale * p.score_factor);

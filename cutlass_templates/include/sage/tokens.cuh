@@ -3,6 +3,7 @@
 #pragma once
 
 #include <sage/numeric.cuh>
+#include <sage/order.cuh>
 #include <sage/params.cuh>
 
 namespace sage {
@@ -195,9 +196,9 @@ SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int6
 }
 
 // Rounds 8 channels to the integers of Format and stores them as `token`'s codes of a (tokens, D)
-// matrix.
-template <class Format, int kHeadDim>
-SAGE_DEVICE void store_codes(void* codes, int64_t token, int channel, float const (&x)[kChunk],
+// matrix in an order of order.cuh.
+template <class Format, class Order>
+SAGE_DEVICE void store_codes(char* codes, int token, int channel, float const (&x)[kChunk],
                              float scale) {
     uint32_t packed[2] = {0, 0};
     constexpr uint32_t kMask = (1u << Format::kBits) - 1;
@@ -208,8 +209,7 @@ SAGE_DEVICE void store_codes(void* codes, int64_t token, int channel, float cons
         uint32_t const code = static_cast<uint32_t>(arch::round_to_int(quotient)) & kMask;
         packed[i / kPerWord] |= code << (i % kPerWord * Format::kBits);
     }
-    int64_t const offset = (token * kHeadDim + channel) * Format::kBits / 8;
-    char* const address = static_cast<char*>(codes) + offset;
+    char* const address = codes + Order::offset(token, channel * Format::kBits / 8);
     if constexpr (Format::kBits == 8) {
         arch::store_global(reinterpret_cast<uint2*>(address), make_uint2(packed[0], packed[1]));
     } else {

@@ -8,12 +8,14 @@
 
 namespace sage {
 
-template <class Input, class Format, int kHeadDim, bool kHalfAccumulator>
+// With kPanels, codes are in the order that wgmma reads.
+template <class Input, class Format, int kHeadDim, bool kHalfAccumulator, bool kPanels = false>
 struct QuantizeValue {
     using Params = ValueParams;
     using At = Position<kHeadDim>;
     static constexpr int kTokens = kKeyBlock / At::kRows;
     static constexpr int kRowFloats = kHeadDim + 4;  // padded against bank conflicts
+    using Codes = Order<kPanels, kHeadDim, kKeyBlock * Format::kBits / 8>;
     static constexpr float kLimit = kHalfAccumulator ? kHalfAccumulatorLimit : Format::kLimit;
     // A V in FP16 is taken as it is.
     static constexpr bool kScaled =
@@ -128,7 +130,7 @@ struct QuantizeValue {
                         arch::pack_half(at_token(column, token), at_token(column, token + 1));
                 }
             }
-            arch::store_global(reinterpret_cast<uint4*>(codes) + channel * kParts + part,
+            arch::store_global(reinterpret_cast<uint4*>(codes + Codes::offset(channel, part * 16)),
                                make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
     }

@@ -7,6 +7,7 @@
 //   void mbarrier_init(uint64_t*, int arrivals)    By one thread; then mbarrier_init_fence() by it
 //                                                  and barrier() by all.
 //   void mbarrier_arrive(uint64_t*)                One of the phase's arrivals.
+//   void mbarrier_arrive_warp(uint64_t*)           One for all lanes of a warp together.
 //   void mbarrier_arrive_expect(uint64_t*, int bytes)   That, and the phase has these bytes too.
 //   void mbarrier_wait(uint64_t*, int parity)      Until a phase of this parity is complete: the
 //                                                  first one has 0; 1 returns at once before that.
@@ -20,13 +21,14 @@
 //   void named_barrier_sync<Threads>(int id)       Threads of whole warps, ids 1 to 15: waits for
 //   void named_barrier_arrive<Threads>(int id)     all Threads; is one of them, without waiting.
 //   void registers_decrease<N>(), registers_increase<N>()    setmaxnreg, by whole warpgroups.
+//   float from_int(uint32_t)        Of an int32.
 //   int warp_uniform(int)           The value of lane 0, for conditions that are the same in a
 //   warp.
 //
 //   uint64_t matrix_rows<RowBytes>(void const*)
-//                                   Rows of an operand, K-major and swizzled: see SwizzledRows of
-//                                   hopper_tile.cuh. The address may be any multiple of 32 bytes
-//                                   within the first row.
+//                                   Rows of an operand, K-major and swizzled: see Panels of
+//                                   order.cuh. The address may be any multiple of 32 bytes within
+//                                   the first row.
 //   void wgmma_s8<N>(uint32_t (&c)[N / 2], uint64_t a, uint64_t b, bool accumulate)
 //                                   c (+)= A B: 64 rows of A and N of B in shared memory, 32 bytes
 //                                   of each; int32.
@@ -62,6 +64,11 @@ SAGE_DEVICE uint64_t matrix_rows(void const* start) {
     constexpr uint64_t kStride = 8 * kRowBytes / 16;
     constexpr uint64_t kLeading = 1;  // not used where there is a swizzle
     return kMode << 62 | kStride << 32 | kLeading << 16 | (shared_offset(start) & 0x3ffff) >> 4;
+}
+
+// The rows so many bytes after others, within a block's shared memory.
+SAGE_DEVICE uint64_t rows_further(uint64_t descriptor, int bytes) {
+    return descriptor + static_cast<uint32_t>(bytes / 16);
 }
 
 }  // namespace sage::arch

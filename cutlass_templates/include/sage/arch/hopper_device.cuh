@@ -21,6 +21,10 @@ SAGE_DEVICE void mbarrier_arrive(uint64_t* mbarrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_offset(mbarrier))
                  : "memory");
 }
+SAGE_DEVICE void mbarrier_arrive_warp(uint64_t* mbarrier) {
+    __syncwarp();
+    if (thread_index() % 32 == 0) mbarrier_arrive(mbarrier);
+}
 SAGE_DEVICE void mbarrier_arrive_expect(uint64_t* mbarrier, int bytes) {
     asm volatile(
         "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_offset(mbarrier)),
@@ -66,6 +70,7 @@ template <int kRegisters>
 SAGE_DEVICE void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
+SAGE_DEVICE float from_int(uint32_t x) { return __int2float_rn(static_cast<int>(x)); }
 SAGE_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 template <int kN>
@@ -118,7 +123,7 @@ SAGE_DEVICE void wgmma_wait() {
 template <class T, int kCount>
 SAGE_DEVICE void wgmma_hold(T (&registers)[kCount]) {
     SAGE_UNROLL
-    for (T& each : registers) cute::warpgroup_fence_operand(each);
+    for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(registers[i]);
 }
 
 }  // namespace sage::arch

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
@@ -106,9 +107,11 @@ def replacing(old: str, new: str) -> Callable[[str], str]:
     return change
 
 
-def named(recipe: str, accumulator: Accumulator) -> Recipe:
+def named(recipe: str, accumulator: Accumulator, softmax_blocks: int = 1) -> Recipe:
     """The recipe that the reference computes."""
-    return replace(RECIPES[recipe], accumulator=accumulator)
+    found = RECIPES[recipe]
+    tile = replace(found.tile, softmax_blocks=softmax_blocks)
+    return replace(found, accumulator=accumulator, tile=tile)
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ def attend(
     splits: int = 1,
     lengths: Lengths | None = None,
     seed: int = 0,
+    arch: str = ARCH,
     rotary: Rotary | None = None,
     launches: int | None = None,
 ) -> Result:
@@ -150,6 +154,7 @@ def attend(
         tile, splits: how the products are cut.
         lengths: of a packed batch.
         seed: of the order in which threads and blocks run.
+        arch: the one whose kernels run.
         rotary: how Q and K are rotated.
         launches: how many of its kernels to run, the first ones; by default all.
 
@@ -159,6 +164,7 @@ def attend(
     here = the_host()
     here.reset()
     here.seed(seed)
+    here.set_capability(*ARCHS[arch].capability)
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:
             here.allow(tensor, writable=False)
@@ -182,10 +188,10 @@ def attend(
     for tensor in (output, lse):
         if tensor is not None:
             here.allow(tensor, writable=True)
-    target = kernel.Target(ARCH, 0, 0, kernels or loader(), allocate)
+    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate)
     dtype = str(call.query.dtype).removeprefix("torch.")
     kernels_of_call = variant(
-        ARCH,
+        arch,
         dtype,
         call.query.shape[3],
         recipe,

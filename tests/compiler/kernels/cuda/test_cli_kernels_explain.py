@@ -53,6 +53,12 @@ def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert names == ["int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16", "exact"]
 
 
+def test_who_serves_where_no_kernel_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x8x1024x128", "--arch", "sm_89", "--recipe")
+    assert "Triton's serve" in explained(capsys, *words, "int8_fp16")
+    assert "Triton" not in explained(capsys, *words, "int8_fp8")
+
+
 def heading(lines: list[str]) -> str:
     """That of the table of recipes."""
     return next(line for line in lines if line.split()[:2] == ["recipe", "predicted"])
@@ -64,15 +70,18 @@ def test_auto_says_who_serves_and_what_a_name_would_launch(
     lines = explained(capsys, "2x8x1000x64", "--arch", "sm_90", "--softcap").splitlines()
     assert lines[0].endswith(", softcap; on sm_90a")
     assert lines[1] == (
-        "auto: float arithmetic serves: cuda-mma: int8_fp16 is not measured on this GPU (sm_90a)"
+        "auto: float arithmetic serves: cuda-mma: int8_fp8 is not measured on this GPU (sm_90a)"
     )
-    assert "int8_fp16, where it is asked for by name, launches" in lines
+    assert "int8_fp8, where it is asked for by name, launches" in lines
+    assert any(
+        "tile: 128 queries and 128 keys, 16 queries a warp, 4 stages" in line for line in lines
+    )
     assert any(line.endswith("on first use") for line in lines)  # a softcap is in no pack
     names = [line.split()[:2] for line in lines[lines.index(heading(lines)) + 1 : -1]]
     assert [name for name, _ in names] == [
-        "int8_fp16", "int4_fp16", "int8_fp8", "int4_fp8", "exact",
+        "int8_fp8", "int8_fp16", "int4_fp16", "int4_fp8", "exact",
     ]  # fmt: skip
-    assert [time for _, time in names][1:] == ["-"] * 4  # no prediction for float arithmetic
+    assert [time for _, time in names][2:] == ["-"] * 3  # no prediction for float arithmetic
 
 
 def test_what_no_kernel_takes(capsys: pytest.CaptureFixture[str]) -> None:

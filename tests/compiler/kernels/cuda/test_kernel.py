@@ -17,7 +17,7 @@ from sage_compiler.errors import InvalidAttentionError, KernelUnavailableError
 from sage_compiler.kernels import registry
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, arch_of, named
-from sage_compiler.kernels.cuda.spec import AttendSpec
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec
 from sage_compiler.kernels.cuda.variants import RARE, all_specs
 from sage_compiler.kernels.kernel import OPEN, Kernel, Problem
 from sage_compiler.kernels.registry import Default, Unavailable, default, find
@@ -77,7 +77,9 @@ def test_the_registry_asks_for_the_device(monkeypatch: pytest.MonkeyPatch) -> No
         assert default(on[1]) == Default(
             "exact", "cuda-mma: int8_fp8 is not measured on this GPU (sm_89)"
         )
-        assert default(on[2]) == Default("exact", old.reason.removeprefix("cuda-mma: "))
+        told, also = old.reason.removeprefix("cuda-mma: ").split("; triton: ")
+        assert default(on[2]) == Default("exact", told)
+        assert also == "compute capability 7.5 is below 8.0"
         elsewhere = dataclasses.replace(on[1], capability=(8, 0))  # not that of its device
         assert find("int8_fp8", elsewhere) == refused
     finally:
@@ -102,7 +104,8 @@ def test_architectures() -> None:
 def test_specs_are_told_apart_and_fit(arch: str) -> None:
     specs = all_specs(arch)
     assert len({spec.symbol for spec in specs}) == len(specs)
-    offered = {f"{spec.qk}_{spec.pv}" for spec in specs if isinstance(spec, AttendSpec)}
+    attends = [spec for spec in specs if isinstance(spec, (AttendSpec, HopperAttendSpec))]
+    offered = {f"{spec.qk}_{spec.pv}" for spec in attends}
     rare = {recipe for of, recipe in RARE if of == arch}
     assert rare < set(ARCHS[arch].recipes) and offered == set(ARCHS[arch].recipes) - rare
     for spec in specs:

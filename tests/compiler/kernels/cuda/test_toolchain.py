@@ -43,6 +43,9 @@ def test_what_ptxas_reports_is_read() -> None:
     assert resources == Resources(255, 28, 52, 24, 1024)
     assert rest.splitlines() == [NVCC_LOG.splitlines()[0], NVCC_LOG.splitlines()[-1]]
     assert read_log(NVRTC_LOG) == (Resources(8, 0, 0, 0, 0), "")
+    # What it calls "info" and is a warning.
+    serialized = "ptxas info    : (C7514) Potential Performance Loss: wgmma is serialized"
+    assert read_log(f"{NVRTC_LOG}\n{serialized}\n")[1] == serialized
 
 
 @pytest.mark.parametrize("name", toolchain.NAMES)

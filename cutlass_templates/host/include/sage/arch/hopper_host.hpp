@@ -19,6 +19,10 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* mbarrier, Site site = SAGE_CALL_SITE) {
     runtime().mbarrier_arrive(mbarrier, 0, site);
 }
+inline void mbarrier_arrive_warp(uint64_t* mbarrier, Site site = SAGE_CALL_SITE) {
+    shuffle_xor(0u, 0, site);  // whatever orders the lanes
+    if (thread_index() % 32 == 0) runtime().mbarrier_arrive(mbarrier, 0, site);
+}
 inline void mbarrier_arrive_expect(uint64_t* mbarrier, int bytes, Site site = SAGE_CALL_SITE) {
     runtime().mbarrier_arrive(mbarrier, bytes, site);
 }
@@ -48,6 +52,7 @@ template <int kRegisters>
 inline void registers_increase(Site site = SAGE_CALL_SITE) {
     runtime().set_registers(kRegisters, site);
 }
+inline float from_int(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
 inline int warp_uniform(int value) { return value; }
 
 template <int kN>

@@ -1,0 +1,646 @@
+// Fused attention over quantized operands for Hopper, recipe int8_fp8: the products are wgmma's,
+// and the threads of a block have roles. One producer copies tiles into a ring of shared memory;
+// two warpgroups of consumers, with 64 queries each, compute. "Softmax, P and V" of
+// docs/numerics.md has the formulas, docs/cuda-hopper.md the reasons.
+//
+// A consumer works on two tiles at once: while Q K^T of the next one and P V of the last one are in
+// flight, it waits for the former alone, and computes its softmax beside the latter.
+//
+// A thread holds rows lane / 4 (+ 8) of its warp's 16 queries and columns 2 (lane % 4) (+ 1) of
+// every 8 keys, as in attend.cuh: one scale of Q, one of K for every kKeyBlock keys; and its
+// accumulators of Q K^T are, packed, its operand of P V.
+#pragma once
+
+#include <sage/arch/hopper.cuh>
+#include <sage/mask.cuh>
+#include <sage/numeric.cuh>
+#include <sage/order.cuh>
+#include <sage/params.cuh>
+#include <sage/row_end.cuh>
+#include <sage/tokens.cuh>
+
+namespace sage {
+
+// What a block does, for both roles.
+template <bool kWindow, bool kMasked, int kTiles>
+class HopperTask {
+ public:
+    SAGE_DEVICE explicit HopperTask(AttendParams const& p) : p_(p) {
+        // The last blocks first: under a causal mask they have the most to do.
+        Split const task(arch::block_index(), p.query_blocks);
+        block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
+        head_ = task.outer;
+        kv_head_ = Split(head_, p.group).outer;  // G divides H
+        first_tile_ = first_key(first_query()) / kKeyBlock;
+        end_tile_ = (end_key(first_query() + kQueryBlock - 1) + kKeyBlock - 1) / kKeyBlock;
+        if (first_tile_ > end_tile_) first_tile_ = end_tile_;
+    }
+
+    SAGE_DEVICE int head() const { return head_; }        // b * H + h
+    SAGE_DEVICE int kv_head() const { return kv_head_; }  // b * Hkv + h / G
+    SAGE_DEVICE int first_query() const { return block_ * kQueryBlock; }
+    SAGE_DEVICE int64_t block() const { return head_ * p_.query_blocks + block_; }
+
+    // Query `row` sees the keys from the one on, and before the other. Lengths, lower and upper are
+    // below 2^30 in magnitude.
+    SAGE_DEVICE int first_key(int row) const {
+        if constexpr (!kWindow) return 0;
+        return within_keys(row + static_cast<int>(p_.lower));
+    }
+    SAGE_DEVICE int end_key(int row) const {
+        return within_keys(row + static_cast<int>(p_.upper) + 1);
+    }
+
+    // The keys are done in steps of kTiles tiles, from a multiple of kTiles on, so that a result
+    // does not depend on where a block begins: the first tile of the first step, and of the one
+    // after another one. Steps of which nothing is seen are left out.
+    SAGE_DEVICE int first_step() const { return seen_from(first_tile_ / kTiles * kTiles); }
+    SAGE_DEVICE int step_after(int tile) const { return seen_from(tile + kTiles); }
+    SAGE_DEVICE bool is_step(int tile) const { return tile < end_tile_; }
+
+    // What the mask shows of a tile; of one outside of what the block sees, nothing.
+    SAGE_DEVICE uint8_t shown_of(int tile) const {
+        if (tile < first_tile_ || tile >= end_tile_) return kHidesAll;
+        if constexpr (!kMasked) return kShowsAll;
+        Split const head(head_, p_.heads);
+        return arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
+                                 head.inner * p_.tiles.head_stride +
+                                 block_ * p_.tiles.token_stride + tile);
+    }
+
+    // The tile that is copied for `tile`: where a step has fewer than kTiles, the last one again,
+    // because hidden V must be finite.
+    SAGE_DEVICE int64_t copied(int tile) const {
+        int const last = end_tile_ - 1;
+        return kv_head_ * p_.key_blocks + (tile < last ? tile : last);
+    }
+
+ private:
+    SAGE_DEVICE int within_keys(int key) const {
+        int const end = static_cast<int>(p_.key_length);
+        return key < 0 ? 0 : key < end ? key : end;
+    }
+    SAGE_DEVICE int seen_from(int tile) const {
+        if constexpr (kMasked) {
+            while (tile < end_tile_ && hides_all(tile)) tile += kTiles;
+        }
+        return tile;
+    }
+    SAGE_DEVICE bool hides_all(int tile) const {
+        SAGE_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            if (shown_of(tile + i) != kHidesAll) return false;
+        }
+        return true;
+    }
+
+    AttendParams const& p_;
+    int block_, head_, kv_head_;
+    int first_tile_, end_tile_;  // of keys that the block sees
+};
+
+// The shared memory of a block: Q, a ring of stages, scales of K, mbarriers.
+template <int kHeadDim, int kValueDim, int kTiles, int kStages>
+struct HopperMemory {
+    static constexpr int kKeys = kTiles * kKeyBlock;
+    static constexpr int kRowBytes = padded_dim(kHeadDim);
+    using Query = Panels<kQueryBlock, kRowBytes>;
+    using Key = Panels<kKeys, kRowBytes>;  // of a stage; its tiles' panels side by side
+    using KeyOfTile = Panels<kKeyBlock, kRowBytes>;
+    using ValueOfTile = Panels<kValueDim, kKeyBlock>;  // V transposed
+    static constexpr int kScaleBytes = kKeyGroups * sizeof(float);
+
+    // A packed tile as the quantizers write it.
+    static constexpr int kPackedValue = KeyOfTile::kBytes;
+    static constexpr int kPackedScales = kPackedValue + padded_dim(kValueDim) * kKeyBlock;
+    static constexpr int kPackedBytes = kPackedScales + 128;
+
+    static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
+    static constexpr int kRing = Query::kBytes;
+    static constexpr int kScales = kRing + kStages * kStageBytes;
+    static constexpr int kMbarriers = kScales + kStages * kTiles * kScaleBytes;
+    static constexpr int kBytes = kMbarriers + (1 + 4 * kStages) * sizeof(uint64_t);
+    static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
+
+    // Bytes that a stage's mbarriers expect.
+    static constexpr int kKeyBytes = Key::kBytes + kTiles * kScaleBytes;
+    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes;
+
+    SAGE_DEVICE static char* query() { return arch::shared_memory(); }
+    SAGE_DEVICE static char* key(int stage) {
+        return arch::shared_memory() + kRing + stage * kStageBytes;
+    }
+    SAGE_DEVICE static char* value(int stage, int tile) {
+        return key(stage) + Key::kBytes + tile * ValueOfTile::kBytes;
+    }
+    SAGE_DEVICE static char* scales(int stage, int tile) {
+        return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
+    }
+    // Of a stage: what it is full of has come; nobody reads it any more.
+    SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(1 + stage); }
+    SAGE_DEVICE static uint64_t* key_empty(int stage) { return mbarrier(1 + kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_full(int stage) { return mbarrier(1 + 2 * kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_empty(int stage) {
+        return mbarrier(1 + 3 * kStages + stage);
+    }
+    SAGE_DEVICE static uint64_t* query_full() { return mbarrier(0); }
+
+    SAGE_DEVICE static void make_mbarriers(int consumer_warps) {
+        arch::mbarrier_init(query_full(), 1);
+        SAGE_UNROLL
+        for (int stage = 0; stage < kStages; ++stage) {
+            arch::mbarrier_init(key_full(stage), 1);
+            arch::mbarrier_init(value_full(stage), 1);
+            arch::mbarrier_init(key_empty(stage), consumer_warps);
+            arch::mbarrier_init(value_empty(stage), consumer_warps);
+        }
+        arch::mbarrier_init_fence();
+    }
+
+ private:
+    SAGE_DEVICE static uint64_t* mbarrier(int index) {
+        return reinterpret_cast<uint64_t*>(arch::shared_memory() + kMbarriers) + index;
+    }
+};
+
+// A place in the ring, and the parity of the phases that its mbarriers are in.
+template <int kStages>
+struct RingPlace {
+    int stage = 0, parity = 0;
+
+    SAGE_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Two warpgroups of consumers and one of the producer.
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kConsumers = 2 * kWarpgroup;
+
+template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
+          int kTiles, int kStages>
+class AttendHopper {
+ public:
+    using Params = AttendParams;
+    using Memory = HopperMemory<kHeadDim, kValueDim, kTiles, kStages>;
+    using Task = HopperTask<kWindow, kMasked, kTiles>;
+    static constexpr int kThreads = kConsumers + kWarpgroup;
+    static constexpr int kMinBlocks = 1;
+    static constexpr int kSharedBytes = Memory::kBytes;
+
+    SAGE_DEVICE static void run(Params const& p) {
+        Task const task(p);
+        int const thread = arch::thread_index();
+        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
+        arch::barrier();
+        // 65536 registers: 168 for each thread at first.
+        if (thread >= kConsumers) {
+            arch::registers_decrease<24>();
+            if (thread == kConsumers) produce(p, task);
+        } else {
+            arch::registers_increase<240>();
+            AttendHopper(p, task).consume();
+        }
+    }
+
+ private:
+    static constexpr int kHalves = 2;  // rows lane / 4 and lane / 4 + 8 of the warp's 16
+    static constexpr int kKeys = kTiles * kKeyBlock;
+    static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
+    static constexpr int kStep = 32;                 // bytes of a product
+    static constexpr int kQueryKeySteps = (kHeadDim + kStep - 1) / kStep;
+    static constexpr int kValueSteps = kKeys / kStep;
+    static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
+    // Channels of P V at a time: what of it is in flight takes registers beside the output.
+    static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
+                                   : kValueDim == 192 ? 96
+                                   : kMasked          ? 32
+                                                      : 64;
+    static constexpr int kParts = kValueDim / kAtOnce;
+    static_assert(kParts * kAtOnce == kValueDim);
+
+    // --- the producer: one thread
+
+    SAGE_DEVICE static void produce(Params const& p, Task const& task) {
+        RingPlace<kStages> place;
+        int tile = task.first_step();
+        if (!task.is_step(tile)) return;
+        arch::mbarrier_arrive_expect(Memory::query_full(), Memory::Query::kBytes);
+        arch::copy_bulk(
+            Memory::query(),
+            static_cast<char const*>(p.query_codes) + task.block() * Memory::Query::kBytes,
+            Memory::Query::kBytes, Memory::query_full());
+        for (; task.is_step(tile); tile = task.step_after(tile)) {
+            arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity ^ 1);
+            arch::mbarrier_arrive_expect(Memory::key_full(place.stage), Memory::kKeyBytes);
+            SAGE_UNROLL
+            for (int i = 0; i < kTiles; ++i) copy_key(packed(p, task, tile + i), place.stage, i);
+            arch::mbarrier_wait(Memory::value_empty(place.stage), place.parity ^ 1);
+            arch::mbarrier_arrive_expect(Memory::value_full(place.stage), Memory::kValueBytes);
+            SAGE_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+                arch::copy_bulk(Memory::value(place.stage, i),
+                                packed(p, task, tile + i) + Memory::kPackedValue,
+                                Memory::ValueOfTile::kBytes, Memory::value_full(place.stage));
+            }
+            place.advance();
+        }
+    }
+
+    SAGE_DEVICE static char const* packed(Params const& p, Task const& task, int tile) {
+        return static_cast<char const*>(p.key_value_tiles) +
+               task.copied(tile) * Memory::kPackedBytes;
+    }
+
+    SAGE_DEVICE static void copy_key(char const* packed, int stage, int index) {
+        using OfTile = typename Memory::KeyOfTile;
+        SAGE_UNROLL
+        for (int panel = 0; panel < OfTile::kCount; ++panel) {
+            arch::copy_bulk(
+                Memory::key(stage) + panel * Memory::Key::kPanelBytes + index * OfTile::kPanelBytes,
+                packed + panel * OfTile::kPanelBytes, OfTile::kPanelBytes, Memory::key_full(stage));
+        }
+        arch::copy_bulk(Memory::scales(stage, index), packed + Memory::kPackedScales,
+                        Memory::kScaleBytes, Memory::key_full(stage));
+    }
+
+    // --- the consumers
+
+    Params const& p_;
+    Task const& task_;
+    float query_scale_;
+    float row_term_[kHalves];  // under a softcap
+
+    // The online softmax of the thread's rows: units of log 2, relative to the running maximum.
+    float maximum_[kHalves];
+    float total_[kHalves];  // of the thread's own columns
+    float decay_[kHalves];  // by which sums decay before the tile in `weights_` is added
+    uint32_t weights_[kValueSteps][4];
+    float output_[kParts][kAtOnce / 2];
+
+    SAGE_DEVICE AttendHopper(Params const& p, Task const& task) : p_(p), task_(task) {
+        // Both rows share a scale.
+        constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
+        int const row = row_of_thread();
+        int const group = row / kQueryWarp * kQueryGroups + row % kQueryGroups;
+        query_scale_ = arch::load_global(p.query_scales + task.block() * kGroups + group);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            maximum_[half] = -infinity();
+            total_[half] = 0.0f;
+            row_term_[half] = kSoftcap ? row_term_of(half) : 0.0f;
+        }
+        SAGE_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+            SAGE_UNROLL
+            for (int i = 0; i < kAtOnce / 2; ++i) output_[part][i] = 0.0f;
+        }
+    }
+
+    // The first row of the block that the thread holds.
+    SAGE_DEVICE static int row_of_thread() {
+        int const thread = arch::thread_index();
+        return thread / 32 * 16 + thread % 32 / 4;
+    }
+    SAGE_DEVICE int query(int half) const {
+        return task_.first_query() + row_of_thread() + half * 8;
+    }
+    SAGE_DEVICE bool exists(int half) const { return query(half) < p_.query_length; }
+    // The first column, of every eight, that it holds.
+    SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
+    SAGE_DEVICE static int warpgroup() {
+        return arch::warp_uniform(arch::thread_index() / kWarpgroup);
+    }
+
+    SAGE_DEVICE void consume() {
+        RingPlace<kStages> place, last;
+        int tile = task_.first_step();
+        if (task_.is_step(tile)) {
+            arch::mbarrier_wait(Memory::query_full(), 0);
+            uint32_t scores[kKeys / 2];
+            float product[kAtOnce / 2];
+            float key_scales[kTiles];
+
+            begin_scores(scores, key_scales, place);
+            arch::wgmma_wait<0>();
+            arch::wgmma_hold(scores);
+            arch::mbarrier_arrive_warp(Memory::key_empty(place.stage));
+            softmax(scores, key_scales, tile);
+            pack(scores);
+            last = place;
+            place.advance();
+            for (tile = task_.step_after(tile); task_.is_step(tile);
+                 tile = task_.step_after(tile)) {
+                begin_scores(scores, key_scales, place);
+                begin_product(product, 0, last);
+                arch::wgmma_wait<1>();
+                arch::wgmma_hold(scores);
+                arch::mbarrier_arrive_warp(Memory::key_empty(place.stage));
+                float decay[kHalves] = {decay_[0], decay_[1]};
+                softmax(scores, key_scales, tile);
+                end_product(product, decay, last);
+                pack(scores);
+                last = place;
+                place.advance();
+            }
+            begin_product(product, 0, last);
+            end_product(product, decay_, last);
+        }
+        store();
+    }
+
+    // Begins Q K^T of a stage, when K is there.
+    SAGE_DEVICE void begin_scores(uint32_t (&scores)[kKeys / 2], float (&key_scales)[kTiles],
+                                  RingPlace<kStages> const& place) const {
+        arch::mbarrier_wait(Memory::key_full(place.stage), place.parity);
+        SAGE_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            key_scales[i] =
+                arch::load_shared(reinterpret_cast<float const*>(Memory::scales(place.stage, i)) +
+                                  first_column() / 2);
+        }
+        using Query = typename Memory::Query;
+        using Key = typename Memory::Key;
+        uint64_t const query = arch::matrix_rows<Query::kWidth>(
+            Memory::query() + warpgroup() * (kQueryBlock / 2 * Query::kWidth));
+        uint64_t const key = arch::matrix_rows<Key::kWidth>(Memory::key(place.stage));
+        arch::wgmma_hold(scores);
+        arch::wgmma_fence();
+        SAGE_UNROLL
+        for (int step = 0; step < kQueryKeySteps; ++step) {
+            int const panel = step * kStep / Query::kWidth, byte = step * kStep % Query::kWidth;
+            arch::wgmma_s8<kKeys>(
+                scores, arch::rows_further(query, panel * Query::kPanelBytes + byte),
+                arch::rows_further(key, panel * Key::kPanelBytes + byte), step > 0);
+        }
+        arch::wgmma_commit();
+    }
+
+    // Begins P V of a stage, when V is there, for one part of the channels.
+    SAGE_DEVICE void begin_product(float (&product)[kAtOnce / 2], int part,
+                                   RingPlace<kStages> const& place) {
+        if (part == 0) arch::mbarrier_wait(Memory::value_full(place.stage), place.parity);
+        uint64_t const value = arch::matrix_rows<kKeyBlock>(Memory::value(place.stage, 0));
+        arch::wgmma_hold(product);
+        arch::wgmma_fence();
+        SAGE_UNROLL
+        for (int step = 0; step < kValueSteps; ++step) {
+            constexpr int kStepsOfTile = kKeyBlock / kStep;
+            int const bytes = step / kStepsOfTile * Memory::ValueOfTile::kBytes +
+                              part * kAtOnce * kKeyBlock + step % kStepsOfTile * kStep;
+            arch::wgmma_e4m3<kAtOnce>(product, weights_[step], arch::rows_further(value, bytes),
+                                      step > 0);
+        }
+        arch::wgmma_commit();
+    }
+
+    // output = output * decay + P V, of all parts; the first one is in flight. E4M3 tensor cores
+    // keep fewer bits of an accumulator than a float has, so each tile's product has its own.
+    SAGE_DEVICE void end_product(float (&product)[kAtOnce / 2], float const (&decay)[kHalves],
+                                 RingPlace<kStages> const& place) {
+        SAGE_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+            if (part > 0) begin_product(product, part, place);
+            arch::wgmma_wait<0>();
+            arch::wgmma_hold(product);
+            SAGE_UNROLL
+            for (int i = 0; i < kAtOnce / 2; ++i) {
+                output_[part][i] = arch::fma(output_[part][i], decay[i / 2 % 2], product[i]);
+            }
+        }
+        arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));
+    }
+
+    static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
+
+    // Element i of row half `half` and of 8 keys `atom` of a tile.
+    SAGE_DEVICE static constexpr int at(int tile, int half, int atom, int i) {
+        return (tile * kKeyAtoms + atom) * 4 + half * 2 + i;
+    }
+
+    // P of the keys from `tile` on, as bits of floats in the place of the scores, and by what the
+    // sums so far decay.
+    SAGE_DEVICE void softmax(uint32_t (&scores)[kKeys / 2], float const (&key_scales)[kTiles],
+                             int tile) {
+        // Some of the warpgroup's queries do not see some of these keys, or there are none.
+        int const first = tile * kKeyBlock;
+        int const first_query = task_.first_query() + warpgroup() * (kQueryBlock / 2);
+        bool const masked = first + kKeys > task_.end_key(first_query) ||
+                            first < task_.first_key(first_query + kQueryBlock / 2 - 1);
+        // With a softcap or mask the scale must come first; else it can wait, and then it
+        // multiplies -inf too, so it may not be zero.
+        constexpr bool kScaled = kSoftcap || kMasked;
+        float remaining[kTiles];
+        SAGE_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            float const scale = query_scale_ * key_scales[i];
+            remaining[i] = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
+            SAGE_UNROLL
+            for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
+                float x = arch::from_int(scores[word]);
+                if constexpr (kScaled) x *= scale;
+                if constexpr (kSoftcap) x = capped(x + row_term_[word / 2 % 2]);
+                scores[word] = arch::bits(x);
+            }
+        }
+        if constexpr (kMasked) {
+            SAGE_UNROLL
+            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i);
+        }
+        if (masked) hide(scores, first);
+
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            float highest = -infinity();
+            SAGE_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+                float of_tile = -infinity();
+                SAGE_UNROLL
+                for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                    float const low = arch::from_bits(scores[at(i, half, atom, 0)]);
+                    float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
+                    of_tile = arch::maximum(of_tile, arch::maximum(low, high));
+                }
+                highest = arch::maximum(highest, arch::multiply(of_tile, remaining[i]));
+            }
+            highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
+            highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
+            highest = arch::maximum(highest, maximum_[half]);
+            // Nothing seen yet: -inf - -inf must not arise.
+            float const origin = highest == -infinity() ? 0.0f : highest;
+            decay_[half] = arch::exp2(maximum_[half] - origin);
+            maximum_[half] = highest;
+
+            // The factor of P costs nothing: it is part of what is subtracted. But where a score's
+            // last bit is worth much, it would be lost there, and the rounding of the maximum would
+            // show against unrounded scores: then first subtract, in the same rounding.
+            bool const large = origin > kLargeScore || origin < -kLargeScore;
+            float const shift = E4m3::kLog2WeightFactor - (large ? 0.0f : origin);
+            if (large) subtract(scores, half, remaining, origin);
+            float total = 0.0f;
+            SAGE_UNROLL
+            for (int i = 0; i < kTiles; ++i) {
+                float const factor = large ? 1.0f : remaining[i];
+                SAGE_UNROLL
+                for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                    SAGE_UNROLL
+                    for (int j = 0; j < 2; ++j) {
+                        uint32_t& word = scores[at(i, half, atom, j)];
+                        float const x = arch::exp2(arch::fma(arch::from_bits(word), factor, shift));
+                        total += x;
+                        word = arch::bits(x);
+                    }
+                }
+            }
+            total_[half] = arch::fma(total_[half], decay_[half], total);
+        }
+    }
+
+    SAGE_DEVICE static void subtract(uint32_t (&scores)[kKeys / 2], int half,
+                                     float const (&remaining)[kTiles], float origin) {
+        SAGE_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                SAGE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t& word = scores[at(i, half, atom, j)];
+                    float const x = arch::from_bits(word);
+                    word = arch::bits(arch::multiply(x, remaining[i]) - origin);
+                }
+            }
+        }
+    }
+
+    // Hides the keys from `first` on that a row does not see.
+    SAGE_DEVICE void hide(uint32_t (&scores)[kKeys / 2], int first) const {
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            int const begin = task_.first_key(query(half)) - first - first_column();
+            int const end = task_.end_key(query(half)) - first - first_column();
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeys / 8; ++atom) {
+                SAGE_UNROLL
+                for (int i = 0; i < 2; ++i) {
+                    int const key = atom * 8 + i;
+                    if (key < begin || key >= end) {
+                        scores[at(0, half, atom, i)] = arch::bits(-infinity());
+                    }
+                }
+            }
+        }
+    }
+
+    // Hides what a bool mask hides of a tile, the step's i-th, and adds a float one, to scores in
+    // units of log 2.
+    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
+        uint8_t const shown = task_.shown_of(tile);
+        if (shown == kShowsAll) return;
+        Split const head(task_.head(), p_.heads);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            int64_t const of_row = head.outer * p_.mask.batch_stride +
+                                   head.inner * p_.mask.head_stride +
+                                   query(half) * p_.mask.query_stride;
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                SAGE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t& word = scores[at(i, half, atom, j)];
+                    int const key = tile * kKeyBlock + first_column() + atom * 8 + j;
+                    if (shown == kHidesAll) word = arch::bits(-infinity());
+                    if (shown == kHidesAll || !exists(half) || key >= p_.key_length) continue;
+                    float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
+                    float const x = arch::from_bits(word);
+                    word = arch::bits(added == -infinity() ? added : x + added);
+                }
+            }
+        }
+    }
+
+    // softcap * tanh(score / softcap), from natural units to those of log 2.
+    SAGE_DEVICE float capped(float score) const {
+        return hyperbolic_tangent(arch::divide(score, p_.softcap)) * (p_.softcap * kLog2E);
+    }
+
+    // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
+    SAGE_DEVICE float row_term_of(int half) const {
+        if (!exists(half)) return 0.0f;
+        return arch::load_global(p_.row_term + task_.head() * p_.query_length + query(half));
+    }
+
+    // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
+    // the step's 32 tokens the first 16 for r < 2, in the order of value.cuh.
+    SAGE_DEVICE void pack(uint32_t const (&scores)[kKeys / 2]) {
+        SAGE_UNROLL
+        for (int step = 0; step < kValueSteps; ++step) {
+            SAGE_UNROLL
+            for (int r = 0; r < 4; ++r) {
+                int const half = r % 2, atom = 4 * step + r / 2 * 2;
+                weights_[step][r] =
+                    arch::pack_e4m3(arch::from_bits(scores[at(0, half, atom, 0)]),
+                                    arch::from_bits(scores[at(0, half, atom, 1)]),
+                                    arch::from_bits(scores[at(0, half, atom + 1, 0)]),
+                                    arch::from_bits(scores[at(0, half, atom + 1, 1)]));
+            }
+        }
+    }
+
+    SAGE_DEVICE void store() {
+        Split const head(task_.head(), p_.heads);
+        float const* const value_scales =
+            p_.value_scales + int64_t{task_.kv_head()} * padded_dim(kValueDim);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            total_[half] += arch::shuffle_xor(total_[half], 1);
+            total_[half] += arch::shuffle_xor(total_[half], 2);
+        }
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            if (!exists(half)) continue;
+            RowEnd end(maximum_[half], total_[half], E4m3::kLog2WeightFactor, !sees_a_key(half),
+                       p_.dead_value);
+            if (!kSoftcap && (p_.lse != nullptr || p_.sinks != nullptr)) {
+                end.add_row_term(row_term_of(half));
+            }
+            if (p_.sinks != nullptr) end.add_sink(arch::load_global(p_.sinks + head.inner));
+            Output* const of_row =
+                static_cast<Output*>(p_.output) + head.outer * p_.output_batch_stride +
+                head.inner * p_.output_head_stride + query(half) * p_.output_token_stride;
+            // Of every eight channels, the two that the thread holds: as a pair, or one by one.
+            bool const pairs = stores_pairs(of_row, p_.channels);
+            SAGE_UNROLL
+            for (int i = half * 2; i < kValueDim / 2; i += 4) {
+                int const channel = i / 4 * 8 + first_column();
+                if (channel >= p_.channels) continue;
+                float2 const scale =
+                    arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                float const* const sums = &output_[i / (kAtOnce / 2)][i % (kAtOnce / 2)];
+                float const low = end.value(sums[0], E4m3::kLimit, scale.x);
+                float const high = end.value(sums[1], E4m3::kLimit, scale.y);
+                if (pairs) {
+                    store_pair(of_row + channel, low, high);
+                } else {
+                    store_one(of_row + channel, low);
+                    if (channel + 1 < p_.channels) store_one(of_row + channel + 1, high);
+                }
+            }
+            if (p_.lse != nullptr && first_column() == 0) {
+                arch::store_global(p_.lse + task_.head() * p_.query_length + query(half),
+                                   end.lse());
+            }
+        }
+    }
+
+    SAGE_DEVICE bool sees_a_key(int half) const {
+        if (task_.end_key(query(half)) <= task_.first_key(query(half))) return false;
+        if constexpr (!kMasked) return true;
+        Split const head(task_.head(), p_.heads);
+        return Seen(p_.live, head, 0, p_.query_length).of(query(half)) != 0;
+    }
+};
+
+}  // namespace sage
