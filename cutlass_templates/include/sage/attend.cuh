@@ -187,7 +187,7 @@ class Attend {
             arch::copy_async_commit();
 
             uint8_t const shown = shown_of(tile);
-            if (shown != kHidesAll && !rows_.warp_is_idle()) {
+            if (shown != kHidesAll) {
                 Scores scores;
                 multiply_query_key(scores, stage(now));
                 Weights weights;

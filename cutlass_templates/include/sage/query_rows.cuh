@@ -56,7 +56,6 @@ class HeadRows {
         return query(band, half) < p_.query_length;
     }
     SAGE_DEVICE int head(int, int) const { return head_; }
-    SAGE_DEVICE bool warp_is_idle() const { return false; }
 
     template <class QueryTile, int kThreads>
     SAGE_DEVICE void copy_codes_async(char* tile) const {
@@ -125,11 +124,6 @@ class PackedRows {
         return query(band, half) < p_.query_length;
     }
     SAGE_DEVICE int head(int band, int half) const { return head_[band][half]; }
-    // Whether none of a warp's rows exists: it helps to copy, and computes nothing.
-    SAGE_DEVICE bool warp_is_idle() const {
-        int const first = first_row_ + arch::thread_index() / 32 * kWarpRows;
-        return first >= p_.group * p_.query_length;
-    }
 
     template <class QueryTile, int kThreads>
     SAGE_DEVICE void copy_codes_async(char* tile) const {
