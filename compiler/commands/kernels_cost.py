@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from sage_compiler.commands import kernels_compiling, options
+from sage_compiler.costs import Class, Cost, costs
 from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
-from sage_compiler.kernels.cuda.cost import Class, Cost, costs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import AttendSpec
 from sage_compiler.kernels.cuda.variants import accumulators, variant

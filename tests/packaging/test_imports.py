@@ -34,6 +34,7 @@ DECISION: Final = (*MEASURES, "config", "guard", "passes", "policy", "policy_jso
 MEETING: Final = (
     "fence",
     "rates",
+    "costs",
     "backend",
     "capture",
     "machine",
@@ -63,8 +64,8 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     # the operator: what runs
     "cutlass_templates": (),
     "validate": VOCABULARY,
-    "kernels": (*VOCABULARY, "cutlass_templates"),
     "packed": VOCABULARY,
+    "kernels": (*VOCABULARY, "cutlass_templates", "packed"),
     "gradient": (*VOCABULARY, "packed", "kernels"),
     "ops": (*VOCABULARY, "validate", "packed", "kernels", "gradient", "guard"),
     "ops_rotary": (*VOCABULARY, "kernels", "gradient", "ops"),
@@ -85,6 +86,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     # where both meet, and Inductor
     "fence": (),
     "rates": (*VOCABULARY, "kernels"),
+    "costs": (*VOCABULARY, "kernels", "rates"),
     "backend": (*RUNTIME, *DECISION, "fence"),
     "capture": (*VOCABULARY, "passes"),
     "machine": (*VOCABULARY, "kernels"),

@@ -9,6 +9,7 @@ blocks is one of ``plan``; the launch table of a pack, by which ONNX Runtime goe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch
@@ -115,11 +116,14 @@ def plan(
     rotary_query: RotaryPairs | None = None,
     rotary_key: RotaryPairs | None = None,
     varlen: bool = False,
+    obtainable: Callable[[Variant], bool] = lambda kernels: True,
 ) -> Plan | str:
     """As ``decide``, with the cut for these sizes.
 
     Args:
         multiprocessors: of the device; None: those of the architecture's usual board.
+        obtainable: whether kernels can be had. Where those of a finer cut cannot, as with a pack
+            and no compiler, there is none.
     """
 
     def kernels(tile: QueryTile) -> Variant | str:
@@ -142,8 +146,9 @@ def plan(
     refusal = kernels(QUERY_BLOCK)
     if isinstance(refusal, str):
         return refusal
+    uncut = Plan(refusal, Cut(QUERY_BLOCK, 1))
     if varlen:  # each sequence has another number of queries
-        return Plan(refusal, Cut(QUERY_BLOCK, 1))
+        return uncut
     cut = choose(
         arch,
         recipe,
@@ -157,7 +162,7 @@ def plan(
     )
     found = kernels(cut.tile)
     assert not isinstance(found, str)
-    return Plan(found, cut)
+    return Plan(found, cut) if found == uncut.kernels or obtainable(found) else uncut
 
 
 def lacking(arch: str, recipe: str) -> str | None:

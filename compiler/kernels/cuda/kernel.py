@@ -32,6 +32,7 @@ from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
+from sage_compiler.packed import join, sequences
 from sage_compiler.precision import RECIPES, TILE_MMA, Accumulator, Format
 from sage_compiler.semantics import UNBOUNDED, Semantics
 
@@ -51,6 +52,10 @@ def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], obj
     return [start + offset for offset in offsets], arena
 
 
+def _everything(kernels: Variant) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """Where the kernels run.
@@ -63,6 +68,8 @@ class Target:
         allocate: where scratch memory comes from.
         multiprocessors: of the device; None: those of the architecture's usual board.
         sequences: what kernels of a packed batch take behind their own parameters, ``varlen.py``.
+        obtainable: whether kernels are in a pack or can be compiled. Those of ``dispatch.decide``
+            without more ado are; where the special ones of a call are not, it does without.
     """
 
     arch: str
@@ -72,6 +79,7 @@ class Target:
     allocate: Allocate = allocate
     multiprocessors: int | None = None
     sequences: bytes = b""
+    obtainable: Callable[[Variant], bool] = _everything
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         """Start one kernel."""
@@ -140,6 +148,7 @@ def on_device(device: torch.device) -> Iterator[Target]:
             torch.cuda.current_stream(device).cuda_stream,
             loader,
             multiprocessors=_multiprocessors(loader.driver, index),
+            obtainable=lambda kernels: _missing(kernels) is None,
         )
 
 
@@ -170,17 +179,41 @@ def attention_of_sequences(
     delta = heads * (queries // TILE_MMA.q_block + cu_seqlens_q.shape[0]) * keys * 4
     read = RECIPES[recipe].qk is Format.INT4 and delta > _LARGE_DELTA
     lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, query, key, read=read)
-    return attention(
-        query,
-        key,
-        value,
-        semantics,
-        attn_mask=None,
-        sinks=sinks,
-        want_lse=want_lse,
-        recipe=recipe,
-        lengths=lengths,
+    with on_device(query.device) as target:
+        if has_packed_kernels(target, query, value, semantics, recipe):
+            return run(
+                target,
+                query,
+                key,
+                value,
+                semantics,
+                want_lse=want_lse,
+                recipe=recipe,
+                sinks=sinks,
+                lengths=lengths,
+            )
+        parts = [
+            run(target, *part, semantics, want_lse=want_lse, recipe=recipe, sinks=sinks)
+            for part in sequences(query, key, value, cu_seqlens_q, cu_seqlens_k)
+        ]
+        return join(parts, query, value)
+
+
+def has_packed_kernels(
+    target: Target, query: Tensor, value: Tensor, semantics: Semantics, recipe: str
+) -> bool:
+    """Whether a packed batch need not be taken apart, which takes reading its offsets."""
+    kernels = dispatch.decide(
+        target.arch,
+        recipe,
+        _dtype_name(query.dtype),
+        query.shape[3],
+        value.shape[3],
+        window=semantics.window_left != UNBOUNDED,
+        softcap=has_softcap(semantics),
+        varlen=True,
     )
+    return isinstance(kernels, Variant) and target.obtainable(kernels)
 
 
 def run(
@@ -217,6 +250,7 @@ def run(
         Sizes.of(batch, heads, kv_heads, query_length, key_length),
         Reach.of(semantics, query_length, key_length),
         target.multiprocessors,
+        obtainable=target.obtainable,
         window=semantics.window_left != UNBOUNDED,
         masked=attn_mask is not None,
         softcap=has_softcap(semantics),
@@ -227,6 +261,21 @@ def run(
     )
     if isinstance(planned, str):
         raise KernelUnavailableError(f"{planned}; use precision='exact'")
+    if rotary is not None and not target.obtainable(planned.kernels):
+        query, key = rotary.rotated(query, key)  # by torch, as for kernels that cannot
+        return run(
+            target,
+            query,
+            key,
+            value,
+            semantics,
+            want_lse=want_lse,
+            recipe=recipe,
+            attn_mask=attn_mask,
+            sinks=sinks,
+            lengths=lengths,
+            accumulator=accumulator,
+        )
     wanted = lse if want_lse else None
     Call(
         target,

@@ -14,10 +14,10 @@ from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cut import Cut, choose, query_tile, reason
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, QueryTile
-from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import RECIPES, TILE_MMA
 from sage_compiler.semantics import MaskClass, Semantics
-from tests.compiler.kernels.cuda.emulation import ARCH, loader, the_host
+from tests.compiler.kernels.cuda.emulation import ARCH, attend, loader, the_host
 from tests.compiler.kernels.cuda.test_attention import distance, make_call
 from tests.compiler.kernels.dense import class_mask
 from tests.cutlass_templates import host
@@ -129,9 +129,37 @@ def test_a_call_is_cut() -> None:
         kinds = [launch["symbol"].split("_")[1] for launch in launches]
         merge = ["merge"] * (splits > 1)
         assert kinds == ["statistics", "query", "key", "value", "attend", *merge]
-        assert launches[4]["symbol"].endswith(f"_32_True_{splits > 1}")
+        assert f"_32_True_{splits > 1}_" in launches[4]["symbol"]  # rows, packed heads, split keys
         assert launches[4]["grid"] == 2 * splits
         expected, _ = reference.attention(
             call.query, call.key, call.value, RECIPES["int8_fp16"], splits=splits
         )
         assert distance(output, expected) < 1.5e-3
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut() -> None:
+    """A pack has those of 128 queries, and nothing compiles others."""
+    call = make_call(2, 900, 64, torch.float16, kv_heads=2, group=4)
+    asked = []
+
+    def obtainable(kernels: Variant) -> bool:
+        asked.append(kernels)
+        return False
+
+    the_host().reset()
+    output, _ = kernel.run(
+        kernel.Target(ARCH, 0, 0, loader(), obtainable=obtainable),
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        want_lse=False,
+        recipe="int8_fp16",
+    )
+    launches = the_host().launches()
+    uncut = dispatch.decide(ARCH, "int8_fp16", "float16", 64, 64)
+    assert isinstance(uncut, Variant)
+    assert [launch["symbol"] for launch in launches] == [spec.symbol for spec in uncut.specs()]
+    assert [kernels.merge is not None for kernels in asked] == [True]
+    assert torch.equal(output, attend(call, "int8_fp16").output)

@@ -275,6 +275,26 @@ def test_run_takes_the_tables() -> None:
     assert torch.equal(output, attend(call, "int8_fp16", rotary=rotary).output)
 
 
+def test_where_kernels_that_rotate_cannot_be_had_torch_rotates() -> None:
+    call = make_call(130, 150, 64, torch.float16, seed=5)
+    rotary = rotary_of(call, RotaryPairs.INTERLEAVED, 64, FORMS[0])
+    the_host().reset()
+    output, _ = kernel.run(
+        kernel.Target(ARCH, 0, 0, loader(), obtainable=lambda kernels: False),
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        want_lse=False,
+        recipe="int8_fp16",
+        rotary=rotary,
+    )
+    assert not any("interleaved" in launch["symbol"] for launch in the_host().launches())
+    query, key = rotary.rotated(call.query, call.key)
+    expected = attend(replace(call, query=query, key=key), "int8_fp16").output
+    assert torch.equal(output, expected)
+
+
 # Each changes the text of rotary.cuh.
 BREAKS = {
     "the sign": ("? partner[i] : -partner[i]", "? -partner[i] : partner[i]"),

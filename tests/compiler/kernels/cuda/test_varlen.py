@@ -24,6 +24,7 @@ from sage_compiler.kernels import reference, registry
 from sage_compiler.kernels.cuda import dispatch, kernel
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.loader import Loader
+from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import OPEN, Kernel
 from sage_compiler.precision import RECIPES, Accumulator
@@ -442,6 +443,34 @@ def test_the_operator_launches_once_for_all_sequences(monkeypatch: pytest.Monkey
             return_lse=True,
         )
         assert not output.any() and (lse == -inf).all()
+
+
+def test_sequences_whose_kernels_cannot_be_had_are_calls_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = make_batch((65, 0, 70), (64, 5, 129), kv_heads=2, group=2, sinks=True)
+    call, lengths = batch.call, batch.lengths()
+
+    def missing(kernels: Variant) -> str | None:
+        return "in no pack" if kernels.attend.varlen else None
+
+    monkeypatch.setattr(kernel, "_missing", missing)
+    with registered(monkeypatch):
+        output, lse = sage.attention(
+            call.query,
+            call.key,
+            call.value,
+            enable_gqa=True,
+            sinks=call.sinks,
+            cu_seqlens=(lengths.queries, lengths.keys),
+            precision="int8_fp8",
+            return_lse=True,
+        )
+        assert launched_kinds() == 2 * KINDS  # the second sequence has no queries
+        for tokens, part in batch.parts():
+            expected, expected_lse = alone(part, "int8_fp8")
+            assert same_bits(output[:, :, tokens], expected)
+            assert same_bits(lse[:, :, tokens], expected_lse)
 
 
 def test_rotated_sequences_are_rotated_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ import pytest
 
 from sage_compiler import cli, rates
 from sage_compiler.commands import kernels_compiling, kernels_cost
+from sage_compiler.costs import Class, Cost, classify, costs, minimum, of_listing
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
 from sage_compiler.kernels.cuda.arch import ARCHS
-from sage_compiler.kernels.cuda.cost import Class, Cost, classify, costs, minimum, of_listing
 from sage_compiler.kernels.cuda.loops import CodeError, Instruction
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import AttendSpec
