@@ -141,7 +141,9 @@ def answer(question: Question) -> Answer:
             softcap=has_softcap(semantics),
             varlen=question.sequences is not None,
         )
-        if not isinstance(planned, str):
+        if isinstance(planned, str):
+            reason = f"{planned}: each sequence is a call of its own"
+        else:
             kernels, cut = planned
     scratch_bytes = None
     if kernels is not None and cut is not None:

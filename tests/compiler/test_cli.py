@@ -58,6 +58,7 @@ def test_the_commands() -> None:
         "onnx inspect",
         "bench",
         "kernels explain",
+        "kernels cost",
         "kernels check",
         "kernels build",
         "kernels list",
@@ -107,7 +108,8 @@ def test_help_names_the_default_of_what_can_be_left_out() -> None:
         "export --dynamic",
         "export --policy",
         "bench --policy",
-        "kernels build --arch",
+        "kernels explain --sequences",
+        "kernels cost --write",
     }
 
 

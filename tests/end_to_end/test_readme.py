@@ -74,7 +74,7 @@ def test_the_commands_run() -> None:
         assert "layer" in done.stdout
     # Those of kernels compile for minutes; here, that they are commands. Other tests run the rest.
     kernels = [command for command in commands if command[0] == "kernels"]
-    assert [command[1] for command in kernels] == ["build", "check", "list", "explain"]
+    assert [command[1] for command in kernels] == ["build", "check", "list", "cost", "explain"]
     others = [command for command in commands if command[0] not in ("explain", "kernels")]
     assert [command[0] for command in others] == ["calibrate", "policy", "export", "onnx"]
     for command in others:

@@ -44,7 +44,7 @@ class Images:
 
     def missing(self, spec: KernelSpec) -> str | None:
         """Why the image of a kernel cannot be had, without making it; None where it can."""
-        if any(spec.symbol in candidate.entries for candidate in self._packs):
+        if any(candidate.has(spec) for candidate in self._packs):
             return None
         try:
             self._compiler()

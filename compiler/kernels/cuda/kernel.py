@@ -167,9 +167,10 @@ def attention_of_sequences(
     """As ``attention``, of a packed batch: see ``kernel.RunPacked``.
 
     Offsets on the device are not read by the host, so that a CUDA graph can be captured. There is
-    one exception: where Q is smoothed, the kernels keep a float for each pair of a query block and
+    two exceptions: where Q is smoothed, the kernels keep a float for each pair of a query block and
     a key of one sequence, and where that would be more than 1 GiB if one sequence had all keys,
-    the longest one is looked for.
+    the longest one is looked for; and where there are no kernels for packed batches, each sequence
+    is a call of its own.
 
     Raises:
         InvalidAttentionError: offsets that the host reads are wrong.
@@ -191,6 +192,12 @@ def attention_of_sequences(
                 recipe=recipe,
                 sinks=sinks,
                 lengths=lengths,
+            )
+        if not cu_seqlens_q.is_cpu and target.loader.driver.is_capturing(target.stream):
+            raise KernelUnavailableError(
+                f"{recipe} has no kernel for a packed batch on {target.arch} here, and the host "
+                "cannot read where its sequences begin while a CUDA graph is captured; use another "
+                "recipe, or cu_seqlens on the CPU"
             )
         parts = [
             run(target, *part, semantics, want_lse=want_lse, recipe=recipe, sinks=sinks)
@@ -234,7 +241,8 @@ def run(
     """As ``attention``, on a target; ``accumulator`` as of ``dispatch.decide``."""
     output = empty_output(query, value)
     lse = query.new_empty(query.shape[:3] if want_lse else 0, dtype=torch.float32)
-    if min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
+    nothing = lengths is not None and lengths.queries.shape[0] == 1  # no sequence
+    if nothing or min(*query.shape[:3], key.shape[2]) == 0:  # no query, or no key to see
         lse.fill_(-torch.inf)
         if sinks is not None and want_lse:
             lse.copy_(sinks[:, None])

@@ -64,8 +64,9 @@ class Lengths:
             ends = read_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[2])
             longest = max((b - a for a, b in itertools.pairwise(ends)), default=0)
         return cls(
-            cu_seqlens_q.to(query.device, non_blocking=True).contiguous(),
-            cu_seqlens_k.to(query.device, non_blocking=True).contiguous(),
+            # What was checked is what is copied: pinned memory may change under a copy that waits.
+            cu_seqlens_q.to(query.device).contiguous(),
+            cu_seqlens_k.to(query.device).contiguous(),
             longest,
         )
 

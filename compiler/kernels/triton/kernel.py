@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
+import subprocess
 from math import log, nan
 from types import ModuleType
 from typing import Final
@@ -89,7 +92,7 @@ def run(
         return output.zero_(), lse
     try:
         _launch(query, key, value, semantics, attn_mask, sinks, output, lse)
-    except TritonError as error:
+    except (TritonError, subprocess.CalledProcessError) as error:
         told = " ".join(str(error).split())[:300]
         raise KernelUnavailableError(
             f"Triton cannot run {RECIPE} here: {told}; use precision='exact'"
@@ -109,6 +112,8 @@ def _launch(
 ) -> None:
     """Start the programs; no length is zero. ``lse`` is empty where it is not wanted."""
     programs = _programs()
+    if sinks is not None:
+        sinks = sinks.to(torch.float32).contiguous()
     batch, heads, query_length, head_dim = query.shape
     kv_heads, key_length, value_dim = key.shape[1], key.shape[2], value.shape[3]
     sizes = Sizes.of(batch, heads, kv_heads, query_length, key_length)
@@ -279,6 +284,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
+def _has_c_compiler() -> bool:
+    return any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))))
+
+
 def _refuse(problem: Problem) -> str | None:
     """Why it does not take a problem, in one sentence, or None."""
     capability = problem.capability
@@ -287,6 +297,8 @@ def _refuse(problem: Problem) -> str | None:
             return "it was never tried on ROCm; this PyTorch is built for it"
         if not is_installed():
             return "Triton is not installed; pip install triton, of the version that PyTorch names"
+        if not _has_c_compiler():
+            return "Triton compiles its launchers with a C compiler, and there is none; install gcc"
         capability = torch.cuda.get_device_capability(problem.device_index)
     if capability < LEAST_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below 8.0"

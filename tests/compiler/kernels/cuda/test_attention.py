@@ -560,7 +560,7 @@ def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
     ("kind", "old", "new"),
     [
         ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
-        ("attend", "if (shown != kHidesAll && !rows_", "if (shown == kMixed && !rows_"),
+        ("attend", "if (shown != kHidesAll) {", "if (shown == kMixed) {"),
         ("attend", "capped(x[atom][i] + row_term)", "x[atom][i] * kLog2E"),
         ("attend", "if (p_.sinks != nullptr) end", "if (false) end"),
         ("statistics", "seen & kCounts ? sum + x : sum", "sum + x"),

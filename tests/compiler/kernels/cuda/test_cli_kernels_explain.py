@@ -195,6 +195,9 @@ def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(explained(capsys, *words).split())
     assert "int8_fp8, where it is asked for by name, launches" in text
     assert "With auto, a least length or a guard, each sequence is a call of its own" in text
+    without = ("1x4x1000x64", "--arch", "sm_90a", "--sequences", "5", "--recipe", "int8_fp8")
+    text = " ".join(explained(capsys, *without).split())
+    assert "has no kernel for a packed batch: each sequence is a call of its own" in text
 
 
 def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:

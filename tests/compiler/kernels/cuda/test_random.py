@@ -81,5 +81,5 @@ def test_lost_strides_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def dense(tensor: Tensor) -> tuple[int, ...]:
         return (tensor.data_ptr(), *tensor.contiguous().stride(), tensor.shape[3])
 
-    monkeypatch.setattr(kernel, "_tensor", dense)
+    monkeypatch.setattr(kernel, "strided", dense)
     assert_found()

@@ -473,6 +473,22 @@ def test_sequences_whose_kernels_cannot_be_had_are_calls_of_their_own(
             assert same_bits(lse[:, :, tokens], expected_lse)
 
 
+def test_no_sequences() -> None:
+    call = make_call(3, 5, 64, torch.float16)
+    none = torch.zeros(1, dtype=torch.int32)
+    output, lse = kernel.run(
+        kernel.Target(ARCH, 0, 0, loader()),
+        call.query,
+        call.key,
+        call.value,
+        call.semantics,
+        want_lse=True,
+        recipe="int8_fp16",
+        lengths=Lengths(none, none, 5),
+    )
+    assert not output.any() and (lse == -inf).all()
+
+
 def test_rotated_sequences_are_rotated_before(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch((65, 70), (64, 129), dtype=torch.float32)
     call, lengths = batch.call, batch.lengths()

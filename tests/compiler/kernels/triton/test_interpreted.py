@@ -158,6 +158,10 @@ def test_sinks() -> None:
     call = dataclasses.replace(call, key=call.key[:, :, :100], value=call.value[:, :, :100])
     sinks = torch.tensor([0.5, 30.0, -80.0, -inf, 8.0])
     assert_right(dataclasses.replace(call, sinks=sinks))
+    strided = torch.stack((sinks, torch.full((5,), 1e4)), dim=1)[:, 0]
+    assert strided.stride() == (2,)
+    found = attend(dataclasses.replace(call, sinks=strided))
+    assert torch.equal(found[0], attend(dataclasses.replace(call, sinks=sinks))[0])
     for sink in (inf, nan):
         output, lse = attend(dataclasses.replace(call, sinks=torch.full((5,), sink)))
         assert output.isnan().all() and lse.isnan().all()
