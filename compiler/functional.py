@@ -55,10 +55,10 @@ def attention(
         cu_seqlens: cumulative lengths (N + 1,), int32 or int64, of N sequences packed along the
             length of a batch of 1; a pair (queries, keys) where they differ. They ascend from 0 to
             the packed length. On a GPU, with a recipe by name that has kernels for packed batches
-            (docs/cuda-kernels.md), these read them on the device, and nobody checks them: they are clamped to the packed length, queries
-            behind the last one yield zeros, and where they do not ascend from 0, what the tokens
-            concerned yield is not defined. All else reads them on the host, which waits for the
-            device, and checks them.
+            (docs/cuda-kernels.md), these read them on the device, and nobody checks them: they are
+            clamped to the packed length, queries behind the last one yield zeros, and where they do
+            not ascend from 0, what the tokens concerned yield is not defined. All else reads them
+            on the host, which waits for the device, and checks them.
         return_lse: also return the log-sum-exp of the scores, float32 (B, H, Lq).
 
     Raises:
