@@ -141,10 +141,10 @@ def answer(question: Question) -> Answer:
             softcap=has_softcap(semantics),
             varlen=question.sequences is not None,
         )
-        if isinstance(planned, str):
-            reason = f"{planned}: each sequence is a call of its own"
-        else:
+        if not isinstance(planned, str):
             kernels, cut = planned
+        elif served_by is Server.KERNELS:
+            reason = f"{planned}: each sequence is a call of its own"
     scratch_bytes = None
     if kernels is not None and cut is not None:
         row_term = question.sinks is not None or kernels.attend.softcap
