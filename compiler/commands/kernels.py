@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +21,7 @@ from sage_compiler.kernels.cuda.check import check, table
 from sage_compiler.kernels.cuda.manifest import Entry
 from sage_compiler.kernels.cuda.pack import MOST_COMPRESSED, build, bytes_on_disk, find_packs
 from sage_compiler.kernels.cuda.sass import Disassembler
+from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import all_specs, checked_specs, standalone_specs
 from sage_compiler.text import columns
 
@@ -26,7 +29,10 @@ _CHECK: Final = """\
 Compile every variant of every kernel and look at its machine code: registers, spills, and the
 instructions it must and must not have. Fails where one is not as it must be.
 
-    sagec kernels check --arch sm_89"""
+    sagec kernels check --arch sm_89
+
+With --further, not those of a pack but one of each kind that is compiled on first use: windows,
+softcap, float32, head_dims, rotations, packed batches, few queries, caches."""
 _BUILD: Final = """\
 Compile every variant for some architectures into a kernel pack, which is found through the
 environment variable SAGE_KERNEL_PACK; then nothing is compiled where the model runs.
@@ -63,7 +69,11 @@ def add_command(commands: options.Commands) -> None:
         description=_CHECK,
     )
     kernels_compiling.add_compiling(checking, "all by default")
-    _add_standalone(checking)
+    which = checking.add_mutually_exclusive_group()
+    _add_standalone(which)
+    which.add_argument(
+        "--further", action="store_true", help="those that no pack has, one of each kind"
+    )
     options.add_json(checking)
 
     building = options.add_command(
@@ -93,7 +103,7 @@ def add_command(commands: options.Commands) -> None:
     options.add_json(listing)
 
 
-def _add_standalone(parser: argparse.ArgumentParser) -> None:
+def _add_standalone(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--standalone",
         action="store_true",
@@ -103,7 +113,11 @@ def _add_standalone(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    specs_of = standalone_specs if arguments.standalone else checked_specs
+    specs_of: Callable[[str], tuple[KernelSpec, ...]] = checked_specs
+    if arguments.standalone:
+        specs_of = standalone_specs
+    elif arguments.further:
+        specs_of = partial(all_specs, further=True)
     specs = [spec for arch in kernels_compiling.archs(arguments) for spec in specs_of(arch)]
     disassembler = Disassembler.find()
     compiler, jobs = kernels_compiling.compiler(arguments), kernels_compiling.jobs(arguments)

@@ -24,8 +24,9 @@ from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two variants of each architecture, a compiler and a disassembler, an empty cache, no pack."""
 
-    def all_specs(arch: str) -> tuple[KernelSpec, ...]:
-        return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in ("float16", "bfloat16"))
+    def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
+        dtypes = ("float32",) if further else ("float16", "bfloat16")
+        return tuple(StatisticsSpec(arch, dtype, 64, 64) for dtype in dtypes)
 
     monkeypatch.setattr(kernels, "all_specs", all_specs)
     monkeypatch.setattr(kernels, "checked_specs", all_specs)
@@ -41,6 +42,12 @@ def test_check_compiles_every_architecture(capsys: pytest.CaptureFixture[str]) -
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + 2 * len(ARCHS)
     assert all(line.endswith("ok") for line in lines[1:])
+
+
+def test_check_looks_at_what_no_pack_has_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernels", "check", "--arch", "sm_89", "--further", "--jobs", "1"]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[1:]
+    assert "float32" in row and row.endswith("ok")
 
 
 def test_check_fails_with_its_table_and_its_rows(
