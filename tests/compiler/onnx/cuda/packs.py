@@ -60,6 +60,7 @@ class Case:
     window: bool = False
     softcap: bool = False
     plain: bool = False
+    arch: str = ARCH
 
     @property
     def dtype_name(self) -> str:
@@ -71,7 +72,7 @@ class Case:
             spec
             for masked in dict.fromkeys((self.masked, self.masked and not self.plain))
             for spec in variant(
-                ARCH,
+                self.arch,
                 self.dtype_name,
                 self.head_dim,
                 self.recipe,
@@ -80,7 +81,7 @@ class Case:
                 softcap=self.softcap,
             ).specs()
         ]
-        return (*dict.fromkeys(kernels), *preparation_specs(ARCH))
+        return (*dict.fromkeys(kernels), *preparation_specs(self.arch))
 
     def __str__(self) -> str:
         extras = [name for name in ("masked", "window", "softcap") if getattr(self, name)]

@@ -15,7 +15,7 @@ from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.variants import standalone_specs
 from sage_compiler.precision import PRECISIONS
 from sage_compiler.semantics import DeadRows, MaskClass
-from tests.compiler.kernels.cuda.emulation import ARCH
+from tests.compiler.kernels.cuda.emulation import ARCH, the_host
 from tests.compiler.kernels.cuda.test_attention import make_call
 from tests.compiler.kernels.dense import dense
 from tests.compiler.onnx.cuda import fake_ort
@@ -40,16 +40,23 @@ SCALE = {"scale": 0.125}
 
 
 @pytest.mark.skipif(host_module.missing() is not None, reason=str(host_module.missing()))
+@pytest.mark.parametrize(
+    ("arch", "kernel"),
+    [(ARCH, f"sage_attend_{ARCH}_float16_64_64_"), ("sm_90a", "sage_attend_hopper_sm_90a_")],
+)
 def test_the_whole_way(
+    arch: str,
+    kernel: str,
     executing: TestDriver,
     host_packs: Callable[[Case], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the node's attributes and tensors to the numbers, on the session's stream."""
+    the_host().set_capability(*ARCHS[arch].capability)
     held, lent = executing.held(), fake_ort.lent()
     monkeypatch.setenv("SAGE_CUDA_DRIVER", str(executing.path))
-    monkeypatch.setenv("SAGE_KERNEL_PACK", str(host_packs(MASKED)))
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(host_packs(dataclasses.replace(MASKED, arch=arch))))
     library = Library(tmp_path / "libsage_ort.so")
     for seed, mask_class in enumerate((MaskClass.NONE, MaskClass.CAUSAL_BOTTOM_RIGHT)):
         call = make_call(
@@ -79,7 +86,7 @@ def test_the_whole_way(
             check_lse(lse, exact_lse.float(), "int8_fp8")
             launches = executing.launches()
             assert {launch.stream for launch in launches} == {STREAM}
-            assert launches[-1].symbol.startswith(f"sage_attend_{ARCH}_float16_64_64_")
+            assert launches[-1].symbol.startswith(kernel)
     assert fake_ort.lent() == lent
     # A process keeps a context and each kernel, once.
     gained = [after - before for before, after in zip(held, executing.held(), strict=True)]
