@@ -12,169 +12,15 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
+#include <sage/hopper_memory.cuh>
+#include <sage/hopper_task.cuh>
 #include <sage/mask.cuh>
 #include <sage/numeric.cuh>
-#include <sage/order.cuh>
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
 #include <sage/tokens.cuh>
 
 namespace sage {
-
-// What a block does, for both roles.
-template <bool kWindow, bool kMasked, int kTiles>
-class HopperTask {
- public:
-    SAGE_DEVICE explicit HopperTask(AttendParams const& p) : p_(p) {
-        // The last blocks first: under a causal mask they have the most to do.
-        Split const task(arch::block_index(), p.query_blocks);
-        block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
-        kv_head_ = Split(head_, p.group).outer;  // G divides H
-        first_tile_ = first_key(first_query()) / kKeyBlock;
-        end_tile_ = (end_key(first_query() + kQueryBlock - 1) + kKeyBlock - 1) / kKeyBlock;
-        if (first_tile_ > end_tile_) first_tile_ = end_tile_;
-    }
-
-    SAGE_DEVICE int head() const { return head_; }        // b * H + h
-    SAGE_DEVICE int kv_head() const { return kv_head_; }  // b * Hkv + h / G
-    SAGE_DEVICE int first_query() const { return block_ * kQueryBlock; }
-    SAGE_DEVICE int64_t block() const { return head_ * p_.query_blocks + block_; }
-
-    // Query `row` sees the keys from the one on, and before the other. Lengths, lower and upper are
-    // below 2^30 in magnitude.
-    SAGE_DEVICE int first_key(int row) const {
-        if constexpr (!kWindow) return 0;
-        return within_keys(row + static_cast<int>(p_.lower));
-    }
-    SAGE_DEVICE int end_key(int row) const {
-        return within_keys(row + static_cast<int>(p_.upper) + 1);
-    }
-
-    // The keys are done in steps of kTiles tiles, from a multiple of kTiles on, so that a result
-    // does not depend on where a block begins: the first tile of the first step, and of the one
-    // after another one. Steps of which nothing is seen are left out.
-    SAGE_DEVICE int first_step() const { return seen_from(first_tile_ / kTiles * kTiles); }
-    SAGE_DEVICE int step_after(int tile) const { return seen_from(tile + kTiles); }
-    SAGE_DEVICE bool is_step(int tile) const { return tile < end_tile_; }
-
-    // What the mask shows of a tile; of one outside of what the block sees, nothing.
-    SAGE_DEVICE uint8_t shown_of(int tile) const {
-        if (tile < first_tile_ || tile >= end_tile_) return kHidesAll;
-        if constexpr (!kMasked) return kShowsAll;
-        Split const head(head_, p_.heads);
-        return arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
-                                 head.inner * p_.tiles.head_stride +
-                                 block_ * p_.tiles.token_stride + tile);
-    }
-
-    // The tile that is copied for `tile`: where a step has fewer than kTiles, the last one again,
-    // because hidden V must be finite.
-    SAGE_DEVICE int64_t copied(int tile) const {
-        int const last = end_tile_ - 1;
-        return kv_head_ * p_.key_blocks + (tile < last ? tile : last);
-    }
-
- private:
-    SAGE_DEVICE int within_keys(int key) const {
-        int const end = static_cast<int>(p_.key_length);
-        return key < 0 ? 0 : key < end ? key : end;
-    }
-    SAGE_DEVICE int seen_from(int tile) const {
-        if constexpr (kMasked) {
-            while (tile < end_tile_ && hides_all(tile)) tile += kTiles;
-        }
-        return tile;
-    }
-    SAGE_DEVICE bool hides_all(int tile) const {
-        SAGE_UNROLL
-        for (int i = 0; i < kTiles; ++i) {
-            if (shown_of(tile + i) != kHidesAll) return false;
-        }
-        return true;
-    }
-
-    AttendParams const& p_;
-    int block_, head_, kv_head_;
-    int first_tile_, end_tile_;  // of keys that the block sees
-};
-
-// The shared memory of a block: Q, a ring of stages, scales of K, mbarriers.
-template <int kHeadDim, int kValueDim, int kTiles, int kStages>
-struct HopperMemory {
-    static constexpr int kKeys = kTiles * kKeyBlock;
-    static constexpr int kRowBytes = padded_dim(kHeadDim);
-    using Query = Panels<kQueryBlock, kRowBytes>;
-    using Key = Panels<kKeys, kRowBytes>;  // of a stage; its tiles' panels side by side
-    using KeyOfTile = Panels<kKeyBlock, kRowBytes>;
-    using ValueOfTile = Panels<kValueDim, kKeyBlock>;  // V transposed
-    static constexpr int kScaleBytes = kKeyGroups * sizeof(float);
-
-    // A packed tile as the quantizers write it.
-    static constexpr int kPackedValue = KeyOfTile::kBytes;
-    static constexpr int kPackedScales = kPackedValue + padded_dim(kValueDim) * kKeyBlock;
-    static constexpr int kPackedBytes = kPackedScales + 128;
-
-    static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
-    static constexpr int kRing = Query::kBytes;
-    static constexpr int kScales = kRing + kStages * kStageBytes;
-    static constexpr int kMbarriers = kScales + kStages * kTiles * kScaleBytes;
-    static constexpr int kBytes = kMbarriers + (1 + 4 * kStages) * sizeof(uint64_t);
-    static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
-
-    // Bytes that a stage's mbarriers expect.
-    static constexpr int kKeyBytes = Key::kBytes + kTiles * kScaleBytes;
-    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes;
-
-    SAGE_DEVICE static char* query() { return arch::shared_memory(); }
-    SAGE_DEVICE static char* key(int stage) {
-        return arch::shared_memory() + kRing + stage * kStageBytes;
-    }
-    SAGE_DEVICE static char* value(int stage, int tile) {
-        return key(stage) + Key::kBytes + tile * ValueOfTile::kBytes;
-    }
-    SAGE_DEVICE static char* scales(int stage, int tile) {
-        return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
-    }
-    // Of a stage: what it is full of has come; nobody reads it any more.
-    SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(1 + stage); }
-    SAGE_DEVICE static uint64_t* key_empty(int stage) { return mbarrier(1 + kStages + stage); }
-    SAGE_DEVICE static uint64_t* value_full(int stage) { return mbarrier(1 + 2 * kStages + stage); }
-    SAGE_DEVICE static uint64_t* value_empty(int stage) {
-        return mbarrier(1 + 3 * kStages + stage);
-    }
-    SAGE_DEVICE static uint64_t* query_full() { return mbarrier(0); }
-
-    SAGE_DEVICE static void make_mbarriers(int consumer_warps) {
-        arch::mbarrier_init(query_full(), 1);
-        SAGE_UNROLL
-        for (int stage = 0; stage < kStages; ++stage) {
-            arch::mbarrier_init(key_full(stage), 1);
-            arch::mbarrier_init(value_full(stage), 1);
-            arch::mbarrier_init(key_empty(stage), consumer_warps);
-            arch::mbarrier_init(value_empty(stage), consumer_warps);
-        }
-        arch::mbarrier_init_fence();
-    }
-
- private:
-    SAGE_DEVICE static uint64_t* mbarrier(int index) {
-        return reinterpret_cast<uint64_t*>(arch::shared_memory() + kMbarriers) + index;
-    }
-};
-
-// A place in the ring, and the parity of the phases that its mbarriers are in.
-template <int kStages>
-struct RingPlace {
-    int stage = 0, parity = 0;
-
-    SAGE_DEVICE void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
 
 // Two warpgroups of consumers and one of the producer.
 constexpr int kWarpgroup = 128;  // threads
@@ -192,7 +38,7 @@ class AttendHopper {
     static constexpr int kSharedBytes = Memory::kBytes;
 
     SAGE_DEVICE static void run(Params const& p) {
-        Task const task(p);
+        Task const task(p, arch::block_index());
         int const thread = arch::thread_index();
         if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
         arch::barrier();

@@ -265,9 +265,10 @@ def test_a_head_dim_has_the_tiles_that_were_proved() -> None:
             assert kernels.query.panels and kernels.key.panels and kernels.value.panels
 
 
-# Each is a change of the kernel, and what finds it: a check of the executor, or None where the
-# numbers are wrong.
-FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
+# Each is a change of the kernel, what finds it (a check of the executor, or None where the numbers
+# are wrong), and the header that is changed.
+TEMPLATE, TASK, MEMORY = "attend_hopper", "hopper_task", "hopper_memory"
+FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     "a stage is never given back": (
         replacing(
             "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));",
@@ -275,6 +276,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));",
         ),
         "deadlock|divergent",
+        TEMPLATE,
     ),
     "the producer waits for the wrong phase": (
         replacing(
@@ -282,32 +284,39 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity);",
         ),
         "deadlock",
+        TEMPLATE,
     ),
     "the producer does not wait": (
         replacing("arch::mbarrier_wait(Memory::value_empty(place.stage), place.parity ^ 1);", ""),
         "race between copy_bulk|all 1 arrivals|mbarrier_arrive",
+        TEMPLATE,
     ),
     "consumers do not wait for K": (
         replacing("arch::mbarrier_wait(Memory::key_full(place.stage), place.parity);", ""),
         "race between (load_shared|wgmma|copy_bulk)",
+        TEMPLATE,
     ),
     "consumers do not wait for V": (
         replacing(
             "if (part == 0) arch::mbarrier_wait(Memory::value_full(place.stage), place.parity);", ""
         ),
         "race between (wgmma|copy_bulk)",
+        TEMPLATE,
     ),
     "consumers do not wait for Q": (
         replacing("arch::mbarrier_wait(Memory::query_full(), 0);", ""),
         "race between (wgmma|copy_bulk)|ends while a bulk copy",
+        TEMPLATE,
     ),
     "fewer bytes are expected than come": (
         replacing("kKeyBytes = Key::kBytes + kTiles * kScaleBytes", "kKeyBytes = Key::kBytes"),
         "bytes|mbarrier",
+        MEMORY,
     ),
     "scores are used before they are there": (
         replacing("arch::wgmma_wait<1>();", "arch::wgmma_wait<2>();"),
         "accumulators were written",
+        TEMPLATE,
     ),
     "V is given back before it was read": (
         replacing(
@@ -317,6 +326,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "SAGE_UNROLL for (int part = 0;",
         ),
         "a product of wgmma|race between copy_bulk|all 8 arrivals|lands in phase|mbarrier_arrive",
+        TEMPLATE,
     ),
     "P is packed while it is read": (
         replacing(
@@ -324,11 +334,17 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "pack(scores); end_product(product, decay, last);",
         ),
         "operand A's registers were written",
+        TEMPLATE,
     ),
-    "no fence": (replacing("arch::wgmma_hold(scores); arch::wgmma_fence();", ""), "no wgmma_fence"),
+    "no fence": (
+        replacing("arch::wgmma_hold(scores); arch::wgmma_fence();", ""),
+        "no wgmma_fence",
+        TEMPLATE,
+    ),
     "a swizzle of another width": (
         replacing("arch::matrix_rows<kKeyBlock>(Memory", "arch::matrix_rows<32>(Memory"),
         "descriptor has",
+        TEMPLATE,
     ),
     "another thread's scale": (
         replacing(
@@ -336,14 +352,17 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "(Memory::scales(place.stage, i))",
         ),
         None,
+        TEMPLATE,
     ),
     "the scale of another tile": (
         replacing("query_scale_ * key_scales[i]", "query_scale_ * key_scales[0]"),
         None,
+        TEMPLATE,
     ),
     "decay of another tile": (
         replacing("end_product(product, decay, last);", "end_product(product, decay_, last);"),
         None,
+        TEMPLATE,
     ),
     "a key too many": (
         replacing(
@@ -351,29 +370,33 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None]] = {
             "task_.end_key(query(half)) + 1 - first - first_column();",
         ),
         None,
+        TEMPLATE,
     ),
     "a tile beyond the end": (
         replacing("(tile < last ? tile : last)", "tile"),
         "outside of the memory",
+        TASK,
     ),
     "queries of the other warpgroup": (
         replacing("warpgroup() * (kQueryBlock / 2 * Query::kWidth)", "0"),
         None,
+        TEMPLATE,
     ),
     "too many registers": (
         replacing("arch::registers_increase<240>();", "arch::registers_increase<256>();"),
         "setmaxnreg asks for",
+        TEMPLATE,
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_kernel_is_found(fault: str) -> None:
-    change, found_by = FAULTS[fault]
+    change, found_by, header = FAULTS[fault]
     call = make_call(130, 1030, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
     # The scales of a tile differ from those of the next.
     call.key[:, :, 64:128] *= 3
-    kernels = broken("attend_hopper", change)
+    kernels = broken(TEMPLATE, change, header)
     if found_by is None:
         with pytest.raises(AssertionError):
             assert_right(call, kernels=kernels)

@@ -1,0 +1,87 @@
+// The shared memory of the attention kernel for Hopper, and what orders accesses to it.
+#pragma once
+
+#include <sage/arch/hopper.cuh>
+#include <sage/order.cuh>
+#include <sage/params.cuh>
+
+namespace sage {
+
+// The shared memory of a block: Q, a ring of stages, scales of K, mbarriers.
+template <int kHeadDim, int kValueDim, int kTiles, int kStages>
+struct HopperMemory {
+    static constexpr int kKeys = kTiles * kKeyBlock;
+    static constexpr int kRowBytes = padded_dim(kHeadDim);
+    using Query = Panels<kQueryBlock, kRowBytes>;
+    using Key = Panels<kKeys, kRowBytes>;  // of a stage; its tiles' panels side by side
+    using KeyOfTile = Panels<kKeyBlock, kRowBytes>;
+    using ValueOfTile = Panels<kValueDim, kKeyBlock>;  // V transposed
+    static constexpr int kScaleBytes = kKeyGroups * sizeof(float);
+
+    // A packed tile as the quantizers write it.
+    static constexpr int kPackedValue = KeyOfTile::kBytes;
+    static constexpr int kPackedScales = kPackedValue + padded_dim(kValueDim) * kKeyBlock;
+    static constexpr int kPackedBytes = kPackedScales + 128;
+
+    static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
+    static constexpr int kRing = Query::kBytes;
+    static constexpr int kScales = kRing + kStages * kStageBytes;
+    static constexpr int kMbarriers = kScales + kStages * kTiles * kScaleBytes;
+    static constexpr int kBytes = kMbarriers + (1 + 4 * kStages) * sizeof(uint64_t);
+    static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
+
+    // Bytes that a stage's mbarriers expect.
+    static constexpr int kKeyBytes = Key::kBytes + kTiles * kScaleBytes;
+    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes;
+
+    SAGE_DEVICE static char* query() { return arch::shared_memory(); }
+    SAGE_DEVICE static char* key(int stage) {
+        return arch::shared_memory() + kRing + stage * kStageBytes;
+    }
+    SAGE_DEVICE static char* value(int stage, int tile) {
+        return key(stage) + Key::kBytes + tile * ValueOfTile::kBytes;
+    }
+    SAGE_DEVICE static char* scales(int stage, int tile) {
+        return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
+    }
+    // Of a stage: what it is full of has come; nobody reads it any more.
+    SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(1 + stage); }
+    SAGE_DEVICE static uint64_t* key_empty(int stage) { return mbarrier(1 + kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_full(int stage) { return mbarrier(1 + 2 * kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_empty(int stage) {
+        return mbarrier(1 + 3 * kStages + stage);
+    }
+    SAGE_DEVICE static uint64_t* query_full() { return mbarrier(0); }
+
+    SAGE_DEVICE static void make_mbarriers(int consumer_warps) {
+        arch::mbarrier_init(query_full(), 1);
+        SAGE_UNROLL
+        for (int stage = 0; stage < kStages; ++stage) {
+            arch::mbarrier_init(key_full(stage), 1);
+            arch::mbarrier_init(value_full(stage), 1);
+            arch::mbarrier_init(key_empty(stage), consumer_warps);
+            arch::mbarrier_init(value_empty(stage), consumer_warps);
+        }
+        arch::mbarrier_init_fence();
+    }
+
+ private:
+    SAGE_DEVICE static uint64_t* mbarrier(int index) {
+        return reinterpret_cast<uint64_t*>(arch::shared_memory() + kMbarriers) + index;
+    }
+};
+
+// A place in the ring, and the parity of the phases that its mbarriers are in.
+template <int kStages>
+struct RingPlace {
+    int stage = 0, parity = 0;
+
+    SAGE_DEVICE void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace sage
