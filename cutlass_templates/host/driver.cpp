@@ -99,6 +99,7 @@ struct LaunchRecord {
     CUstream stream;
     CUcontext context;
     bool captured;
+    sage::host::Bytes bytes;
 };
 
 // All that the process's threads share, but for what a launch does.
@@ -110,6 +111,7 @@ struct Driver {
     uint64_t seed = 0;
     bool detect_races = true;
     bool dry_run = false;
+    bool count_bytes = false;
     CUctx_st contexts[kMaxDevices] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
     std::set<CUmodule> modules;
     std::set<CUstream> capturing;
@@ -444,13 +446,25 @@ SAGE_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
     bool const captured = state.capturing.count(stream) != 0;
     if (state.launches.size() == kLoggedLaunches) state.launches.pop_front();
     state.launches.push_back(
-        {function->name, grid_x, block_x, shared_bytes, stream, current_context(), captured});
+        {function->name, grid_x, block_x, shared_bytes, stream, current_context(), captured, {}});
     if (captured || state.dry_run) return CUDA_SUCCESS;
 
-    sage::host::Launch const launch = {entry,      params[0],          grid_x,
-                                       state.seed, state.detect_races, state.ranges};
+    sage::host::Bytes bytes;
+    bool const count_bytes = state.count_bytes;
+    sage::host::Launch const launch = {entry,
+                                       params[0],
+                                       grid_x,
+                                       state.seed,
+                                       state.detect_races,
+                                       state.ranges,
+                                       count_bytes ? &bytes : nullptr};
     lock.unlock();
     std::string const failure = sage::host::execute(launch);
+    if (count_bytes) {  // for tests of one thread, whose launch is still the last one
+        lock.lock();
+        state.launches.back().bytes = bytes;
+        lock.unlock();
+    }
     if (failure.empty()) return CUDA_SUCCESS;
     lock.lock();
     return refuse(CUDA_ERROR_LAUNCH_FAILED, function->name + ": " + failure);
@@ -543,6 +557,7 @@ SAGE_API void sage_host_reset() {
     state.seed = 0;
     state.detect_races = true;
     state.dry_run = false;
+    state.count_bytes = false;
     state.capturing.clear();
     state.ranges = std::make_shared<std::vector<Range>>();
     state.launches.clear();
@@ -588,6 +603,12 @@ SAGE_API void sage_host_dry_run(bool on) {
     driver().dry_run = on;
 }
 
+// Launches count the bytes of global memory that they touch, for the log: of one thread only.
+SAGE_API void sage_host_count_bytes(bool on) {
+    Lock const lock(driver().mutex);
+    driver().count_bytes = on;
+}
+
 // While a stream is capturing, its launches are logged only, and no module can be loaded.
 SAGE_API void sage_host_set_capturing(CUstream stream, bool on) {
     Lock const lock(driver().mutex);
@@ -607,7 +628,8 @@ SAGE_API char const* sage_host_message() {
 }
 
 // The last 10,000 launches, oldest first, as a JSON array of objects: symbol, grid, block,
-// shared_bytes, stream, context (as integers) and captured. Valid as sage_host_message's.
+// shared_bytes, stream, context (as integers), captured, and of global memory the bytes that were
+// loaded, loaded_once and stored (traffic.hpp), if they were counted. Valid as sage_host_message's.
 SAGE_API char const* sage_host_launches() {
     static thread_local std::string text;
     Lock const lock(driver().mutex);
@@ -619,7 +641,10 @@ SAGE_API char const* sage_host_launches() {
                 ", \"shared_bytes\": " + std::to_string(launch.shared_bytes) +
                 ", \"stream\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.stream)) +
                 ", \"context\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.context)) +
-                ", \"captured\": " + (launch.captured ? "true" : "false") + "}";
+                ", \"captured\": " + (launch.captured ? "true" : "false") +
+                ", \"loaded\": " + std::to_string(launch.bytes.loaded) +
+                ", \"loaded_once\": " + std::to_string(launch.bytes.loaded_once) +
+                ", \"stored\": " + std::to_string(launch.bytes.stored) + "}";
     }
     text += "]";
     return text.c_str();

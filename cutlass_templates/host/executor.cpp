@@ -10,8 +10,10 @@
 
 #include "fiber.hpp"
 #include "mbarrier.hpp"
+#include "publication.hpp"
 #include "shadow.hpp"
 #include "stores.hpp"
+#include "traffic.hpp"
 #include "warp.hpp"
 #include "wgmma.hpp"
 
@@ -122,6 +124,9 @@ class Executor {
     char* shared_memory() { return shared_; }
     void barrier(Site site);
     void access(Access access, void const* address, int bytes, Site site);
+    uint32_t take_ticket(uint32_t* counter, Site site);
+    uint32_t arrive(uint32_t* counter, Site site);
+    void await(uint32_t const* counter, uint32_t arrivals, Site site);
     void copy_async(void* shared, void const* global, Site site);
     void copy_async_commit();
     void copy_async_wait(int newest);
@@ -149,6 +154,9 @@ class Executor {
     void check_shared(void const* address, int bytes, char const* operation, Site site);
     void check_no_mbarrier(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_published(void const* address, int bytes, Site site);
+    void check_place(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_counter(uint32_t const* counter, char const* operation, Site site);
     void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
     void check_race(Conflict conflict, void const* address, char const* operation, Site site);
     void check_redzones();
@@ -177,6 +185,8 @@ class Executor {
     Dice dice_;
     Shadow shadow_;
     Stores stores_;
+    Publications publications_;
+    Traffic traffic_;
     Stacks stacks_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
@@ -203,7 +213,9 @@ std::string Executor::execute(Launch const& launch) {
     if (launch.detect_races) {
         shadow_.reset(static_cast<size_t>(shared_bytes_));
         stores_.clear();
+        publications_.begin_launch();
     }
+    if (launch.bytes != nullptr) traffic_.begin_launch();
 
     // Blocks may run in any order, too.
     std::vector<int64_t> blocks(static_cast<size_t>(launch.grid));
@@ -215,6 +227,7 @@ std::string Executor::execute(Launch const& launch) {
         if (!failure_.empty()) break;
     }
     running = nullptr;
+    if (launch.bytes != nullptr) *launch.bytes = traffic_.bytes();
     return failure_;
 }
 
@@ -226,7 +239,11 @@ void Executor::run_block(int64_t block) {
     std::memset(shared_ - kRedzone, kRedzoneByte, kRedzone);
     std::memset(shared_, kGarbage, static_cast<size_t>(shared_bytes_));
     std::memset(shared_ + shared_bytes_, kRedzoneByte, kRedzone);
-    if (launch_->detect_races) shadow_.barrier();
+    if (launch_->detect_races) {
+        shadow_.barrier();
+        publications_.begin_block(block);
+    }
+    if (launch_->bytes != nullptr) traffic_.begin_block();
     std::fill(warps_.begin(), warps_.end(), Warp{});
     mbarriers_.clear();
     bulk_copies_.clear();
@@ -335,7 +352,10 @@ void Executor::barrier(Site site) {
     if (++at_barrier_ == threads_count_) {
         at_barrier_ = 0;
         for (Warp& each : warps_) each.at_barrier = 0;
-        if (launch_->detect_races) shadow_.barrier();
+        if (launch_->detect_races) {
+            shadow_.barrier();
+            publications_.barrier();
+        }
         for (int thread = 0; thread < threads_count_; ++thread) wake(thread);
     }
     run_next();
@@ -403,6 +423,8 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
     switch (access) {
         case Access::kLoadGlobal:
             return check_global(address, bytes, false, "load_global", site);
+        case Access::kLoadWritten:
+            return check_published(address, bytes, site);
         case Access::kStoreGlobal:
             return check_global(address, bytes, true, "store_global", site);
         case Access::kLoadShared:
@@ -419,6 +441,45 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
                        address, operation, site);
         }
     }
+}
+
+// A counter is memory that no other operation may touch: it is checked as a store of whoever comes.
+void Executor::check_counter(uint32_t const* counter, char const* operation, Site site) {
+    interrupt();
+    check_global(counter, sizeof *counter, true, operation, site);
+    if (!launch_->detect_races || *counter == publications_.count(counter)) return;
+    fail(format("%s at %p, which is %u where %u came: a counter must be zero before the launch",
+                operation, static_cast<void const*>(counter), *counter,
+                publications_.count(counter)) +
+         at(site));
+}
+
+uint32_t Executor::take_ticket(uint32_t* counter, Site site) {
+    check_counter(counter, "take_ticket", site);
+    if (launch_->detect_races) publications_.take(counter);
+    return (*counter)++;
+}
+
+uint32_t Executor::arrive(uint32_t* counter, Site site) {
+    check_counter(counter, "arrive", site);
+    if (launch_->detect_races) {
+        publications_.await(counter, publications_.count(counter), current_);
+        publications_.arrive(counter, current_);
+    }
+    return (*counter)++;
+}
+
+// Blocks run one after another, in the order of their tickets: what has not arrived yet is of
+// blocks with later ones, which a device need not run before this one ends.
+void Executor::await(uint32_t const* counter, uint32_t arrivals, Site site) {
+    check_counter(counter, "await", site);
+    if (*counter < arrivals) {
+        fail(format("deadlock: awaits %u arrivals at %p, where %u came from the blocks that have "
+                    "run: it may only wait for those with lower tickets",
+                    arrivals, static_cast<void const*>(counter), *counter) +
+             at(site));
+    }
+    if (launch_->detect_races) publications_.await(counter, arrivals, current_);
 }
 
 void Executor::copy_async(void* shared, void const* global, Site site) {
@@ -729,21 +790,40 @@ void Executor::check_shared(void const* address, int bytes, char const* operatio
 
 void Executor::check_global(void const* address, int bytes, bool store, char const* operation,
                             Site site) {
+    check_place(address, bytes, store, operation, site);
+    if (!launch_->detect_races) return;
     auto const begin = reinterpret_cast<uintptr_t>(address);
     auto const size = static_cast<uintptr_t>(bytes);
-    if (begin % size != 0) {
-        fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
-    }
-    if (!launch_->ranges->empty()) check_range(begin, size, store, operation, site);
-    if (!launch_->detect_races) return;
     if (store) {
-        stores_.add(begin, size);
+        stores_.add(begin, size, publications_.now(current_));
     } else if (stores_.any(begin, size)) {
         fail(format("race between %s of %d bytes at %p and a store of the same launch: blocks run "
                     "in any order, and a device loads through a cache that is not kept coherent",
                     operation, bytes, address) +
              at(site));
     }
+}
+
+void Executor::check_place(void const* address, int bytes, bool store, char const* operation,
+                           Site site) {
+    auto const begin = reinterpret_cast<uintptr_t>(address);
+    auto const size = static_cast<uintptr_t>(bytes);
+    if (begin % size != 0) {
+        fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
+    }
+    if (!launch_->ranges->empty()) check_range(begin, size, store, operation, site);
+    if (launch_->bytes != nullptr) traffic_.add(begin, size, store);
+}
+
+void Executor::check_published(void const* address, int bytes, Site site) {
+    check_place(address, bytes, false, "load_written", site);
+    auto const begin = reinterpret_cast<uintptr_t>(address);
+    auto const size = static_cast<uintptr_t>(bytes);
+    if (!launch_->detect_races || stores_.visible(begin, size, publications_, current_)) return;
+    fail(format("race between load_written of %d bytes at %p and a store of the same launch: "
+                "missing arrive or await, or a barrier before the one or after the other",
+                bytes, address) +
+         at(site));
 }
 
 void Executor::check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation,
@@ -889,6 +969,11 @@ Runtime const kRuntime = {
     [](Site site) { running().barrier(site); },
     [](Access access, void const* address, int bytes, Site site) {
         running().access(access, address, bytes, site);
+    },
+    [](uint32_t* counter, Site site) { return running().take_ticket(counter, site); },
+    [](uint32_t* counter, Site site) { return running().arrive(counter, site); },
+    [](uint32_t const* counter, uint32_t arrivals, Site site) {
+        running().await(counter, arrivals, site);
     },
     [](void* shared, void const* global, Site site) { running().copy_async(shared, global, site); },
     [] { running().copy_async_commit(); },

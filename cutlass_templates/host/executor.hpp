@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "traffic.hpp"
+
 namespace sage::host {
 
 // Global memory that kernels may touch.
@@ -22,6 +24,7 @@ struct Launch {
     uint64_t seed;  // of the order in which blocks and threads run
     bool detect_races;
     std::shared_ptr<std::vector<Range> const> ranges;  // empty: all of memory
+    Bytes* bytes;  // where to count global memory; null: not counted
 };
 
 // Runs the launch; returns what failed, or "". Safe to call from several host threads at once.

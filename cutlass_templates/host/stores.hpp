@@ -1,9 +1,11 @@
-// Which bytes of global memory a launch has stored to.
+// Which bytes of global memory a launch has stored to, and who.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "publication.hpp"
 
 namespace sage::host {
 
@@ -15,12 +17,15 @@ class Stores {
         used_ = 0;
     }
 
-    void add(uintptr_t address, size_t bytes) {
+    void add(uintptr_t address, size_t bytes, Event const& event) {
         if (2 * (used_ + 1) > slots_.size()) grow();
         Slot& slot = find(address / 16);
         if (slot.mask == 0) ++used_;
         slot.word = address / 16;
         slot.mask |= mask(address, bytes);
+        for (size_t at = address % 16 / 4; at <= (address % 16 + bytes - 1) / 4; ++at) {
+            slot.newest[at] = event;
+        }
     }
 
     // Whether any of these bytes was stored.
@@ -28,10 +33,22 @@ class Stores {
         return used_ > 0 && (find(address / 16).mask & mask(address, bytes)) != 0;
     }
 
+    // Whether a thread sees the newest of what was stored to these bytes, 4 or more.
+    bool visible(uintptr_t address, size_t bytes, Publications const& publications, int thread) {
+        if (!any(address, bytes)) return true;
+        Slot const& slot = find(address / 16);
+        for (size_t at = address % 16 / 4; at <= (address % 16 + bytes - 1) / 4; ++at) {
+            bool const is_stored = (slot.mask >> 4 * at & 15) != 0;
+            if (is_stored && !publications.visible(slot.newest[at], thread)) return false;
+        }
+        return true;
+    }
+
  private:
     struct Slot {
         uintptr_t word = 0;
         uint16_t mask = 0;  // of its bytes; 0: the slot is free
+        Event newest[4];    // of each 4 bytes
     };
     static constexpr size_t kFewest = 1024;
 

@@ -93,6 +93,53 @@ def test_races_are_found_after_the_clock_of_the_detector_started_over(host: Host
         run(host, "after_long", 1)
 
 
+UNPUBLISHED = "race between load_written .* missing arrive or await, or a barrier"
+RELAY_FAULTS = {
+    1: f"deadlock: awaits 1 arrivals|{UNPUBLISHED}",  # blocks run in any order, tickets do not
+    2: UNPUBLISHED,  # the others have perhaps not stored yet
+    3: UNPUBLISHED,
+    4: "deadlock: awaits 2 arrivals at .* where 1 came",
+    5: UNPUBLISHED,
+    6: UNPUBLISHED,
+    7: UNPUBLISHED,  # one thread has been told
+    8: "race between load_global .* a device loads through a cache that is not kept coherent",
+}
+
+
+def relay(host: Host, fault: int, begin: int = 0) -> torch.Tensor:
+    memory = torch.full((1024,), begin, dtype=torch.int32)
+    host.launch(image(), "relay", 3, 128, 4096, struct.pack("Pq", memory.data_ptr(), fault))
+    return memory[256:384]
+
+
+@pytest.mark.parametrize("fault", RELAY_FAULTS)
+def test_blocks_see_what_was_published_to_them(host: Host, fault: int) -> None:
+    found = 0
+    for seed in SEEDS:
+        host.seed(seed)
+        assert relay(host, 0).tolist() == [*range(1, 128), 0]
+        try:
+            relay(host, fault)
+        except RuntimeError as error:
+            assert re.search(RELAY_FAULTS[fault], str(error)), error
+            found += 1
+    # With its index for a ticket, a block is right in one order of six.
+    assert found == len(SEEDS) if fault != 1 else found > len(SEEDS) // 2
+
+
+def test_counters_begin_at_zero(host: Host) -> None:
+    with pytest.raises(RuntimeError, match=r"take_ticket at .* must be zero before the launch"):
+        relay(host, 0, begin=1)
+
+
+def test_bytes_of_global_memory_are_counted(host: Host) -> None:
+    """In sectors of 32 bytes: 512 bytes that a block stores, and another one loads and stores."""
+    host.library.sage_host_count_bytes(True)
+    relay(host, 0)
+    (logged,) = host.launches()
+    assert (logged["loaded"], logged["loaded_once"], logged["stored"]) == (512, 512, 1024 + 3 * 32)
+
+
 BEYOND = "outside of the block's 4096 bytes of shared memory"
 OUTSIDE = "outside of the memory that the kernel may touch"
 

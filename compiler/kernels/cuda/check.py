@@ -30,6 +30,7 @@ from sage_compiler.kernels.cuda.spec import (
     KeySpec,
     MergeSpec,
     OperandSpec,
+    QuantizeSpec,
     QuerySpec,
     StatisticsSpec,
     ValueSpec,
@@ -181,6 +182,7 @@ def is_default(spec: KernelSpec) -> bool:
         case (
             AttendSpec(qk=qk, pv=pv, accumulator=accumulator)
             | HopperAttendSpec(qk=qk, pv=pv, accumulator=accumulator)
+            | QuantizeSpec(qk=qk, pv=pv, accumulator=accumulator)
         ):
             return (qk, pv, accumulator) == (recipe.qk, recipe.pv, recipe.accumulator)
         case AppendSpec(qk=qk, pv=pv):

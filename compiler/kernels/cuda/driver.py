@@ -72,6 +72,8 @@ _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     "cuFuncSetAttribute": [_Handle, ctypes.c_int, ctypes.c_int],
     "cuStreamIsCapturing": [_Handle, _IntOut],
     "cuThreadExchangeStreamCaptureMode": [_IntOut],
+    # address, value, bytes, stream
+    "cuMemsetD8Async": [ctypes.c_uint64, ctypes.c_ubyte, ctypes.c_size_t, _Handle],
     # function, grid, block, dynamic shared bytes, stream, parameters, extra
     "cuLaunchKernel": [_Handle, *[_Uint] * 6, _Uint, _Handle, ctypes.c_void_p, ctypes.c_void_p],
 }
@@ -176,6 +178,19 @@ class Driver:
         handle = self._device(device)
         self._call("cuDeviceGetAttribute", found, _MULTIPROCESSOR_COUNT, handle)
         return found.value
+
+    def clear(self, address: int, size: int, device: int, stream: int) -> None:
+        """Set bytes of a device's memory to zero, in the order of a stream of it.
+
+        Raises:
+            DriverError: the driver refuses, or an earlier kernel failed.
+        """
+        arguments = (address, 0, size, stream)
+        status = self.functions["cuMemsetD8Async"](*arguments)
+        if status == _INVALID_CONTEXT:  # a thread that has not used the device
+            with self.context(device):
+                status = self.functions["cuMemsetD8Async"](*arguments)
+        self._check("cuMemsetD8Async", status)
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on a stream of the thread's current context."""

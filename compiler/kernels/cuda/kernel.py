@@ -1,8 +1,8 @@
 """The CUDA kernels as the registry knows them: attention on tensors of a GPU.
 
-An attention is five launches on the caller's stream: statistics of K and V, then Q, K and V
-quantized, then the fused attention; and one more where that splits the keys. Nothing is copied:
-inputs are read with their strides.
+An attention is two launches on the caller's stream: Q, K and V quantized, then the fused attention;
+and one more where that splits the keys. Of a packed batch statistics of K and V, then Q, K and V
+are launches of their own. Nothing is copied: inputs are read with their strides.
 """
 
 from __future__ import annotations
@@ -86,6 +86,10 @@ class Target:
         self.loader.loaded(spec, self.device, self.stream)(
             blocks, self.stream, packed + self.sequences
         )
+
+    def clear(self, address: int, size: int) -> None:
+        """Set scratch memory to zero."""
+        self.loader.driver.clear(address, size, self.device, self.stream)
 
 
 def attention(
@@ -411,7 +415,11 @@ class Call:
             self.delta,
             self.part_outputs,
             self.part_sums,
+            self.counters,
+            self.key_totals,
+            self.value_totals,
         ) = present
+        self._counter_bytes = parts[-3]
 
     def run(self) -> None:
         """Start the kernels."""
@@ -420,10 +428,42 @@ class Call:
 
     def steps(self) -> tuple[Callable[[], None], ...]:
         """Each launches one kernel, in the order of what they need: K's mean, then Q's."""
+        if self.kernels.quantize is not None:
+            return (self._quantize, *self._attending().steps())
         quantizing = (self._statistics, self._query, self._key, self._value)
         return (*quantizing, *self._attending().steps())
 
+    def _quantize(self) -> None:
+        quantize = self.kernels.quantize
+        assert quantize is not None
+        packed = self._statistics_params() + self._query_params(self.key_totals, 1)
+        packed += self._key_params(self.key_totals, 1) + self._value_params(self.value_totals, 1)
+        packed += params.SCHEDULE.pack(
+            self.counters,
+            self.key_totals,
+            self.value_totals,
+            self.batch * self.kv_heads,
+            self.sizes.ahead(self.kernels),
+        )
+        self.target.clear(self.counters, self._counter_bytes)
+        self.target.launch(quantize, self._blocks[0], packed)
+
     def _statistics(self) -> None:
+        self.target.launch(self.kernels.statistics, self._blocks[0], self._statistics_params())
+
+    def _query(self) -> None:
+        packed = self._query_params(self.key_sums, self.chunks)
+        self.target.launch(self.kernels.query, self._blocks[1], packed)
+
+    def _key(self) -> None:
+        packed = self._key_params(self.key_sums, self.chunks)
+        self.target.launch(self.kernels.key, self._blocks[2], packed)
+
+    def _value(self) -> None:
+        packed = self._value_params(self.value_amax, self.chunks)
+        self.target.launch(self.kernels.value, self._blocks[3], packed)
+
+    def _statistics_params(self) -> bytes:
         packed = params.STATISTICS.pack(
             *strided(self.key),
             *strided(self.value),
@@ -437,13 +477,12 @@ class Call:
             self.chunk_tokens,
             self.batch * self.kv_heads * self.chunks,
         )
-        packed += self._rotary("key")
-        self.target.launch(self.kernels.statistics, self._blocks[0], packed)
+        return packed + self._rotary("key")
 
-    def _query(self) -> None:
+    def _query_params(self, key_sums: int, chunks: int) -> bytes:
         packed = params.QUERY.pack(
             *strided(self.query),
-            self.key_sums,
+            key_sums,
             self.query_codes,
             self.query_scales,
             self.means,
@@ -458,17 +497,16 @@ class Call:
             self.end_live,
             self.first_key,
             self.end_key,
-            self.chunks,
+            chunks,
             abs(self.scale) * (1.0 if self.kernels.attend.softcap else LOG2_E),
             self.scale,
         )
-        packed += self._rotary("query")
-        self.target.launch(self.kernels.query, self._blocks[1], packed)
+        return packed + self._rotary("query")
 
-    def _key(self) -> None:
+    def _key_params(self, key_sums: int, chunks: int) -> bytes:
         packed = params.KEY.pack(
             *strided(self.key),
-            self.key_sums,
+            key_sums,
             self.means,
             self.tiles,
             self.tiles + self.tile.scales_offset,
@@ -481,15 +519,14 @@ class Call:
             self.group * self.query_blocks,
             self.first_key,
             self.end_key,
-            self.chunks,
+            chunks,
         )
-        packed += self._rotary("key")
-        self.target.launch(self.kernels.key, self._blocks[2], packed)
+        return packed + self._rotary("key")
 
-    def _value(self) -> None:
-        packed = params.VALUE.pack(
+    def _value_params(self, value_amax: int, chunks: int) -> bytes:
+        return params.VALUE.pack(
             *strided(self.value),
-            self.value_amax,
+            value_amax,
             self.tiles + self.tile.value_offset,
             self.value_scales,
             *self._key_flags(),
@@ -498,9 +535,8 @@ class Call:
             self.key_blocks,
             self.first_key,
             self.end_key,
-            self.chunks,
+            chunks,
         )
-        self.target.launch(self.kernels.value, self._blocks[3], packed)
 
     def _attending(self) -> Attending:
         operands = Operands(

@@ -18,6 +18,7 @@ STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
 QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
+SCHEDULE: Final = struct.Struct("@3P2q")
 ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P16q2f")
 MERGE: Final = struct.Struct("@7P10q2f")
 
@@ -36,6 +37,18 @@ ROTARY: Final = struct.Struct("@P5qP5q2q")
 def with_rotary(plain: struct.Struct) -> struct.Struct:
     """The parameters of a kernel that rotates: those of the plain one, and ``ROTARY``."""
     return struct.Struct(plain.format + ROTARY.format.removeprefix("@"))
+
+
+def quantize(rotary_query: bool, rotary_key: bool) -> struct.Struct:
+    """The parameters of the kernel that does what four do, one struct behind the other.
+
+    Args:
+        rotary_query, rotary_key: whether it rotates Q, or K, as it reads it.
+    """
+    key = (with_rotary(STATISTICS), with_rotary(KEY)) if rotary_key else (STATISTICS, KEY)
+    query = with_rotary(QUERY) if rotary_query else QUERY
+    structs = (key[0], query, key[1], VALUE, SCHEDULE)
+    return struct.Struct("@" + "".join(each.format.removeprefix("@") for each in structs))
 
 
 # Of the kernels for hosts without torch; a library packs these, see launch_table.py.

@@ -20,6 +20,8 @@ _MOST_CHUNKS: Final = 32
 _LEAST_CHUNK: Final = 256
 _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _FLOAT_BYTES: Final = 4
+_COUNTER_BYTES: Final = 32  # of a head: kCounters of params.cuh
+_AHEAD_BYTES: Final = 4 << 20  # of K and V that are read before the first is read again
 
 
 class Reach(NamedTuple):
@@ -165,15 +167,23 @@ class Sizes(NamedTuple):
         keys = kv_heads * self.key_blocks
         queries = self.batch * self.heads * self.query_blocks
         products = self.tiles(kernels.attend.query_tile) * splits
-        found = (2 * kv_heads * self.chunks, queries, keys, keys, products)
-        return found if kernels.merge is None else (*found, -(-self.rows // kernels.merge.rows))
+        statistics = 2 * kv_heads * self.chunks
+        if kernels.quantize is None:
+            quantizers: tuple[int, ...] = (statistics, queries, keys, keys)
+        else:
+            if not kernels.quantize.scales_value:
+                statistics //= 2
+            quantizers = (statistics + queries * kernels.quantize.tasks_of_query_block + 2 * keys,)
+        merge = () if kernels.merge is None else (-(-self.rows // kernels.merge.rows),)
+        return (*quantizers, products, *merge)
 
     def scratch(self, kernels: Variant, *, row_term: bool, splits: int = 1) -> tuple[int, ...]:
         """Bytes of each part of the scratch memory, zero for what these kernels do not need.
 
         The parts: sums of K, amax of V, codes of Q, scales of Q, means of Q, the row term, packed
         tiles of K and V, scales of V, delta; of split keys, what each part makes of a query: sums
-        of P V, and two numbers.
+        of P V, and two numbers; of quantizers in one launch, counters, sums of K and amax of V of
+        all chunks.
 
         Args:
             row_term: whether a float for each query is needed: for an LSE, sinks or a softcap.
@@ -185,6 +195,7 @@ class Sizes(NamedTuple):
         *of_query, delta, part_outputs, part_sums = self.query_scratch(
             attend, row_term=row_term, splits=splits
         )
+        totals = kv_heads if kernels.quantize is not None else 0
         return (
             kv_heads * self.chunks * padded * _FLOAT_BYTES,
             kv_heads * self.chunks * padded_value * _FLOAT_BYTES,
@@ -194,7 +205,22 @@ class Sizes(NamedTuple):
             delta,
             part_outputs,
             part_sums,
+            (1 + totals) * _COUNTER_BYTES if totals else 0,
+            totals * padded * _FLOAT_BYTES,
+            totals * padded_value * _FLOAT_BYTES,
         )
+
+    def ahead(self, kernels: Variant) -> int:
+        """Heads whose statistics come before the first conversion, of quantizers in one launch.
+
+        As many as it takes for the statistics of a head to be there when its conversion begins,
+        but no more than the cache keeps until then.
+        """
+        quantize = kernels.quantize
+        assert quantize is not None
+        token = quantize.head_dim + (quantize.value_head_dim if quantize.scales_value else 0)
+        head = self.key_length * token * (4 if quantize.dtype == "float32" else 2)
+        return min(self.batch * self.kv_heads, _AHEAD_BYTES // head)
 
     def query_scratch(
         self, attend: AttendSpec | HopperAttendSpec, *, row_term: bool, splits: int = 1

@@ -115,6 +115,7 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 _WARPGROUP: Final = 128  # threads
 _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
+_SLOT_BYTES: Final = 16  # for what one thread tells all
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -218,6 +219,9 @@ _READERS: Final[Mapping[RotaryPairs, str]] = MappingProxyType(
 )
 
 
+_PLAIN_READER: Final = "sage::Plain"
+
+
 @dataclass(frozen=True, slots=True)
 class RotaryStatisticsSpec(StatisticsSpec):
     """Of a K that is rotated first."""
@@ -282,6 +286,78 @@ class ValueSpec(_QuantizerSpec):
             _cpp(self.accumulator is Accumulator.FP16),
             _cpp(self.panels),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSpec(_QuantizerSpec):
+    """Q, K and V to operands in one launch: what the four kernels above do in one each.
+
+    Attributes:
+        value_head_dim, qk, pv, accumulator, panels: as of these.
+    """
+
+    value_head_dim: int
+    qk: Format
+    pv: Format
+    accumulator: Accumulator = Accumulator.FP32
+    panels: bool = field(default=False, kw_only=True)
+
+    kind: ClassVar[str] = "quantize"
+    template: ClassVar[str] = "Quantize"
+    params: ClassVar[struct.Struct] = params.quantize(rotary_query=False, rotary_key=False)
+
+    @property
+    def shared_bytes(self) -> int:
+        key_dim, value_dim = self.head_dim, self.value_head_dim
+        tasks = (
+            StatisticsSpec(self.arch, self.dtype, key_dim, value_dim),
+            QuerySpec(self.arch, self.dtype, key_dim, self.qk),
+            KeySpec(self.arch, self.dtype, key_dim, self.qk),
+            ValueSpec(self.arch, self.dtype, value_dim, self.pv),
+        )
+        return max(task.shared_bytes for task in tasks) + _SLOT_BYTES
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return (
+            DTYPES[self.dtype],
+            _CPP_FORMATS[self.qk],
+            _CPP_FORMATS[self.pv],
+            str(self.head_dim),
+            str(self.value_head_dim),
+            _cpp(self.accumulator is Accumulator.FP16),
+            _cpp(self.panels),
+        )
+
+    @property
+    def tasks_of_query_block(self) -> int:
+        """Blocks that quantize 128 queries: as they have a mean in INT4, it is one."""
+        return 1 if self.qk is Format.INT4 else 2
+
+    @property
+    def scales_value(self) -> bool:
+        """Whether V has scales, and so statistics."""
+        return value_is_scaled(self.dtype, self.pv)
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryQuantizeSpec(QuantizeSpec):
+    """Of a Q or a K that is rotated first, or both."""
+
+    rotary_query: RotaryPairs | None = field(kw_only=True)
+    rotary_key: RotaryPairs | None = field(kw_only=True)
+
+    @property
+    def params_bytes(self) -> int:
+        return params.quantize(self.rotary_query is not None, self.rotary_key is not None).size
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        readers = (
+            _PLAIN_READER if pairs is None else _READERS[pairs]
+            for pairs in (self.rotary_query, self.rotary_key)
+        )
+        return (*super(RotaryQuantizeSpec, self).arguments, *readers)
 
 
 class QueryTile(NamedTuple):

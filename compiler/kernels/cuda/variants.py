@@ -26,9 +26,11 @@ from sage_compiler.kernels.cuda.spec import (
     KeyMeanSpec,
     KeySpec,
     MergeSpec,
+    QuantizeSpec,
     QuerySpec,
     QueryTile,
     RotaryKeySpec,
+    RotaryQuantizeSpec,
     RotaryQuerySpec,
     RotaryStatisticsSpec,
     StatisticsSpec,
@@ -123,9 +125,11 @@ class Variant:
     """The kernels of one attention, in the order of their launches.
 
     Attributes:
+        quantize: what is launched in place of the four of Q, K and V; None: they are.
         merge: of an ``attend`` that splits keys; else None.
     """
 
+    quantize: QuantizeSpec | None
     statistics: StatisticsSpec
     query: QuerySpec
     key: KeySpec
@@ -134,9 +138,18 @@ class Variant:
     merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
-        """All of them."""
-        merge = () if self.merge is None else (self.merge,)
-        return (self.statistics, self.query, self.key, self.value, self.attend, *merge)
+        """All that are launched."""
+        return (*self.quantizers(), *self.products())
+
+    def quantizers(self) -> tuple[KernelSpec, ...]:
+        """Those that make operands of Q, K and V."""
+        if self.quantize is not None:
+            return (self.quantize,)
+        return (self.statistics, self.query, self.key, self.value)
+
+    def products(self) -> tuple[KernelSpec, ...]:
+        """Those that make the output of these."""
+        return (self.attend,) if self.merge is None else (self.attend, self.merge)
 
 
 @functools.cache
@@ -165,7 +178,8 @@ def variant(
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
         tile: what a block of the attention kernel does; that of wgmma has ``QUERY_BLOCK`` only.
-        varlen: for a packed batch of sequences.
+        varlen: for a packed batch of sequences, each of which has statistics of its own: its
+            quantizers are launched one after another.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     key_dim = _least_dim(head_dim)
@@ -208,6 +222,7 @@ def variant(
             split=tile.split,
             varlen=varlen,
         )
+    quantize = QuantizeSpec(arch, dtype, padded, padded_value, qk, pv, accumulator, panels=wgmma)
     statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
     query = QuerySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
     key = KeySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
@@ -216,7 +231,21 @@ def variant(
     if rotary_key is not None:
         statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
         key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key, panels=wgmma)
+    if rotary_query is not None or rotary_key is not None:
+        quantize = RotaryQuantizeSpec(
+            arch,
+            dtype,
+            padded,
+            padded_value,
+            qk,
+            pv,
+            accumulator,
+            panels=wgmma,
+            rotary_query=rotary_query,
+            rotary_key=rotary_key,
+        )
     return Variant(
+        quantize=None if varlen else quantize,
         statistics=statistics,
         query=query,
         key=key,

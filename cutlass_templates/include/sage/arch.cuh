@@ -11,8 +11,23 @@
 //   void barrier()                  All threads of the block.
 //
 //   T load_global(T const*)         sizeof(T) of 1, 2, 4, 8 or 16 bytes, naturally aligned; memory
-//   void store_global(T*, T)        is touched in no other way than by these and copy_async. What a
-//                                   launch stores, it does not load.
+//   void store_global(T*, T)        is touched in no other way than by these, copy_async and what
+//                                   follows. What a launch stores, these do not load.
+//   T load_written(T const*)        As load_global, of what the same launch may have stored: by
+//   this
+//                                   block before a barrier, or by another one before it arrived at
+//                                   a counter that this one has awaited.
+//
+//   Blocks order themselves by counters in global memory, zero before the launch:
+//   uint32_t take_ticket(uint32_t*)         How many tickets were taken before. Blocks that take
+//                                           theirs later run later or at the same time: a block may
+//                                           wait for those with lower tickets, and no others.
+//   uint32_t arrive(uint32_t*)              Adds one; returns how many had arrived. All that this
+//                                           thread sees happens before: what it has stored, and
+//                                           what others of the block have before a barrier.
+//   void await(uint32_t const*, uint32_t)   Until so many have arrived. What happened before they
+//                                           did, this thread sees, and others after a barrier.
+//
 //   T load_shared(T const*)
 //   void store_shared(T*, T)
 //

@@ -27,8 +27,13 @@ struct QuantizeKey {
 
     SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
 
-    // task = (b * Hkv + h) * N + block
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
+        run(p, task, [] {});
+    }
+
+    // task = (b * Hkv + h) * N + block. `await` returns when there are sums, and means.
+    template <class Await>
+    SAGE_DEVICE static void run(Params const& p, int64_t task, Await await) {
         At const at;
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
@@ -37,6 +42,9 @@ struct QuantizeKey {
         auto const tokens = Reader::template read<Input>(p, p.key, of_tensor);
         Seen const seen(p.flags, of_tensor, p.first_key, p.end_key);
 
+        Batch<kTokens, Chunk<typename Reader::template Kept<Input>>> batch;
+        batch.load(tokens, seen, first, At::kRows, at.channel);
+        await();
         float mean[kChunk];
         mean_of_keys<kHeadDim>(mean, p.key_sums + head * p.chunks * kHeadDim, p.chunks, at.channel,
                                counted_keys(p.counts, head, p.first_key, p.end_key));
@@ -44,9 +52,8 @@ struct QuantizeKey {
         uint32_t largest = 0;
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            int64_t const token = first + t * At::kRows;
-            uint8_t const of_token = seen.of(token);
-            tokens.chunk(token, at.channel, of_token != 0).unpack(key[t]);
+            uint8_t const of_token = batch.seen(t);
+            batch.chunks[t].unpack(key[t]);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
                 key[t][i] = of_token != 0 ? key[t][i] - mean[i] : 0.0f;
@@ -172,7 +179,7 @@ struct QuantizeKey {
                                        int64_t rows, int channel) {
         float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (row < rows) {
-            four = arch::load_global(
+            four = arch::load_written(
                 reinterpret_cast<float4 const*>(means + row * kHeadDim + channel));
         }
         to_tf32(operand, four);

@@ -134,6 +134,28 @@ struct ValueParams {
     int64_t first_key, end_key, chunks;
 };
 
+// The order of all of the above in one launch, one block per task: see quantize.cuh.
+struct ScheduleParams {
+    uint32_t* counters;   // (1 + B * Hkv, kCounters), all zero: the tickets, and those of heads
+    float* key_totals;    // (B, Hkv, D): what the key_sums of all chunks are together
+    float* value_totals;  // (B, Hkv, D): the largest value_amax of all chunks
+    int64_t heads;        // B * Hkv
+    int64_t ahead;        // heads whose statistics come before the first conversion
+};
+constexpr int kCounters = 8;  // of a head: a sector of the cache
+
+// All of them; those of tensors that are rotated are WithRotary. The sums and magnitudes that Q, K
+// and V take are the totals, one chunk of each head.
+template <class OfStatistics = StatisticsParams, class OfQuery = QueryParams,
+          class OfKey = KeyParams>
+struct QuantizeParams {
+    OfStatistics statistics;
+    OfQuery query;
+    OfKey key;
+    ValueParams value;
+    ScheduleParams schedule;
+};
+
 // One block per (query block, head); with packed heads one per (tile of rows, key/value head);
 // where keys are split, one per part of these.
 struct AttendParams {

@@ -8,18 +8,22 @@
 
 namespace sage {
 
-// With kPanels, codes are in the order that wgmma reads.
-template <class Input, class Format, int kHeadDim, bool kPanels, class Reader = Plain>
+// With kPanels, codes are in the order that wgmma reads. A task is a block, or without smoothing
+// any part of one that has whole warps: fewer tokens take fewer registers.
+template <class Input, class Format, int kHeadDim, bool kPanels, class Reader = Plain,
+          int kTaskTokens = kQueryBlock>
 struct QuantizeQuery {
     using Params = typename Reader::template With<QueryParams>;
     using Kept = Chunk<typename Reader::template Kept<Input>>;
     using At = Position<kHeadDim>;
-    static constexpr int kTokens = kQueryBlock / At::kRows;  // of one thread
-    static constexpr int kParts = At::kRows / kQueryGroups;  // rows of threads that share a group
+    static constexpr int kTasks = kQueryBlock / kTaskTokens;  // of a block
+    static constexpr int kTokens = kTaskTokens / At::kRows;   // of one thread
+    static constexpr int kParts = At::kRows / kQueryGroups;   // rows of threads that share a group
     static constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
     static constexpr int kTokensOfWarp = kQueryWarp / At::kRows;
     static constexpr bool kSmooth = Format::kBits == 4;
     using Codes = Order<kPanels, kQueryBlock, kHeadDim * Format::kBits / 8>;
+    static_assert(kTaskTokens % kQueryWarp == 0 && (kTasks == 1 || !kSmooth), "whole groups");
 
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
@@ -27,8 +31,9 @@ struct QuantizeQuery {
 
     SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
 
+    // task = ((b * H + h) * M + block) * kTasks + part
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
-        Place const place(p, task);
+        Place const place(p, Split(task, kTasks));
         auto const tokens = Reader::template read<Input>(p, p.query, Split(place.head, p.heads));
         Kept query[kTokens];
         SAGE_UNROLL
@@ -68,22 +73,24 @@ struct QuantizeQuery {
     }
 
  private:
-    // What a thread does: of query block `block` of `head`, the tokens at.row + t * kRows.
+    // What a thread does: of a task of `head`, the tokens at.row + t * kRows.
     struct Place {
         At at;
-        int64_t task;    // (b * H + h) * M + block
+        int64_t block;   // (b * H + h) * M + that of the head
+        int part;        // of the block
         int head;        // b * H + h
-        int64_t first;   // token of the block
+        int64_t first;   // token of the task
         Seen seen;       // queries that see a key
         uint32_t lives;  // bit t: the thread's token t is one
 
-        SAGE_DEVICE Place(Params const& p, int64_t task)
-            : Place(p, task, Split(task, p.query_blocks)) {}
+        SAGE_DEVICE Place(Params const& p, Split const& task)
+            : Place(p, task, Split(task.outer, p.query_blocks)) {}
 
-        SAGE_DEVICE Place(Params const& p, int64_t task, Split const& block)
-            : task(task),
+        SAGE_DEVICE Place(Params const& p, Split const& task, Split const& block)
+            : block(task.outer),
+              part(task.inner),
               head(block.outer),
-              first(int64_t{block.inner} * kQueryBlock),
+              first(int64_t{block.inner} * kQueryBlock + task.inner * kTaskTokens),
               seen(p.flags, Split(block.outer, p.heads), p.first_live, p.end_live),
               lives(0) {
             SAGE_UNROLL
@@ -93,9 +100,11 @@ struct QuantizeQuery {
         }
 
         // The thread's token t, in the block and in the sequence.
-        SAGE_DEVICE int in_block(int t) const { return at.row + t * At::kRows; }
-        SAGE_DEVICE int64_t token(int t) const { return first + in_block(t); }
+        SAGE_DEVICE int in_block(int t) const { return part * kTaskTokens + in_task(t); }
+        SAGE_DEVICE int64_t token(int t) const { return first + in_task(t); }
         SAGE_DEVICE bool live(int t) const { return lives >> t & 1; }
+
+        SAGE_DEVICE int in_task(int t) const { return at.row + t * At::kRows; }
 
         // How many queries of the block see a key.
         SAGE_DEVICE float live_queries() const {
@@ -161,7 +170,7 @@ struct QuantizeQuery {
             float const of_channel = arch::divide(sum, arch::maximum(place.live_queries(), 1.0f));
             // Nobody else has read or will read this column's sums.
             arch::store_shared(sums + channel, of_channel);
-            arch::store_global(p.means + place.task * kHeadDim + channel,
+            arch::store_global(p.means + place.block * kHeadDim + channel,
                                of_channel * p.score_factor);
         }
         arch::barrier();
@@ -210,10 +219,11 @@ struct QuantizeQuery {
             float const scale = scale_of(largest, Format::kLimit);
             float x[kChunk];
             smoothed(x, query[t], mean, place.live(t));
-            store_codes<Format, Codes>(static_cast<char*>(p.codes) + place.task * Codes::kBytes,
+            store_codes<Format, Codes>(static_cast<char*>(p.codes) + place.block * Codes::kBytes,
                                        place.in_block(t), place.at.channel, x, scale);
             if (t % kTokensOfWarp == 0 && part == 0 && place.at.first_column()) {
-                int64_t const index = place.task * kGroups + warp * kQueryGroups + group;
+                int const of_block = place.part * (kGroups / kTasks) + warp * kQueryGroups + group;
+                int64_t const index = place.block * kGroups + of_block;
                 arch::store_global(p.scales + index, scale * p.score_factor);
             }
         }

@@ -13,26 +13,36 @@ struct Statistics {
     static constexpr int kThreads = kQuantizerThreads;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = kQuantizerThreads * kChunk * sizeof(float);  // any dim
+    static constexpr int kAtOnce = 4;  // tokens of a thread that are on their way together
 
     SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
 
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
         if (task < p.key_tasks) {
-            reduce<kKeyDim, KeyReader>(
-                p, task, p.key, p.key_sums,
-                [](float sum, float x, uint8_t seen) { return seen & kCounts ? sum + x : sum; },
-                [](float sum, float other) { return sum + other; });
+            key(p, task);
         } else {
-            // Kept as floats of the same bits: NaN is the largest.
-            reduce<kValueDim, Plain>(
-                p, task - p.key_tasks, p.value, reinterpret_cast<float*>(p.value_amax),
-                [](float amax, float x, uint8_t seen) {
-                    return arch::from_bits(larger_counted(arch::bits(amax), x, seen));
-                },
-                [](float amax, float other) {
-                    return arch::from_bits(larger(arch::bits(amax), arch::bits(other)));
-                });
+            value(p, task - p.key_tasks);
         }
+    }
+
+    // task = (b * Hkv + h) * chunks + chunk
+    SAGE_DEVICE static void key(Params const& p, int64_t task) {
+        reduce<kKeyDim, KeyReader>(
+            p, task, p.key, p.key_sums,
+            [](float sum, float x, uint8_t seen) { return seen & kCounts ? sum + x : sum; },
+            [](float sum, float other) { return sum + other; });
+    }
+
+    SAGE_DEVICE static void value(Params const& p, int64_t task) {
+        // Kept as floats of the same bits: NaN is the largest.
+        reduce<kValueDim, Plain>(
+            p, task, p.value, reinterpret_cast<float*>(p.value_amax),
+            [](float amax, float x, uint8_t seen) {
+                return arch::from_bits(larger_counted(arch::bits(amax), x, seen));
+            },
+            [](float amax, float other) {
+                return arch::from_bits(larger(arch::bits(amax), arch::bits(other)));
+            });
     }
 
     // As Varlen wants it.
@@ -66,18 +76,22 @@ struct Statistics {
         Split const chunk(task, p.chunks);
         Split const head(chunk.outer, p.heads);
         auto const tokens = Reader::template read<Input>(p, tensor, head);
-        Seen const seen(p.flags, head, p.first_key, p.end_key);
         int64_t const first = p.first_key + chunk.inner * p.chunk_tokens;
         int64_t const all = first + p.chunk_tokens;
         int64_t const end = all < p.end_key ? all : p.end_key;
+        Seen const seen(p.flags, head, first, end);
 
         float total[kChunk] = {};
-        for (int64_t token = first + at.row; token < end; token += At::kRows) {
-            float x[kChunk];
-            uint8_t const of_token = seen.of(token);
-            tokens.chunk(token, at.channel, of_token != 0).unpack(x);
+        for (int64_t token = first + at.row; token < end; token += kAtOnce * At::kRows) {
+            Batch<kAtOnce, Chunk<typename Reader::template Kept<Input>>> batch;
+            batch.load(tokens, seen, token, At::kRows, at.channel);
             SAGE_UNROLL
-            for (int i = 0; i < kChunk; ++i) total[i] = add(total[i], x[i], of_token);
+            for (int t = 0; t < kAtOnce; ++t) {
+                float x[kChunk];
+                batch.chunks[t].unpack(x);
+                SAGE_UNROLL
+                for (int i = 0; i < kChunk; ++i) total[i] = add(total[i], x[i], batch.seen(t));
+            }
         }
 
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)

@@ -120,6 +120,31 @@ class Seen {
     int64_t stride_, first_, end_;
 };
 
+// The chunks that a thread has of several tokens. They are loaded before the first is looked at, so
+// that all are on their way at once.
+template <int kTokens, class Chunk>
+struct Batch {
+    Chunk chunks[kTokens];
+    uint32_t flags;  // two bits a token, kSeen and kCounts
+    static_assert(kTokens <= 16, "they fit");
+
+    // Of the tokens first, first + stride, ...; `tokens` is a Head, or a rotated one.
+    template <class Tokens>
+    SAGE_DEVICE void load(Tokens const& tokens, Seen const& of, int64_t first, int stride,
+                          int channel) {
+        flags = 0;
+        SAGE_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+            int64_t const token = first + t * stride;
+            uint32_t const of_token = of.of(token);
+            flags |= of_token << 2 * t;
+            chunks[t] = tokens.chunk(token, channel, of_token != 0);
+        }
+    }
+
+    SAGE_DEVICE uint8_t seen(int t) const { return flags >> 2 * t & (kSeen | kCounts); }
+};
+
 // The largest magnitude so far, with one more value: of a token that does not count only whether it
 // is finite, since no scale may hide what is not.
 SAGE_DEVICE uint32_t larger_counted(uint32_t amax_bits, float x, uint8_t seen) {
@@ -153,11 +178,11 @@ SAGE_DEVICE uint32_t largest_of_token(uint32_t amax_bits) {
     return amax_bits;
 }
 
-// Eight floats, as two accesses of 16 bytes.
+// Eight floats, as two accesses of 16 bytes. Quantizers made them, perhaps in the same launch.
 SAGE_DEVICE void load_floats(float (&x)[kChunk], float const* address) {
     SAGE_UNROLL
     for (int i = 0; i < kChunk; i += 4) {
-        float4 const four = arch::load_global(reinterpret_cast<float4 const*>(address + i));
+        float4 const four = arch::load_written(reinterpret_cast<float4 const*>(address + i));
         x[i] = four.x;
         x[i + 1] = four.y;
         x[i + 2] = four.z;

@@ -28,8 +28,13 @@ struct QuantizeValue {
 
     SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
 
-    // task = (b * Hkv + h) * N + block
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
+        run(p, task, [] {});
+    }
+
+    // task = (b * Hkv + h) * N + block. `await` returns when there are magnitudes.
+    template <class Await>
+    SAGE_DEVICE static void run(Params const& p, int64_t task, Await await) {
         At const at;
         Split const block(task, p.key_blocks);
         int64_t const head = block.outer;
@@ -39,6 +44,9 @@ struct QuantizeValue {
         Seen const seen(p.flags, of_tensor, p.first_key, p.end_key);
         float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (tokens, D)
 
+        Batch<kTokens, Chunk<Input>> batch;
+        batch.load(tokens, seen, first, At::kRows, at.channel);
+        await();
         float scale[kChunk];
         scales_of_channels(p, at, head, scale);
         if (block.inner == 0 && at.row == 0) {
@@ -49,13 +57,11 @@ struct QuantizeValue {
         }
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            int64_t const token = first + t * At::kRows;
             float x[kChunk];
-            bool const is_seen = seen.of(token) != 0;
-            tokens.chunk(token, at.channel, is_seen).unpack(x);
+            batch.chunks[t].unpack(x);
             SAGE_UNROLL
             for (int i = 0; i < kChunk; ++i) {
-                if (is_seen && kScaled) x[i] = quotient_within(x[i], scale[i], kLimit);
+                if (batch.seen(t) != 0 && kScaled) x[i] = quotient_within(x[i], scale[i], kLimit);
             }
             store_floats_shared(shared + (t * At::kRows + at.row) * kRowFloats + at.channel, x);
         }

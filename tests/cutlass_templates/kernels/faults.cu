@@ -262,6 +262,34 @@ SAGE_DEVICE void raw_store(Params const& p) {
     if (p.fault != 0 && thread() == 70) words()[p.fault / 4] = 0;
 }
 
+// Of three blocks, by their tickets: the first one stores, the second one passes on that it has,
+// and the last one loads.
+SAGE_DEVICE void relay(Params const& p) {
+    uint32_t* const tickets = p.memory;
+    uint32_t* const stored = p.memory + 8;
+    uint32_t* const passed = p.memory + 16;
+    if (thread() == 0) arch::store_shared(words(), arch::take_ticket(tickets));
+    arch::barrier();
+    int64_t const ticket = p.fault == 1 ? arch::block_index() : arch::load_shared(words());
+    if (ticket == 0) {
+        arch::store_global(p.memory + 128 + thread(), uint32_t(thread()));
+        if (p.fault != 2) arch::barrier();
+        if (thread() == 0) arch::arrive(stored);
+    } else if (ticket == 1) {
+        if (thread() == 0 && p.fault != 3) arch::await(stored, p.fault == 4 ? 2 : 1);
+        if (thread() == 0 && p.fault != 5) arch::arrive(passed);
+        if (p.fault == 5) {
+            if (thread() == 1) arch::arrive(passed);  // it has not been told, without a barrier
+        }
+    } else {
+        if (thread() == 0 && p.fault != 6) arch::await(passed, 1);
+        if (p.fault != 7) arch::barrier();
+        uint32_t const* const from = p.memory + 128 + (thread() + 1) % 128;
+        arch::store_global(p.memory + 256 + thread(),
+                           p.fault == 8 ? arch::load_global(from) : arch::load_written(from));
+    }
+}
+
 }  // namespace faults
 
 #define FAULT(name) \
@@ -301,3 +329,4 @@ FAULT(off_load_matrix)
 FAULT(off_copy_from)
 FAULT(off_copy_to)
 FAULT(raw_store)
+FAULT(relay)

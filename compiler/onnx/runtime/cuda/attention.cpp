@@ -13,6 +13,7 @@ constexpr int64_t kFar = 1 << 30;  // beyond any length, and twice of it within 
 constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
+constexpr int64_t kAheadBytes = 4 << 20;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
 
@@ -145,9 +146,22 @@ void Work::see(const Attention& a) {
     mask_kv_heads_ = a.mask.head_stride == 0 ? 1 : a.kv_heads;
 }
 
+int64_t Work::quantizing_blocks(const Attention& a) const {
+    const int64_t of_statistics = plan_->scales_value != 0 ? 2 * chunks_ : chunks_;
+    const int64_t queries = a.heads * query_blocks_ * plan_->query_tasks;
+    return a.batch * (queries + a.kv_heads * (of_statistics + 2 * key_blocks_));
+}
+
+// Heads whose statistics come before the first conversion: as many as the cache keeps.
+int64_t Work::heads_ahead(const Attention& a) const {
+    const int64_t element = a.dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t channels = plan_->padded + (plan_->scales_value != 0 ? plan_->padded_value : 0);
+    return least(a.batch * a.kv_heads, kAheadBytes / (a.key_length * channels * element));
+}
+
 bool Work::lay_out(const Attention& a, Error& error) {
     const int64_t rows = a.batch * a.heads * query_blocks_, heads = a.batch * a.kv_heads;
-    for (const int64_t blocks : {rows, 2 * heads * chunks_, heads * key_blocks_})
+    for (const int64_t blocks : {rows, quantizing_blocks(a)})
         if (blocks > INT32_MAX)
             return error.set("%lld blocks; a launch has at most %d: split the batch",
                              static_cast<long long>(blocks), INT32_MAX);
@@ -161,6 +175,9 @@ bool Work::lay_out(const Attention& a, Error& error) {
     sizes_[kRowTerm] = needs_row_term ? a.batch * a.heads * a.query_length * 4 : 0;
     sizes_[kTiles] = heads * key_blocks_ * plan_->tile_bytes;
     sizes_[kValueScales] = heads * plan_->padded_value * 4;
+    sizes_[kCounters] = (1 + heads) * sage::kCounters * 4;
+    sizes_[kKeyTotals] = heads * plan_->padded * 4;
+    sizes_[kValueTotals] = heads * plan_->padded_value * 4;
     sizes_[kDelta] = smooths ? rows * key_blocks_ * sage::kKeyBlock * 4 : 0;
     if (a.mask.data != nullptr) {
         const int64_t heads_of_mask = mask_batches_ * mask_heads_;
@@ -216,11 +233,13 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     const sage::Strided value = strided(a.value, a.kv_heads, a.key_length, a.value_head_dim);
     const int64_t key_tasks = a.batch * a.kv_heads * chunks_;
     const int64_t rows = a.batch * a.heads * query_blocks_;
-    const int64_t key_value_tiles = a.batch * a.kv_heads * key_blocks_;
     const double to_log2 = plan_->softcap != 0 ? 1.0 : kLog2E;
     const float dead_value = a.dead_rows_are_nan ? NAN : 0.0f;
     float* const key_sums = as<float>(parts[kKeySums]);
     uint32_t* const value_amax = as<uint32_t>(parts[kValueAmax]);
+    uint32_t* const counters = as<uint32_t>(parts[kCounters]);
+    float* const key_totals = as<float>(parts[kKeyTotals]);
+    float* const value_totals = as<float>(parts[kValueTotals]);
     float* const query_scales = as<float>(parts[kQueryScales]);
     float* const means = as<float>(parts[kMeans]);
     float* const row_term = as<float>(parts[kRowTerm]);
@@ -231,16 +250,27 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     const sage::StatisticsParams statistics = {key,       value,         key_sums,   value_amax,
                                                mask.keys, a.kv_heads,    first_key_, end_key_,
                                                chunks_,   chunk_tokens_, key_tasks};
-    const sage::QueryParams quantize_query = {
-        query,        key_sums,       parts[kQueryCodes],
-        query_scales, means,          row_term,
-        mask.counts,  mask.live,      a.heads,
-        group_,       a.query_length, query_blocks_,
-        first_live_,  end_live_,      first_key_,
-        end_key_,     chunks_,        float(fabs(double(a.scale)) * to_log2),
-        a.scale};
+    const sage::QueryParams quantize_query = {query,
+                                              key_totals,
+                                              parts[kQueryCodes],
+                                              query_scales,
+                                              means,
+                                              row_term,
+                                              mask.counts,
+                                              mask.live,
+                                              a.heads,
+                                              group_,
+                                              a.query_length,
+                                              query_blocks_,
+                                              first_live_,
+                                              end_live_,
+                                              first_key_,
+                                              end_key_,
+                                              1,
+                                              float(fabs(double(a.scale)) * to_log2),
+                                              a.scale};
     const sage::KeyParams quantize_key = {key,
-                                          key_sums,
+                                          key_totals,
                                           means,
                                           tiles,
                                           tiles + plan_->scales_offset,
@@ -253,12 +283,22 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                           group_ * query_blocks_,
                                           first_key_,
                                           end_key_,
-                                          chunks_};
-    const sage::ValueParams quantize_value = {
-        value,        value_amax,  tiles + plan_->value_offset,
-        value_scales, mask.keys,   plan_->tile_bytes,
-        a.kv_heads,   key_blocks_, first_key_,
-        end_key_,     chunks_};
+                                          1};
+    const sage::ValueParams quantize_value = {value,
+                                              reinterpret_cast<uint32_t*>(value_totals),
+                                              tiles + plan_->value_offset,
+                                              value_scales,
+                                              mask.keys,
+                                              plan_->tile_bytes,
+                                              a.kv_heads,
+                                              key_blocks_,
+                                              first_key_,
+                                              end_key_,
+                                              1};
+    const sage::ScheduleParams schedule = {counters, key_totals, value_totals, a.batch * a.kv_heads,
+                                           heads_ahead(a)};
+    const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
+                                             quantize_value, schedule};
     const sage::AttendParams attend = {parts[kQueryCodes],
                                        query_scales,
                                        tiles,
@@ -294,18 +334,17 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {
         return device.launch(kernel, blocks, &params, sizeof params, stream, error);
     };
-    return start(plan_->statistics, 2 * key_tasks, statistics) &&
-           start(plan_->query, rows, quantize_query) &&
-           start(plan_->key, key_value_tiles, quantize_key) &&
-           start(plan_->value, key_value_tiles, quantize_value) &&
+    return SAGE_CUDA_CHECK(device.driver(), error, cuMemsetD8Async,
+                           CUdeviceptr(reinterpret_cast<uintptr_t>(counters)), 0,
+                           size_t(sizes_[kCounters]), stream) &&
+           start(plan_->quantize, quantizing_blocks(a), quantize) &&
            start(plan_->attend, rows, attend);
 }
 
 // All kernels before any is started: a call that fails has written nothing.
 bool Work::load(Device& device, const Attention& a, CUstream stream, Error& error) const {
     const Arch& arch = device.arch();
-    for (const int64_t kernel :
-         {plan_->statistics, plan_->query, plan_->key, plan_->value, plan_->attend})
+    for (const int64_t kernel : {plan_->quantize, plan_->attend})
         if (!device.load(kernel, stream, error)) return false;
     if (a.mask.data != nullptr)
         for (const int64_t kernel : {arch.mask_rows, arch.mask_keys, arch.mask_counts})

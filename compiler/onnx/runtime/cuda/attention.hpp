@@ -63,6 +63,9 @@ class Work {
         kTiles,
         kValueScales,
         kDelta,
+        kCounters,
+        kKeyTotals,
+        kValueTotals,
         kMaskTiles,
         kMaskLive,
         kMaskDiscerning,
@@ -79,6 +82,8 @@ class Work {
     };
 
     void see(const Attention& a);
+    int64_t quantizing_blocks(const Attention& a) const;
+    int64_t heads_ahead(const Attention& a) const;
     bool lay_out(const Attention& a, Error& error);
     Flags flags(const Attention& a, char* const (&parts)[kParts]) const;
     bool load(Device& device, const Attention& a, CUstream stream, Error& error) const;

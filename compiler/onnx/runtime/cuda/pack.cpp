@@ -13,7 +13,7 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kTitle[] = "sage-launches 4 ";              // with FORMAT of launch_table.py
+constexpr char kTitle[] = "sage-launches 5 ";              // with FORMAT of launch_table.py
 constexpr char kTemplates[] = SAGE_TEMPLATES_DIGEST "\n";  // by setup.py
 constexpr char kEnd[] = "end ";
 constexpr char kWordCharacters[] =
@@ -190,8 +190,7 @@ bool Pack::parse(char* text, size_t bytes, Error& error) {
         for (const int64_t kernel : {arch.mask_rows, arch.mask_keys, arch.mask_counts, arch.sinks})
             if (kernel >= kernels) return error.set("%s names kernels that it lacks", kTable);
     for (const Plan& plan : plans_)
-        for (const int64_t kernel :
-             {plan.statistics, plan.query, plan.key, plan.value, plan.attend})
+        for (const int64_t kernel : {plan.quantize, plan.attend})
             if (kernel >= kernels) return error.set("%s names kernels that it lacks", kTable);
     return true;
 }
@@ -229,10 +228,9 @@ bool Pack::parse_record(char** words, size_t count) {
             record.number(*dim, 1, 1 << 16);
         for (int64_t* flag : {&plan.window, &plan.masked, &plan.softcap})
             record.number(*flag, 0, 1);
-        for (int64_t* kernel :
-             {&plan.statistics, &plan.query, &plan.key, &plan.value, &plan.attend})
-            record.number(*kernel, 0, kLargest);
-        record.number(plan.smooths_query, 0, 1);
+        for (int64_t* kernel : {&plan.quantize, &plan.attend}) record.number(*kernel, 0, kLargest);
+        record.number(plan.smooths_query, 0, 1).number(plan.scales_value, 0, 1);
+        record.number(plan.query_tasks, 1, 1 << 16);
         for (int64_t* size : {&plan.padded, &plan.padded_value, &plan.query_tile_bytes,
                               &plan.value_offset, &plan.scales_offset, &plan.tile_bytes})
             record.number(*size, 1, kLargest);

@@ -52,8 +52,9 @@ struct Plan {
     Recipe recipe;
     int64_t head_dim[2], value_head_dim[2];  // the least and the greatest
     int64_t window, masked, softcap;
-    int64_t statistics, query, key, value, attend;  // kernels
-    int64_t smooths_query;
+    int64_t quantize, attend;  // kernels
+    int64_t smooths_query, scales_value;
+    int64_t query_tasks;           // of a query block, of `quantize`
     int64_t padded, padded_value;  // channels of quantized operands
     int64_t query_tile_bytes;
     int64_t value_offset, scales_offset, tile_bytes;

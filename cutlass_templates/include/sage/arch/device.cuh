@@ -34,6 +34,11 @@ template <class T>
 SAGE_DEVICE T load_global(T const* address) {
     return __ldg(address);
 }
+// Not by __ldg, whose cache is not kept coherent.
+template <class T>
+SAGE_DEVICE T load_written(T const* address) {
+    return *address;
+}
 template <class T>
 SAGE_DEVICE void store_global(T* address, T value) {
     *address = value;
@@ -45,6 +50,34 @@ SAGE_DEVICE T load_shared(T const* address) {
 template <class T>
 SAGE_DEVICE void store_shared(T* address, T value) {
     *address = value;
+}
+
+SAGE_DEVICE uint32_t take_ticket(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    return before;
+}
+SAGE_DEVICE uint32_t arrive(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    return before;
+}
+SAGE_DEVICE void await(uint32_t const* counter, uint32_t arrivals) {
+    for (;;) {
+        uint32_t arrived;
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(__cvta_generic_to_global(counter))
+                     : "memory");
+        if (arrived >= arrivals) return;
+        __nanosleep(64);
+    }
 }
 
 SAGE_DEVICE void copy_async(void* shared, void const* global) {

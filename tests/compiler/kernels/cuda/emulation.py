@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,8 @@ from tests.cutlass_templates import host
 
 ARCH = "sm_89"  # the one with all recipes
 GARBAGE = 0xC5  # what scratch holds before: large numbers, in every format
+
+_QUANTIZERS = ("statistics", "query", "key", "value")  # what one launch does
 
 # (recipe, accumulator of P @ V) of all attention kernels.
 RECIPE_VARIANTS = [
@@ -64,7 +66,8 @@ def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
     """Kernels of which those of one kind have a header changed; their images are not kept.
 
     Args:
-        kind: of kernels; empty: all, whose templates include the header.
+        kind: of kernels; empty: all, whose templates include the header. One that quantizes is
+            also broken where it is launched with the others.
         header: which; by default that of the kind's template, which includes it otherwise.
     """
     header = header or kind
@@ -73,10 +76,9 @@ def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
-        if kind in ("", spec.kind):
-            for name in dict.fromkeys((spec.kind, header)):
-                assert _include(name) in source
-                source = _in_place(source, name, changed if name == header else _header(name))
+        if kind in ("", spec.kind) or (spec.kind == "quantize" and kind in _QUANTIZERS):
+            included = {header: changed}
+            source = source.replace(_include(spec.kind), _in_place(spec.kind, included, set()))
         return host.compile_kernel(source, spec.symbol)
 
     return Loader(Driver(str(host.driver())), build_broken)
@@ -90,9 +92,17 @@ def _header(name: str) -> str:
     return (host.TEMPLATES / "include" / "sage" / f"{name}.cuh").read_text()
 
 
-def _in_place(source: str, name: str, header: str) -> str:
-    """The source with a header's text where it includes it."""
-    return source.replace(_include(name), header.replace("#pragma once", ""))
+def _in_place(name: str, changed: Mapping[str, str], seen: set[str]) -> str:
+    """The text of a header and of all that it includes, each once, with some of them changed."""
+    seen.add(name)
+
+    def included(found: re.Match[str]) -> str:
+        other = found[1]
+        return "" if other in seen else _in_place(other, changed, seen)
+
+    text = changed.get(name, _header(name)).replace("#pragma once", "")
+    text = re.sub(r"#include <sage/(\w+)\.cuh>", included, text)
+    return text
 
 
 def replacing(old: str, new: str) -> Callable[[str], str]:

@@ -45,8 +45,8 @@ def test_a_recipe_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert "int4_fp8 launches" in lines
     symbols = [line.split()[0] for line in lines if line.startswith("  sage_")]
     kinds = [symbol.split("_")[1] for symbol in symbols]
-    assert kinds == ["statistics", "query", "key", "value", "attend"]
-    assert text.count("on first use; release wheels have it") == 5 and "in the pack" not in text
+    assert kinds == ["quantize", "attend"]
+    assert text.count("on first use; release wheels have it") == 2 and "in the pack" not in text
     assert "tile: 128 queries and 64 keys, 16 queries a warp, 2 stages" in lines
     assert "times are predicted, none is measured" in lines[-1]
     names = [line.split()[0] for line in lines[lines.index(heading(lines)) + 1 : -1]]
@@ -144,10 +144,10 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["served_by"], found["recipe"], found["shown"]) == (
         "kernels", "int8_fp16", "int8_fp16",
     )  # fmt: skip
-    assert found["launches"][4]["symbol"] == (
+    assert found["launches"][1]["symbol"] == (
         "sage_attend_sm_80_float32_96_64_True_True_False_int8_fp16_fp32_16_2_128_False_False_False"
     )
-    assert [each["blocks"] for each in found["launches"]] == [16, 12, 20, 20, 12]
+    assert [each["blocks"] for each in found["launches"]] == [16 + 2 * 12 + 2 * 20, 12]
     assert not any(each["packed"] or each["shipped"] for each in found["launches"])
     assert found["tile"]["warp_rows"] == 16 and found["tile"]["reason"]
     assert found["exact_seconds"] is None  # sinks
@@ -159,8 +159,18 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     sums, amax, codes = 4 * 2 * 128 * 4, 4 * 2 * 64 * 4, 12 * 128 * 128
     scales, row_term, tiles = 12 * 32 * 4, 4864, 20 * (64 * 128 + 64 * 64 * 2 + 128)
     scales_of_v, alignment = 4 * 64 * 4, 256
+    counters, totals = 256, 4 * 128 * 4 + 4 * 64 * 4
     assert found["scratch_bytes"] == (
-        sums + amax + codes + scales + row_term + tiles + scales_of_v + alignment
+        sums
+        + amax
+        + codes
+        + scales
+        + row_term
+        + tiles
+        + scales_of_v
+        + counters
+        + totals
+        + alignment
     )
 
 
@@ -171,8 +181,8 @@ def test_few_queries(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cut: heads packed by 4, keys in 16 parts" in lines
     assert "tile: 32 queries and 64 keys, 16 queries a warp, 2 stages" in lines
     found = explained_json(capsys, *words)
-    assert [each["blocks"] for each in found["launches"]] == [256, 32, 512, 512, 8 * 16, 8]
-    assert found["launches"][5]["symbol"] == "sage_merge_sm_89_bfloat16_128"
+    assert [each["blocks"] for each in found["launches"]] == [256 + 2 * 32 + 2 * 512, 8 * 16, 8]
+    assert found["launches"][2]["symbol"] == "sage_merge_sm_89_bfloat16_128"
     about = found["cut"]
     assert (about["packed_heads"], about["splits"], about["multiprocessors"]) == (4, 16, 128)
     assert "a last kernel merges" in about["reason"]

@@ -57,10 +57,7 @@ bool fails(char const* name, int* code) {
 
 size_t params_bytes(std::string const& symbol) {
     auto const is = [&](char const* kind) { return symbol.rfind(kind, 0) == 0; };
-    if (is("sage_statistics_")) return sizeof(sage::StatisticsParams);
-    if (is("sage_query_")) return sizeof(sage::QueryParams);
-    if (is("sage_key_")) return sizeof(sage::KeyParams);
-    if (is("sage_value_")) return sizeof(sage::ValueParams);
+    if (is("sage_quantize_")) return sizeof(sage::QuantizeParams<>);
     if (is("sage_attend_")) return sizeof(sage::AttendParams);
     if (is("sage_mask_rows_")) return sizeof(sage::MaskRowsParams);
     if (is("sage_mask_keys_")) return sizeof(sage::MaskKeysParams);

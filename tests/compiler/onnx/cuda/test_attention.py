@@ -113,7 +113,7 @@ def test_everything_is_on_the_stream(emulated: Device, driver: TestDriver) -> No
     kinds = [launch.symbol.split("_sm_89")[0].removeprefix("sage_") for launch in launches]
     assert kinds == [
         *("mask_rows", "mask_keys", "mask_counts", "sinks"),
-        *("statistics", "query", "key", "value", "attend"),
+        *("quantize", "attend"),
     ]
 
 

@@ -38,7 +38,7 @@ def look(device: Device, driver: TestDriver, host: Host, call: Call) -> Found:
     prepared = Prepared(device, call, "int8_fp8")
     host.reset()
     driver.fail("cuLaunchKernel", after=3)
-    with pytest.raises(NativeError, match="statistics"):
+    with pytest.raises(NativeError, match="quantize"):
         prepared.launch(host.allow)
     rows, keys, counts, _ = driver.launches()
     (*_, tiles, live, _, heads, query_length, key_length, query_blocks, key_blocks, _, _) = (

@@ -60,6 +60,11 @@ inline T load_global(T const* from, Site site = SAGE_CALL_SITE) {
 }
 
 template <class T>
+inline T load_written(T const* from, Site site = SAGE_CALL_SITE) {
+    return load(host::Access::kLoadWritten, from, site);
+}
+
+template <class T>
 inline T load_shared(T const* from, Site site = SAGE_CALL_SITE) {
     return load(host::Access::kLoadShared, from, site);
 }
@@ -72,6 +77,16 @@ inline void store_global(T* to, T value, Site site = SAGE_CALL_SITE) {
 template <class T>
 inline void store_shared(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreShared, to, value, site);
+}
+
+inline uint32_t take_ticket(uint32_t* counter, Site site = SAGE_CALL_SITE) {
+    return runtime().take_ticket(counter, site);
+}
+inline uint32_t arrive(uint32_t* counter, Site site = SAGE_CALL_SITE) {
+    return runtime().arrive(counter, site);
+}
+inline void await(uint32_t const* counter, uint32_t arrivals, Site site = SAGE_CALL_SITE) {
+    runtime().await(counter, arrivals, site);
 }
 
 inline void copy_async(void* shared, void const* global, Site site = SAGE_CALL_SITE) {

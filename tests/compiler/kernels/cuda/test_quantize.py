@@ -1,0 +1,208 @@
+"""Q, K and V quantized in one launch: bit by bit what four launches make, in any order of blocks,
+and with whatever was in memory before; kernels whose blocks do not wait as they must fail.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sage_compiler.kernels.cuda import sizes
+from sage_compiler.kernels.cuda.driver import DriverError
+from sage_compiler.kernels.cuda.kernel import Target
+from sage_compiler.kernels.cuda.spec import QuantizeSpec
+from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.precision import RECIPES, Format
+from sage_compiler.semantics import MaskClass, RotaryPairs
+from tests.compiler.kernels.cuda.emulation import Result, attend, broken, replacing, the_host
+from tests.compiler.kernels.cuda.test_attention import make_call
+from tests.compiler.kernels.cuda.test_rotary import FORMS, rotary_of
+from tests.compiler.kernels.dense import Call
+from tests.cutlass_templates import host
+
+pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+
+RECIPE_NAMES = ("int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16")
+COUNTERS = -3  # of the parts of the scratch memory
+# What the launches hand on: all but the sums that only quantizers need.
+OPERANDS = range(2, 9)
+
+
+def apart(kernels: Variant) -> Variant:
+    """Four launches in place of one."""
+    return replace(kernels, quantize=None)
+
+
+def some_call(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, seed: int = 0) -> Call:
+    """Several chunks of keys, ragged, and several heads of two sizes of groups."""
+    return make_call(140, 600, head_dim, dtype, batch=2, kv_heads=2, group=2, seed=seed)
+
+
+def quantized(call: Call, recipe: str, **options: object) -> Result:
+    """The operands alone."""
+    one = options.get("change") is not apart
+    return attend(call, recipe, launches=1 if one else 4, **options)  # type: ignore[arg-type]
+
+
+def assert_same(one: Result, other: Result) -> None:
+    for part in OPERANDS:
+        assert torch.equal(one.scratch[part], other.scratch[part]), part
+
+
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+@pytest.mark.parametrize("ahead", [0, 1, 3, 4])
+@pytest.mark.parametrize("want_lse", [False, True])
+def test_one_launch_makes_what_four_do(
+    recipe: str, ahead: int, want_lse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the statistics of none, of some and of all heads before the first conversion."""
+    monkeypatch.setattr(sizes.Sizes, "ahead", lambda *_: ahead)
+    call = some_call(torch.float16 if ahead % 2 else torch.bfloat16)
+    expected = quantized(call, recipe, want_lse=want_lse, change=apart)
+    for seed in (1, 2):
+        assert_same(quantized(call, recipe, want_lse=want_lse, seed=seed), expected)
+
+
+@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
+@pytest.mark.parametrize("head_dim", [64, 72, 160])
+def test_masks_strides_and_dims(recipe: str, head_dim: int) -> None:
+    """A band that hides keys and queries, a mask with keys that do not count, odd strides."""
+    call = some_call(torch.float32 if head_dim == 64 else torch.bfloat16, head_dim, seed=3)
+    mask = torch.where(torch.rand(140, 600, generator=torch.manual_seed(0)) < 0.5, 0.0, -1e4)
+    mask[:, 500:] = -torch.inf
+    spread = torch.empty(*call.key.shape[:3], 2 * head_dim, dtype=call.key.dtype)
+    key = spread[..., ::2].copy_(call.key)
+    semantics = replace(call.semantics, mask_class=MaskClass.CAUSAL)
+    for other in (replace(call, attn_mask=mask, key=key), replace(call, semantics=semantics)):
+        assert_same(quantized(other, recipe), quantized(other, recipe, change=apart))
+
+
+def test_different_dims_of_key_and_value() -> None:
+    call = some_call()
+    call = replace(call, value=torch.cat([call.value, call.value.flip(1)], dim=3))
+    assert_same(quantized(call, "int8_fp8"), quantized(call, "int8_fp8", change=apart))
+
+
+@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp8"])
+def test_a_rotated_key(recipe: str) -> None:
+    call = some_call()
+    rotary = rotary_of(call, RotaryPairs.HALF, 20, FORMS[0])
+    one = quantized(call, recipe, rotary=replace(rotary, query=None))
+    assert_same(one, quantized(call, recipe, rotary=replace(rotary, query=None), change=apart))
+
+
+# --- what must fail ---------------------------------------------------------------------------
+
+UNPUBLISHED = "race between load_written .* and a store of the same launch: missing arrive or await"
+NOT_YET = "deadlock: awaits .* it may only wait for those with lower tickets"
+BREAKS = {
+    "K without its sums": (
+        "[&] { await_statistics(p, counters + kKeyDone);",
+        "[&] {",
+        UNPUBLISHED,
+    ),
+    "V without its magnitudes": (
+        "await_statistics(p, counters_of(p, task.head) + kValueDone);",
+        "",
+        UNPUBLISHED,
+    ),
+    "K without the means of Q": (
+        "await(counters + kQueryDone, static_cast<int>(p.query.group * p.query.query_blocks));",
+        "",
+        UNPUBLISHED,
+    ),
+    "K with the means of all blocks of Q but one": (
+        "static_cast<int>(p.query.group * p.query.query_blocks));",
+        "static_cast<int>(p.query.group * p.query.query_blocks) - 1);",
+        UNPUBLISHED,
+    ),
+    "row terms without the mean of K": (
+        "if (p.query.row_term != nullptr) await_statistics(p, counters + kKeyDone);",
+        "",
+        UNPUBLISHED,
+    ),
+    "all chunks are there, and not yet their sum": (
+        "static_cast<int>(p.statistics.chunks) + 1);",
+        "static_cast<int>(p.statistics.chunks));",
+        UNPUBLISHED,
+    ),
+    "nobody but the first thread knows that it may go on": (
+        "if (arch::thread_index() == 0) arch::await(counter, arrivals); arch::barrier();",
+        "if (arch::thread_index() == 0) arch::await(counter, arrivals);",
+        UNPUBLISHED,
+    ),
+    "a sum is published before all have stored it": (
+        "arch::store_global(total + channel, result); } arch::barrier();",
+        "arch::store_global(total + channel, result); }",
+        UNPUBLISHED,
+    ),
+    "the statistics of the first head": (
+        "OfKey::run(p.key, task.head * p.key.key_blocks + task.index, [&] {",
+        "OfKey::run(p.key, task.head * p.key.key_blocks + task.index, [&] {"
+        "uint32_t* const counters = counters_of(p, 0);",
+        UNPUBLISHED,
+    ),
+    "a block that does not take the next ticket": (
+        "arch::take_ticket(p.schedule.counters + kTickets)",
+        "static_cast<uint32_t>(arch::block_index())",
+        NOT_YET,
+    ),
+    "conversions before the statistics of their head": (
+        "Split const split(at - first, of_statistics + of_head);",
+        "Split split(at - first, of_statistics + of_head);"
+        "split.inner = (split.inner + of_statistics) % (of_statistics + of_head);",
+        NOT_YET,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_launch_whose_blocks_do_not_wait(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes.Sizes, "ahead", lambda *_: 0)
+    old, new, message = BREAKS[what]
+    kernels = broken("quantize", replacing(old, new))
+    # Without what smooths Q, means of it have no part in it.
+    recipe = "int4_fp8" if "of Q" in what else "int8_fp8"
+    with pytest.raises(DriverError):
+        quantized(some_call(), recipe, kernels=kernels)
+    assert re.search(message, the_host().message())
+
+
+def test_the_first_block_joins_what_the_others_have_not_stored() -> None:
+    """It loads before they store, which no access shows: the sums do."""
+    old, new = (
+        "if (before + 1 != static_cast<uint32_t>(chunks)) return;",
+        "if (before != 0) return;",
+    )
+    kernels = broken("quantize", replacing(old, new))
+    found = quantized(some_call(), "int8_fp8", kernels=kernels)
+    with pytest.raises(AssertionError):
+        assert_same(found, quantized(some_call(), "int8_fp8"))
+
+
+def test_counters_that_are_not_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever memory held before, or what the call before has counted."""
+    monkeypatch.setattr(Target, "clear", lambda *_: None)
+    with pytest.raises(DriverError):
+        quantized(some_call(), "int8_fp8")
+    assert "a counter must be zero before the launch" in the_host().message()
+
+
+def test_one_launch_counts_its_blocks() -> None:
+    """A block for each task: one more has nothing to do, and one fewer leaves something out."""
+    call = some_call()
+    for recipe in RECIPE_NAMES:
+        running = quantized(call, recipe).call
+        counters = quantized(call, recipe).scratch[COUNTERS].view(torch.int32).view(-1, 8)
+        spec = running.kernels.quantize
+        assert isinstance(spec, QuantizeSpec)
+        chunks, heads = 3, 4
+        assert counters.shape[0] >= 1 + heads
+        assert counters[0, 0] == running.sizes.blocks(running.kernels)[0]
+        assert (counters[1 : 1 + heads, 0] == chunks + 1).all()
+        assert (counters[1 : 1 + heads, 1] == (chunks + 1 if spec.scales_value else 0)).all()
+        smooths = RECIPES[recipe].qk is Format.INT4
+        assert (counters[1 : 1 + heads, 2] == (2 * 2 if smooths else 0)).all()
