@@ -32,6 +32,7 @@ from sage_compiler.ops import SHIPPED_GATE
 from sage_compiler.precision import AUTO, EXACT
 from sage_compiler.semantics import UNBOUNDED, MaskClass
 from sage_compiler.text import columns, duration
+from sage_compiler.traffic import Traffic, traffic
 
 _WIDTH: Final = 100  # of prose
 _SHIPPED: Final = "on first use; release wheels have it"
@@ -71,6 +72,8 @@ class Answer:
         sizes: how tokens are cut into blocks.
         cut: how the products are.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
+        traffic: what quantizing moves; None of packed sequences, and of a GPU whose cache is not
+            known.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
             None where the kernels do not take it, left out where there is no prediction, as of
             sequences whose lengths are not known.
@@ -85,6 +88,7 @@ class Answer:
     sizes: Sizes
     cut: Cut | None
     scratch_bytes: int | None
+    traffic: Traffic | None
     seconds: dict[str, float | None]
 
 
@@ -122,7 +126,7 @@ def answer(question: Question) -> Answer:
     try:
         arch = arch_of(question.capability)
     except KernelUnavailableError:
-        return Answer(served_by, computed, reason, None, None, None, sizes, None, None, {})
+        return Answer(served_by, computed, reason, None, None, None, sizes, None, None, None, {})
 
     shown = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
     kernels = cut = None
@@ -145,9 +149,11 @@ def answer(question: Question) -> Answer:
             kernels, cut = planned
         elif served_by is Server.KERNELS:
             reason = f"{planned}: each sequence is a call of its own"
-    scratch_bytes = None
+    scratch_bytes = moved = None
     if kernels is not None and cut is not None:
         row_term = question.sinks is not None or kernels.attend.softcap
+        if question.sequences is None and arch is not PORTABLE:
+            moved = traffic(arch, kernels, sizes, row_term=row_term)
         parts = sizes.scratch(kernels, row_term=row_term, splits=cut.splits)
         scratch_bytes = arrange(parts)[1]
     work = rates.Work.of(
@@ -163,6 +169,7 @@ def answer(question: Question) -> Answer:
         sizes,
         cut,
         scratch_bytes,
+        moved,
         {
             name: rates.seconds(arch.name, name, work)
             for name in (() if arch is PORTABLE else (*arch.recipes, EXACT))
@@ -220,6 +227,7 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
         "tile": None,
         "cut": None,
         "scratch_bytes": found.scratch_bytes,
+        "quantization": None,
         "recipes": [],
         "exact_seconds": found.seconds.get(EXACT),
         "times": None,
@@ -244,6 +252,14 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
             }
             for spec, blocks, packed, shipped in _launches(found)
         ]
+        if found.traffic is not None:
+            about["quantization"] = {
+                "launches": found.traffic.launches,
+                "loaded_bytes": found.traffic.loaded,
+                "stored_bytes": found.traffic.stored,
+                "least_bytes": found.traffic.bound,
+                "memory_ratio": found.traffic.ratio,
+            }
         about["tile"] = {
             "queries": attend.tile_rows,
             "keys": attend.keys,
@@ -298,6 +314,12 @@ def _lines(question: Question, found: Answer) -> list[str]:
         lines.append(f"cut: {heads}, {f'keys in {splits} parts' if splits > 1 else 'all keys'}")
         lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
+        if found.traffic is not None:
+            least = found.traffic.bound / 1e6
+            lines.append(
+                f"quantization: {found.traffic.ratio:.2f} times {least:.1f} MB, the least that "
+                "memory has to move, by a model of the cache"
+            )
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
     if found.shown == triton.RECIPE:
         lines.append(

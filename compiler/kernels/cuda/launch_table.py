@@ -8,7 +8,7 @@ record a line, words separated by one space:
     arch NAME MAJOR MINOR RECIPES ROWS KEYS COUNTS SINKS
     kernel ARCH SYMBOL THREADS SHARED_BYTES PARAMS_BYTES IMAGE_BYTES SHA256
     attention ARCH DTYPE RECIPE LEAST MOST VALUE_LEAST VALUE_MOST WINDOW MASKED SOFTCAP
-        QUANTIZE ATTEND SMOOTHS SCALES QUERY_TASKS PADDED PADDED_VALUE
+        QUANTIZE ATTEND SMOOTHS SCALES QUERY_TASKS SLICES PADDED PADDED_VALUE
         QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES                      (all in one line)
     end SHA256
 
@@ -124,6 +124,7 @@ def _layout(kernels: Variant) -> tuple[int, ...]:
         int(attend.qk is Format.INT4),
         int(quantize.scales_value),
         quantize.tasks_of_query_block,
+        quantize.slices,
         padded_dim(attend.head_dim),
         padded_dim(attend.value_head_dim),
         attend.query_block_bytes,

@@ -21,7 +21,7 @@ _LEAST_CHUNK: Final = 256
 _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _FLOAT_BYTES: Final = 4
 _COUNTER_BYTES: Final = 32  # of a head: kCounters of params.cuh
-_AHEAD_BYTES: Final = 4 << 20  # of K and V that are read before the first is read again
+_AHEAD_BYTES: Final = 3 << 20  # of K and V that are read before the first is read again
 
 
 class Reach(NamedTuple):
@@ -167,13 +167,13 @@ class Sizes(NamedTuple):
         keys = kv_heads * self.key_blocks
         queries = self.batch * self.heads * self.query_blocks
         products = self.tiles(kernels.attend.query_tile) * splits
-        statistics = 2 * kv_heads * self.chunks
-        if kernels.quantize is None:
-            quantizers: tuple[int, ...] = (statistics, queries, keys, keys)
+        statistics = kv_heads * self.chunks
+        quantize = kernels.quantize
+        if quantize is None:
+            quantizers: tuple[int, ...] = (2 * statistics, queries, keys, keys)
         else:
-            if not kernels.quantize.scales_value:
-                statistics //= 2
-            quantizers = (statistics + queries * kernels.quantize.tasks_of_query_block + 2 * keys,)
+            statistics *= quantize.slices * (2 if quantize.scales_value else 1)
+            quantizers = (statistics + queries * quantize.tasks_of_query_block + 2 * keys,)
         merge = () if kernels.merge is None else (-(-self.rows // kernels.merge.rows),)
         return (*quantizers, products, *merge)
 
@@ -210,17 +210,20 @@ class Sizes(NamedTuple):
             totals * padded_value * _FLOAT_BYTES,
         )
 
-    def ahead(self, kernels: Variant) -> int:
-        """Heads whose statistics come before the first conversion, of quantizers in one launch.
+    def ahead(self, kernels: Variant, *, row_term: bool) -> int:
+        """Units whose statistics come before the first conversion, of quantizers in one launch.
 
-        As many as it takes for the statistics of a head to be there when its conversion begins,
-        but no more than the cache keeps until then.
+        A unit is K or V of a head, see quantize.cuh. There are as many as it takes for the
+        statistics of a unit to be there when its conversion begins, but no more than a cache keeps
+        until then; none where a unit is so large that waiting for it takes little of its time.
         """
         quantize = kernels.quantize
         assert quantize is not None
-        token = quantize.head_dim + (quantize.value_head_dim if quantize.scales_value else 0)
-        head = self.key_length * token * (4 if quantize.dtype == "float32" else 2)
-        return min(self.batch * self.kv_heads, _AHEAD_BYTES // head)
+        of_key = not (row_term and quantize.qk is Format.INT4)
+        units = self.batch * self.kv_heads * (of_key + quantize.scales_value)
+        channels = max(quantize.head_dim, quantize.value_head_dim)
+        unit = self.key_length * channels * (4 if quantize.dtype == "float32" else 2)
+        return 0 if unit > 3 * _AHEAD_BYTES else min(units, -(-_AHEAD_BYTES // unit))
 
     def query_scratch(
         self, attend: AttendSpec | HopperAttendSpec, *, row_term: bool, splits: int = 1

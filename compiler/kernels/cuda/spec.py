@@ -115,6 +115,7 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 _WARPGROUP: Final = 128  # threads
 _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
+_SLICE_CHANNELS: Final = 32
 _SLOT_BYTES: Final = 16  # for what one thread tells all
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
@@ -328,6 +329,11 @@ class QuantizeSpec(_QuantizerSpec):
             _cpp(self.accumulator is Accumulator.FP16),
             _cpp(self.panels),
         )
+
+    @property
+    def slices(self) -> int:
+        """Blocks that share the channels of a chunk of tokens for statistics."""
+        return max(self.head_dim, self.value_head_dim) // _SLICE_CHANNELS
 
     @property
     def tasks_of_query_block(self) -> int:

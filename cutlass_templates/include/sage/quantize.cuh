@@ -2,15 +2,17 @@
 // query.cuh, key.cuh and value.cuh, in an order that reads K and V of a head for the second time
 // while they are still in the L2 cache, and that needs no launch between them.
 //
-// A block takes a ticket, and its number is the task. The order is
+// A block takes a ticket, and its number is the task. A unit is K or V of one head; the order is
 //
-//   statistics of the heads 0 .. ahead - 1
-//   for each head h: statistics of head h + ahead, conversion of head h
-//   what needs no statistics
+//   what K needs of Q (INT4): with row terms the statistics of all K, and then Q
+//   statistics of the units 0 .. ahead - 1
+//   for each unit u: statistics of unit u + ahead, conversion of unit u
+//   conversions that are left: of a V without scales, of K where all its statistics came first
+//   Q, if it was not before
 //
-// and a conversion waits for the statistics of its head. These have lower tickets, so that the
+// and a conversion waits for the statistics of its unit. These have lower tickets, so that the
 // blocks which have them run or are done: nobody waits for a block that has not begun, however few
-// run at a time. Sums are added up in the order of chunks, by whichever block of a head's
+// run at a time. Sums are added up in the order of chunks, by whichever block of a unit's
 // statistics comes last: the bits are those of separate launches.
 #pragma once
 
@@ -21,12 +23,16 @@
 
 namespace sage {
 
+// Of K and V, that one block takes the statistics of: enough blocks for a GPU with few heads.
+constexpr int kSliceChannels = 32;
+
 constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
 template <class Input, class QkFormat, class PvFormat, int kKeyDim, int kValueDim,
           bool kHalfAccumulator, bool kPanels, class QueryReader = Plain, class KeyReader = Plain>
 struct Quantize {
-    using OfStatistics = Statistics<Input, kKeyDim, kValueDim, KeyReader>;
+    static constexpr int kSlices = larger_of(kKeyDim, kValueDim) / kSliceChannels;
+    using OfStatistics = Statistics<Input, kKeyDim, kValueDim, KeyReader, kSlices>;
     static constexpr bool kSmooths = QkFormat::kBits == 4;
     using OfQuery = QuantizeQuery<Input, QkFormat, kKeyDim, kPanels, QueryReader,
                                   kSmooths ? kQueryBlock : kQueryBlock / 2>;
@@ -47,8 +53,8 @@ struct Quantize {
                   larger_of(OfKey::kSharedBytes, OfValue::kSharedBytes));
     static constexpr int kSharedBytes = kTaskBytes + kSlotBytes;
 
-    // Means of Q blocks make a term of K, so that a head's Q comes before its K. Else Q comes last,
-    // when nothing of K and V has to stay in the cache any more.
+    // Means of Q blocks make a term of K. Else Q comes last, when nothing of K and V has to stay in
+    // the cache any more.
     static constexpr bool kQueryFirst = kSmooths;
 
     SAGE_DEVICE static void run(Params const& p) {
@@ -81,52 +87,76 @@ struct Quantize {
     enum class Kind { kKeyStatistics, kValueStatistics, kQuery, kKey, kValue };
     struct Task {
         Kind kind;
-        int head;   // b * Hkv + h
-        int index;  // of the tasks of this kind of a head; of Q, of the heads that share K and V
+        int64_t index;  // of the tasks of this kind
+        int head;       // b * Hkv + h
     };
 
     SAGE_DEVICE static Task task_of(Params const& p, int64_t ticket) {
-        int const chunks = static_cast<int>(p.statistics.chunks);
+        int const heads = static_cast<int>(p.schedule.heads);
+        int const statistics = static_cast<int>(p.statistics.chunks) * kSlices;  // of a unit
         int const blocks = static_cast<int>(p.key.key_blocks);
         int const queries =
             static_cast<int>(p.query.group * p.query.query_blocks) * OfQuery::kTasks;
-        int const heads = static_cast<int>(p.schedule.heads);
-        int const ahead = static_cast<int>(p.schedule.ahead);
-        int const of_statistics = OfValue::kScaled ? 2 * chunks : chunks;
-        int const of_head = 2 * blocks + (kQueryFirst ? queries : 0);
+        bool const key_first = kQueryFirst && p.query.row_term != nullptr;
 
-        int const first = ahead * of_statistics;                        // before any conversion
-        int const pairs = (heads - ahead) * (of_statistics + of_head);  // and with statistics
-        int at = static_cast<int>(ticket), head = 0;
-        bool is_statistics = true;
-        if (at < first) {
-            Split const split(at, of_statistics);
-            head = split.outer;
-            at = split.inner;
-        } else if (at < first + pairs) {
-            Split const split(at - first, of_statistics + of_head);
-            is_statistics = split.inner < of_statistics;
-            head = is_statistics ? split.outer + ahead : split.outer;
-            at = is_statistics ? split.inner : split.inner - of_statistics;
-        } else if (at < first + pairs + ahead * of_head) {
-            Split const split(at - first - pairs, of_head);
-            is_statistics = false;
-            head = split.outer + heads - ahead;
-            at = split.inner;
-        } else {
-            Split const split(at - first - pairs - ahead * of_head, queries);
-            return {Kind::kQuery, split.outer, split.inner};
+        if (key_first) {
+            int64_t const all = int64_t{heads} * statistics;
+            if (ticket < all) return task(Kind::kKeyStatistics, ticket, statistics);
+            ticket -= all;
         }
-        if (is_statistics) {
-            if (at < chunks) return {Kind::kKeyStatistics, head, at};
-            return {Kind::kValueStatistics, head, at - chunks};
+        if (kQueryFirst) {
+            int64_t const all = int64_t{heads} * queries;
+            if (ticket < all) return task(Kind::kQuery, ticket, queries);
+            ticket -= all;
         }
-        if constexpr (kQueryFirst) {
-            if (at < queries) return {Kind::kQuery, head, at};
-            at -= queries;
+
+        int const tensors = (key_first ? 0 : 1) + (OfValue::kScaled ? 1 : 0);
+        int const units = heads * tensors, ahead = static_cast<int>(p.schedule.ahead);
+        int64_t const begin = int64_t{ahead} * statistics;
+        int64_t const end = int64_t{units} * (statistics + blocks);
+        if (ticket < end) {
+            int const period = statistics + blocks;
+            Split const at(ticket < begin ? 0 : ticket - begin, period);
+            bool is_statistics = true;
+            int unit, index;
+            if (ticket < begin) {
+                Split const before(ticket, statistics);
+                unit = before.outer;
+                index = before.inner;
+            } else if (at.outer < units - ahead) {
+                is_statistics = at.inner < statistics;
+                unit = is_statistics ? at.outer + ahead : at.outer;
+                index = is_statistics ? at.inner : at.inner - statistics;
+            } else {  // statistics are all done
+                Split const after(ticket - begin - int64_t{units - ahead} * period, blocks);
+                is_statistics = false;
+                unit = units - ahead + after.outer;
+                index = after.inner;
+            }
+            Split const of_head(unit, tensors);
+            bool const is_value = tensors == 2 ? of_head.inner == 1 : key_first;
+            int64_t const of_kind =
+                int64_t{of_head.outer} * (is_statistics ? statistics : blocks) + index;
+            return {is_statistics ? (is_value ? Kind::kValueStatistics : Kind::kKeyStatistics)
+                                  : (is_value ? Kind::kValue : Kind::kKey),
+                    of_kind, of_head.outer};
         }
-        if (at < blocks) return {Kind::kKey, head, at};
-        return {Kind::kValue, head, at - blocks};
+        ticket -= end;
+
+        int64_t const all = int64_t{heads} * blocks;
+        if (key_first) {
+            if (ticket < all) return task(Kind::kKey, ticket, blocks);
+            ticket -= all;
+        }
+        if (!OfValue::kScaled) {
+            if (ticket < all) return task(Kind::kValue, ticket, blocks);
+            ticket -= all;
+        }
+        return task(Kind::kQuery, ticket, queries);
+    }
+
+    SAGE_DEVICE static Task task(Kind kind, int64_t index, int of_head) {
+        return {kind, index, Split(index, of_head).outer};
     }
 
     // What thread 0 has, for all: in shared memory that no task uses.
@@ -138,49 +168,46 @@ struct Quantize {
     }
 
     SAGE_DEVICE static void reduce_key(Params const& p, Task const& task) {
-        int const chunks = static_cast<int>(p.statistics.chunks);
-        int64_t const first = int64_t{task.head} * chunks;
-        OfStatistics::key(p.statistics, first + task.index);
-        join<kKeyDim>(counters_of(p, task.head) + kKeyDone, chunks,
-                      p.statistics.key_sums + first * kKeyDim,
-                      p.schedule.key_totals + int64_t{task.head} * kKeyDim,
+        OfStatistics::key(p.statistics, task.index);
+        join<kKeyDim>(p, counters_of(p, task.head) + kKeyDone, task.head, p.statistics.key_sums,
+                      p.schedule.key_totals,
                       [](float sum, float of_chunk) { return sum + of_chunk; });
     }
 
     SAGE_DEVICE static void reduce_value(Params const& p, Task const& task) {
-        int const chunks = static_cast<int>(p.statistics.chunks);
-        int64_t const first = int64_t{task.head} * chunks;
-        OfStatistics::value(p.statistics, first + task.index);
-        join<kValueDim>(counters_of(p, task.head) + kValueDone, chunks,
-                        reinterpret_cast<float const*>(p.statistics.value_amax) + first * kValueDim,
-                        p.schedule.value_totals + int64_t{task.head} * kValueDim,
-                        [](float amax, float of_chunk) {
+        OfStatistics::value(p.statistics, task.index);
+        join<kValueDim>(p, counters_of(p, task.head) + kValueDone, task.head,
+                        reinterpret_cast<float const*>(p.statistics.value_amax),
+                        p.schedule.value_totals, [](float amax, float of_chunk) {
                             return arch::from_bits(larger(arch::bits(amax), arch::bits(of_chunk)));
                         });
     }
 
-    // Of the blocks that come here with the chunks of a head, the last one joins what all found.
+    // Of the blocks that come here with the chunks of a head, the last one joins what all found:
+    // of_chunks (B * Hkv, chunks, D) to totals (B * Hkv, D).
     template <int kHeadDim, class Join>
-    SAGE_DEVICE static void join(uint32_t* counter, int chunks, float const* of_chunks,
-                                 float* total, Join join) {
+    SAGE_DEVICE static void join(Params const& p, uint32_t* counter, int head,
+                                 float const* of_chunks, float* totals, Join join) {
         arch::barrier();
         uint32_t const before = to_all(arch::thread_index() == 0 ? arch::arrive(counter) : 0);
-        if (before + 1 != static_cast<uint32_t>(chunks)) return;
+        if (before + 1 != arrivals(p)) return;
         int const channel = arch::thread_index();
         if (channel < kHeadDim) {
+            int const chunks = static_cast<int>(p.statistics.chunks);
+            float const* const of_channel = of_chunks + int64_t{head} * chunks * kHeadDim + channel;
             float result = 0.0f;
             for (int first = 0; first < chunks; first += kMostChunks) {
                 float x[kMostChunks];
                 SAGE_UNROLL
                 for (int i = 0; i < kMostChunks; ++i) {
                     x[i] = first + i < chunks
-                               ? arch::load_written(of_chunks + (first + i) * kHeadDim + channel)
+                               ? arch::load_written(of_channel + (first + i) * kHeadDim)
                                : 0.0f;
                 }
                 SAGE_UNROLL
                 for (int i = 0; i < kMostChunks; ++i) result = join(result, x[i]);
             }
-            arch::store_global(total + channel, result);
+            arch::store_global(totals + int64_t{head} * kHeadDim + channel, result);
         }
         arch::barrier();
         if (arch::thread_index() == 0) arch::arrive(counter);
@@ -189,8 +216,7 @@ struct Quantize {
     SAGE_DEVICE static void query(Params const& p, Task const& task) {
         uint32_t* const counters = counters_of(p, task.head);
         if (p.query.row_term != nullptr) await_statistics(p, counters + kKeyDone);
-        OfQuery::run(p.query, task.head * p.query.group * p.query.query_blocks * OfQuery::kTasks +
-                                  task.index);
+        OfQuery::run(p.query, task.index);
         if constexpr (kQueryFirst) {  // means are stored before the last barrier of the task
             if (arch::thread_index() == 0) arch::arrive(counters + kQueryDone);
         }
@@ -198,28 +224,33 @@ struct Quantize {
 
     SAGE_DEVICE static void key(Params const& p, Task const& task) {
         uint32_t* const counters = counters_of(p, task.head);
-        OfKey::run(p.key, task.head * p.key.key_blocks + task.index, [&] {
+        OfKey::run(p.key, task.index, [&] {
             await_statistics(p, counters + kKeyDone);
             if constexpr (kQueryFirst) {
                 await(counters + kQueryDone,
-                      static_cast<int>(p.query.group * p.query.query_blocks));
+                      static_cast<uint32_t>(p.query.group * p.query.query_blocks));
             }
         });
     }
 
     SAGE_DEVICE static void value(Params const& p, Task const& task) {
-        OfValue::run(p.value, task.head * p.value.key_blocks + task.index, [&] {
+        OfValue::run(p.value, task.index, [&] {
             if constexpr (OfValue::kScaled) {
                 await_statistics(p, counters_of(p, task.head) + kValueDone);
             }
         });
     }
 
-    SAGE_DEVICE static void await_statistics(Params const& p, uint32_t const* counter) {
-        await(counter, static_cast<int>(p.statistics.chunks) + 1);
+    // Of blocks with a unit's statistics, but for the last one, which comes twice.
+    SAGE_DEVICE static uint32_t arrivals(Params const& p) {
+        return static_cast<uint32_t>(p.statistics.chunks) * kSlices;
     }
 
-    SAGE_DEVICE static void await(uint32_t const* counter, int arrivals) {
+    SAGE_DEVICE static void await_statistics(Params const& p, uint32_t const* counter) {
+        await(counter, arrivals(p) + 1);
+    }
+
+    SAGE_DEVICE static void await(uint32_t const* counter, uint32_t arrivals) {
         if (arch::thread_index() == 0) arch::await(counter, arrivals);
         arch::barrier();
     }

@@ -7,7 +7,9 @@
 
 namespace sage {
 
-template <class Input, int kKeyDim, int kValueDim, class KeyReader = Plain>
+// A task has a chunk, or of its channels one of kSlices: then more threads share the tokens of a
+// channel, and are quicker through with it.
+template <class Input, int kKeyDim, int kValueDim, class KeyReader = Plain, int kSlices = 1>
 struct Statistics {
     using Params = typename KeyReader::template With<StatisticsParams>;
     static constexpr int kThreads = kQuantizerThreads;
@@ -25,7 +27,7 @@ struct Statistics {
         }
     }
 
-    // task = (b * Hkv + h) * chunks + chunk
+    // task = ((b * Hkv + h) * chunks + chunk) * kSlices + slice
     SAGE_DEVICE static void key(Params const& p, int64_t task) {
         reduce<kKeyDim, KeyReader>(
             p, task, p.key, p.key_sums,
@@ -67,44 +69,63 @@ struct Statistics {
 
  private:
     // Adds the tokens of one chunk of one head, and joins what threads found, into `results` (B *
-    // Hkv, chunks, D).
+    // Hkv, chunks, D). Every kRows-th token is added to the same sum, by kSlices threads in turn,
+    // so that the order is one for any number of slices.
     template <int kHeadDim, class Reader, class Add, class Join>
     SAGE_DEVICE static void reduce(Params const& p, int64_t task, Strided const& tensor,
                                    float* results, Add add, Join join) {
-        using At = Position<kHeadDim>;
-        At const at;
-        Split const chunk(task, p.chunks);
+        constexpr int kRows = Position<kHeadDim>::kRows, kChannels = kHeadDim / kSlices;
+        constexpr int kColumns = kChannels / kChunk;
+        static_assert(kColumns > 0 && kColumns * kRows * kSlices == kThreads, "a chunk a thread");
+        int const column = arch::thread_index() % kColumns;
+        int const row = arch::thread_index() / kColumns % kRows;
+        int const turn = arch::thread_index() / kColumns / kRows;
+        Split const slice(task, kSlices);
+        Split const chunk(slice.outer, p.chunks);
         Split const head(chunk.outer, p.heads);
+        int const first_channel = slice.inner * kChannels;
         auto const tokens = Reader::template read<Input>(p, tensor, head);
         int64_t const first = p.first_key + chunk.inner * p.chunk_tokens;
         int64_t const all = first + p.chunk_tokens;
         int64_t const end = all < p.end_key ? all : p.end_key;
         Seen const seen(p.flags, head, first, end);
 
+        float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, channels)
+        float* const own = shared + row * kChannels + column * kChunk;
         float total[kChunk] = {};
-        for (int64_t token = first + at.row; token < end; token += kAtOnce * At::kRows) {
+        for (int64_t begin = first; begin < end; begin += kAtOnce * kRows * kSlices) {
             Batch<kAtOnce, Chunk<typename Reader::template Kept<Input>>> batch;
-            batch.load(tokens, seen, token, At::kRows, at.channel);
-            SAGE_UNROLL
-            for (int t = 0; t < kAtOnce; ++t) {
-                float x[kChunk];
-                batch.chunks[t].unpack(x);
-                SAGE_UNROLL
-                for (int i = 0; i < kChunk; ++i) total[i] = add(total[i], x[i], batch.seen(t));
+            batch.load(tokens, seen, begin + row + turn * kAtOnce * kRows, kRows,
+                       first_channel + column * kChunk);
+            for (int other = 0; other < kSlices; ++other) {
+                if (turn == other) {
+                    if (kSlices > 1 && (other > 0 || begin > first)) load_floats_shared(total, own);
+                    SAGE_UNROLL
+                    for (int t = 0; t < kAtOnce; ++t) {
+                        float x[kChunk];
+                        batch.chunks[t].unpack(x);
+                        SAGE_UNROLL
+                        for (int i = 0; i < kChunk; ++i) {
+                            total[i] = add(total[i], x[i], batch.seen(t));
+                        }
+                    }
+                    if (kSlices > 1) store_floats_shared(own, total);
+                }
+                if (kSlices > 1) arch::barrier();
             }
         }
-
-        float* const shared = reinterpret_cast<float*>(arch::shared_memory());  // (kRows, D)
-        store_floats_shared(shared + at.row * kHeadDim + at.channel, total);
+        // Without tokens nobody has had a turn.
+        if (kSlices == 1 || (first >= end && turn == 0)) store_floats_shared(own, total);
         arch::barrier();
         int const channel = arch::thread_index();
-        if (channel >= kHeadDim) return;
+        if (channel >= kChannels) return;
         float result = 0.0f;
         SAGE_UNROLL
-        for (int row = 0; row < At::kRows; ++row) {
-            result = join(result, arch::load_shared(shared + row * kHeadDim + channel));
+        for (int other = 0; other < kRows; ++other) {
+            result = join(result, arch::load_shared(shared + other * kChannels + channel));
         }
-        arch::store_global(results + task * kHeadDim + channel, result);
+        arch::store_global(results + int64_t{slice.outer} * kHeadDim + first_channel + channel,
+                           result);
     }
 };
 

@@ -198,6 +198,17 @@ SAGE_DEVICE void store_floats_shared(float* address, float const (&x)[kChunk]) {
     }
 }
 
+SAGE_DEVICE void load_floats_shared(float (&x)[kChunk], float const* address) {
+    SAGE_UNROLL
+    for (int i = 0; i < kChunk; i += 4) {
+        float4 const four = arch::load_shared(reinterpret_cast<float4 const*>(address + i));
+        x[i] = four.x;
+        x[i + 1] = four.y;
+        x[i + 2] = four.z;
+        x[i + 3] = four.w;
+    }
+}
+
 // How many keys of a head count.
 SAGE_DEVICE float counted_keys(float const* counts, int64_t head, int64_t first, int64_t end) {
     return counts == nullptr ? static_cast<float>(end - first) : arch::load_global(counts + head);

@@ -13,7 +13,7 @@ constexpr int64_t kFar = 1 << 30;  // beyond any length, and twice of it within 
 constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
-constexpr int64_t kAheadBytes = 4 << 20;
+constexpr int64_t kAheadBytes = 3 << 20;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
 
@@ -147,16 +147,18 @@ void Work::see(const Attention& a) {
 }
 
 int64_t Work::quantizing_blocks(const Attention& a) const {
-    const int64_t of_statistics = plan_->scales_value != 0 ? 2 * chunks_ : chunks_;
+    const int64_t of_statistics = chunks_ * plan_->slices * (plan_->scales_value != 0 ? 2 : 1);
     const int64_t queries = a.heads * query_blocks_ * plan_->query_tasks;
     return a.batch * (queries + a.kv_heads * (of_statistics + 2 * key_blocks_));
 }
 
-// Heads whose statistics come before the first conversion: as many as the cache keeps.
-int64_t Work::heads_ahead(const Attention& a) const {
+// Of Sizes.ahead.
+int64_t Work::units_ahead(const Attention& a) const {
+    const bool of_key = plan_->smooths_query == 0 || sizes_[kRowTerm] == 0;
+    const int64_t units = a.batch * a.kv_heads * (of_key + (plan_->scales_value != 0));
     const int64_t element = a.dtype == Dtype::kFloat32 ? 4 : 2;
-    const int64_t channels = plan_->padded + (plan_->scales_value != 0 ? plan_->padded_value : 0);
-    return least(a.batch * a.kv_heads, kAheadBytes / (a.key_length * channels * element));
+    const int64_t unit = a.key_length * most(plan_->padded, plan_->padded_value) * element;
+    return unit > 3 * kAheadBytes ? 0 : least(units, blocks_of(kAheadBytes, unit));
 }
 
 bool Work::lay_out(const Attention& a, Error& error) {
@@ -296,7 +298,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                               end_key_,
                                               1};
     const sage::ScheduleParams schedule = {counters, key_totals, value_totals, a.batch * a.kv_heads,
-                                           heads_ahead(a)};
+                                           units_ahead(a)};
     const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
                                              quantize_value, schedule};
     const sage::AttendParams attend = {parts[kQueryCodes],

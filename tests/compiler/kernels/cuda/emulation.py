@@ -155,6 +155,7 @@ def attend(
     arch: str = ARCH,
     rotary: Rotary | None = None,
     launches: int | None = None,
+    count_bytes: bool = False,
 ) -> Result:
     """Run one attention.
 
@@ -167,6 +168,7 @@ def attend(
         arch: the one whose kernels run.
         rotary: how Q and K are rotated.
         launches: how many of its kernels to run, the first ones; by default all.
+        count_bytes: of global memory, for the log of launches.
 
     Raises:
         DriverError: a check failed.
@@ -174,6 +176,7 @@ def attend(
     here = the_host()
     here.reset()
     here.seed(seed)
+    here.library.sage_host_count_bytes(count_bytes)
     here.set_capability(*ARCHS[arch].capability)
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:

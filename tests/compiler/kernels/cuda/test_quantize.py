@@ -5,19 +5,29 @@ and with whatever was in memory before; kernels whose blocks do not wait as they
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sage_compiler.kernels.cuda import sizes
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.kernel import Target
 from sage_compiler.kernels.cuda.spec import QuantizeSpec
-from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import RECIPES, Format
 from sage_compiler.semantics import MaskClass, RotaryPairs
-from tests.compiler.kernels.cuda.emulation import Result, attend, broken, replacing, the_host
+from sage_compiler.traffic import Units, missed, traffic
+from tests.compiler.kernels.cuda.emulation import (
+    ARCH,
+    Result,
+    attend,
+    broken,
+    replacing,
+    the_host,
+)
 from tests.compiler.kernels.cuda.test_attention import make_call
 from tests.compiler.kernels.cuda.test_rotary import FORMS, rotary_of
 from tests.compiler.kernels.dense import Call
@@ -29,6 +39,16 @@ RECIPE_NAMES = ("int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16")
 COUNTERS = -3  # of the parts of the scratch memory
 # What the launches hand on: all but the sums that only quantizers need.
 OPERANDS = range(2, 9)
+
+
+def be_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Statistics of so many units come first; those calls here that have fewer have all."""
+    units = sizes.Sizes.ahead  # of short sequences
+
+    def ahead(self: sizes.Sizes, kernels: Variant, *, row_term: bool) -> int:
+        return min(most, units(self, kernels, row_term=row_term))
+
+    monkeypatch.setattr(sizes.Sizes, "ahead", ahead)
 
 
 def apart(kernels: Variant) -> Variant:
@@ -53,13 +73,13 @@ def assert_same(one: Result, other: Result) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-@pytest.mark.parametrize("ahead", [0, 1, 3, 4])
+@pytest.mark.parametrize("ahead", [0, 1, 3, 8])
 @pytest.mark.parametrize("want_lse", [False, True])
 def test_one_launch_makes_what_four_do(
     recipe: str, ahead: int, want_lse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the statistics of none, of some and of all heads before the first conversion."""
-    monkeypatch.setattr(sizes.Sizes, "ahead", lambda *_: ahead)
+    be_ahead(monkeypatch, ahead)
     call = some_call(torch.float16 if ahead % 2 else torch.bfloat16)
     expected = quantized(call, recipe, want_lse=want_lse, change=apart)
     for seed in (1, 2):
@@ -110,13 +130,14 @@ BREAKS = {
         UNPUBLISHED,
     ),
     "K without the means of Q": (
-        "await(counters + kQueryDone, static_cast<int>(p.query.group * p.query.query_blocks));",
+        "await(counters + kQueryDone, "
+        "static_cast<uint32_t>(p.query.group * p.query.query_blocks));",
         "",
         UNPUBLISHED,
     ),
     "K with the means of all blocks of Q but one": (
-        "static_cast<int>(p.query.group * p.query.query_blocks));",
-        "static_cast<int>(p.query.group * p.query.query_blocks) - 1);",
+        "static_cast<uint32_t>(p.query.group * p.query.query_blocks));",
+        "static_cast<uint32_t>(p.query.group * p.query.query_blocks) - 1);",
         UNPUBLISHED,
     ),
     "row terms without the mean of K": (
@@ -125,8 +146,8 @@ BREAKS = {
         UNPUBLISHED,
     ),
     "all chunks are there, and not yet their sum": (
-        "static_cast<int>(p.statistics.chunks) + 1);",
-        "static_cast<int>(p.statistics.chunks));",
+        "await(counter, arrivals(p) + 1);",
+        "await(counter, arrivals(p));",
         UNPUBLISHED,
     ),
     "nobody but the first thread knows that it may go on": (
@@ -135,14 +156,13 @@ BREAKS = {
         UNPUBLISHED,
     ),
     "a sum is published before all have stored it": (
-        "arch::store_global(total + channel, result); } arch::barrier();",
-        "arch::store_global(total + channel, result); }",
+        "* kHeadDim + channel, result); } arch::barrier();",
+        "* kHeadDim + channel, result); }",
         UNPUBLISHED,
     ),
     "the statistics of the first head": (
-        "OfKey::run(p.key, task.head * p.key.key_blocks + task.index, [&] {",
-        "OfKey::run(p.key, task.head * p.key.key_blocks + task.index, [&] {"
-        "uint32_t* const counters = counters_of(p, 0);",
+        "OfKey::run(p.key, task.index, [&] {",
+        "OfKey::run(p.key, task.index, [&] {uint32_t* const counters = counters_of(p, 0);",
         UNPUBLISHED,
     ),
     "a block that does not take the next ticket": (
@@ -150,10 +170,9 @@ BREAKS = {
         "static_cast<uint32_t>(arch::block_index())",
         NOT_YET,
     ),
-    "conversions before the statistics of their head": (
-        "Split const split(at - first, of_statistics + of_head);",
-        "Split split(at - first, of_statistics + of_head);"
-        "split.inner = (split.inner + of_statistics) % (of_statistics + of_head);",
+    "conversions before the statistics of their unit": (
+        "is_statistics = at.inner < statistics;",
+        "is_statistics = at.inner >= blocks;",
         NOT_YET,
     ),
 }
@@ -161,7 +180,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_launch_whose_blocks_do_not_wait(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes.Sizes, "ahead", lambda *_: 0)
+    be_ahead(monkeypatch, 0)
     old, new, message = BREAKS[what]
     kernels = broken("quantize", replacing(old, new))
     # Without what smooths Q, means of it have no part in it.
@@ -174,7 +193,7 @@ def test_a_launch_whose_blocks_do_not_wait(what: str, monkeypatch: pytest.Monkey
 def test_the_first_block_joins_what_the_others_have_not_stored() -> None:
     """It loads before they store, which no access shows: the sums do."""
     old, new = (
-        "if (before + 1 != static_cast<uint32_t>(chunks)) return;",
+        "if (before + 1 != arrivals(p)) return;",
         "if (before != 0) return;",
     )
     kernels = broken("quantize", replacing(old, new))
@@ -199,10 +218,65 @@ def test_one_launch_counts_its_blocks() -> None:
         counters = quantized(call, recipe).scratch[COUNTERS].view(torch.int32).view(-1, 8)
         spec = running.kernels.quantize
         assert isinstance(spec, QuantizeSpec)
-        chunks, heads = 3, 4
+        arrivals, heads = 3 * spec.slices, 4
         assert counters.shape[0] >= 1 + heads
         assert counters[0, 0] == running.sizes.blocks(running.kernels)[0]
-        assert (counters[1 : 1 + heads, 0] == chunks + 1).all()
-        assert (counters[1 : 1 + heads, 1] == (chunks + 1 if spec.scales_value else 0)).all()
+        assert (counters[1 : 1 + heads, 0] == arrivals + 1).all()
+        assert (counters[1 : 1 + heads, 1] == (arrivals + 1 if spec.scales_value else 0)).all()
         smooths = RECIPES[recipe].qk is Format.INT4
         assert (counters[1 : 1 + heads, 2] == (2 * 2 if smooths else 0)).all()
+
+
+# --- the account -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [lambda same: same, apart])
+@pytest.mark.parametrize("want_lse", [False, True])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
+def test_the_bytes_are_those_of_the_account(
+    recipe: str, want_lse: bool, change: Callable[[Variant], Variant]
+) -> None:
+    """What blocks load and store, sector by sector, is what ``traffic`` says."""
+    call = make_call(256, 640, 64, torch.float16, kv_heads=2, group=2, value_dim=128)
+    found = quantized(call, recipe, want_lse=want_lse, change=change, count_bytes=True)
+    told = traffic(ARCHS[ARCH], found.call.kernels, found.call.sizes, row_term=want_lse)
+    launches = the_host().launches()
+    assert len(launches) == told.launches
+    assert sum(each["loaded"] for each in launches) == told.loaded
+    assert sum(each["stored"] for each in launches) == told.stored
+
+
+def test_what_a_kernel_does_not_load_is_missed() -> None:
+    """That the count can be wrong: statistics of every second round of tokens."""
+    call = make_call(256, 640, 64, torch.float16, kv_heads=2, group=2)
+    old, new = "begin += kAtOnce * kRows * kSlices)", "begin += 2 * kAtOnce * kRows * kSlices)"
+    kernels = broken("statistics", replacing(old, new))
+    found = quantized(call, "int8_fp8", kernels=kernels, count_bytes=True)
+    told = traffic(ARCHS[ARCH], found.call.kernels, found.call.sizes, row_term=True)
+    (logged,) = the_host().launches()
+    assert logged["loaded"] < told.loaded
+
+
+@pytest.mark.parametrize(
+    ("arch", "recipe", "longest"),
+    [("sm_90a", "int8_fp8", 16384), ("sm_89", "int8_fp8", 65536), ("sm_80", "int8_fp16", 16384)],
+)
+def test_inputs_are_read_once_where_they_fit(arch: str, recipe: str, longest: int) -> None:
+    """By the model: near the bound in one launch, and far from it in four."""
+    kernels = variant(arch, "bfloat16", 128, recipe)
+    for length in (1024, 4096, 8192, 16384, 32768, 65536, 131072):
+        shape = sizes.Sizes.of(4, 32, 32, length, length)
+        one, four = (traffic(ARCHS[arch], each, shape) for each in (kernels, apart(kernels)))
+        assert (one.launches, four.launches) == (1, 4)
+        assert (one.ratio < 1.05) == (length <= longest), length
+        assert four.ratio > 1.39
+
+
+def test_a_cache_keeps_what_was_touched_last() -> None:
+    """By hand: a second reading comes after a unit is read, or after more than the cache has."""
+    units = Units((4, 1), 16, bytes_read=1600, bytes_written=800, ahead=0, number=9)
+    assert missed(units, 2400, running=1) == 0  # a unit, and what is made of it
+    assert missed(units, 1500, running=1) == 1  # each token goes before its turn comes
+    assert missed(units._replace(ahead=1), 2400, running=1) == 1
+    assert missed(units._replace(ahead=1), 3 * 1600 + 2 * 800, running=1) == 0
+    assert 0 < missed(units, 2400, running=8) < 1
