@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, QueryTile, padded_dim
-from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
 
@@ -155,8 +155,8 @@ class Sizes(NamedTuple):
         heads = self.kv_heads if tile.packed_heads else self.heads
         return self.batch * heads * self.row_blocks(tile)
 
-    def blocks(self, kernels: Variant, splits: int = 1) -> tuple[int, ...]:
-        """Of each launch, in the order of ``Variant.specs``.
+    def blocks(self, kernels: Variant | CacheVariant, splits: int = 1) -> tuple[int, ...]:
+        """Of each launch, in the order of ``Variant.specs``, also where K and V are in a cache.
 
         Args:
             splits: parts that the keys are divided into, of kernels that do.
