@@ -143,8 +143,6 @@ def answer(question: Question) -> Answer:
         )
         if not isinstance(planned, str):
             kernels, cut = planned
-        elif served_by is Server.KERNELS:
-            reason = f"{planned}: each sequence is a call of its own"
     scratch_bytes = None
     if kernels is not None and cut is not None:
         row_term = question.sinks is not None or kernels.attend.softcap
@@ -371,12 +369,7 @@ def _cut_reason(question: Question, found: Answer) -> str:
     if question.sequences is not None:
         return _SEQUENCES
     assert found.cut is not None and found.arch is not None
-    return reason_of_cut(
-        found.cut,
-        found.sizes,
-        found.arch.multiprocessors,
-        wgmma=found.kernels is not None and isinstance(found.kernels.attend, HopperAttendSpec),
-    )
+    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
 
 
 def _geometry_reason(arch: Arch, kernels: Variant) -> str:
