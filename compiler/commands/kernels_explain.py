@@ -155,8 +155,6 @@ def answer(question: Question) -> Answer:
         )
         if not isinstance(planned, str):
             kernels, cut = planned
-        elif served_by is Server.KERNELS:
-            reason = f"{planned}: each sequence is a call of its own"
     scratch_bytes = None
     launches: tuple[tuple[KernelSpec, int], ...] = ()
     if kernels is not None and cut is not None:
@@ -413,12 +411,7 @@ def _cut_reason(question: Question, found: Answer) -> str:
         rotated = "" if question.rotary is None else "; Q and K are rotated before, by torch"
         return _SEQUENCES + rotated
     assert found.cut is not None and found.arch is not None
-    return reason_of_cut(
-        found.cut,
-        found.sizes,
-        found.arch.multiprocessors,
-        wgmma=found.kernels is not None and isinstance(found.kernels.attend, HopperAttendSpec),
-    )
+    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
 
 
 def _geometry_reason(arch: Arch, kernels: Variant | CacheVariant) -> str:

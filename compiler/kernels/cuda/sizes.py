@@ -206,10 +206,13 @@ class Sizes(NamedTuple):
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         smooths_query = attend.qk is Format.INT4
         rows = self.batch * self.heads * self.query_blocks
+        # Codes are by head and query, but where wgmma reads them they are the tiles themselves.
+        in_tiles = isinstance(attend, HopperAttendSpec)
+        code_blocks = self.tiles(attend.query_tile) if in_tiles else rows
         delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
         parts = self.rows * splits if attend.split else 0
         return (
-            rows * attend.query_block_bytes,
+            code_blocks * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,

@@ -195,9 +195,10 @@ def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(explained(capsys, *words).split())
     assert "int8_fp8, where it is asked for by name, launches" in text
     assert "With auto, a least length or a guard, each sequence is a call of its own" in text
-    without = ("1x4x1000x64", "--arch", "sm_90a", "--sequences", "5", "--recipe", "int8_fp8")
-    text = " ".join(explained(capsys, *without).split())
-    assert "has no kernel for a packed batch: each sequence is a call of its own" in text
+    by_wgmma = ("1x4x1000x64", "--arch", "sm_90a", "--sequences", "5", "--recipe", "int8_fp8")
+    launches = explained_json(capsys, *by_wgmma)["launches"]
+    assert all(each["symbol"].endswith("_varlen") for each in launches)
+    assert launches[-1]["symbol"].startswith("sage_attend_hopper_")
 
 
 def test_rotary_embedding(capsys: pytest.CaptureFixture[str]) -> None:
