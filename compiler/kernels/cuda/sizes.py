@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, QueryTile, padded_dim
-from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
 
@@ -157,8 +157,8 @@ class Sizes(NamedTuple):
         heads = self.kv_heads if tile.packed_heads else self.heads
         return self.batch * heads * self.row_blocks(tile)
 
-    def blocks(self, kernels: Variant, splits: int = 1) -> tuple[int, ...]:
-        """Of each launch, in the order of ``Variant.specs``.
+    def blocks(self, kernels: Variant | CacheVariant, splits: int = 1) -> tuple[int, ...]:
+        """Of each launch, in the order of ``Variant.specs``, also where K and V are in a cache.
 
         Args:
             splits: parts that the keys are divided into, of kernels that do.
@@ -168,7 +168,7 @@ class Sizes(NamedTuple):
         queries = self.batch * self.heads * self.query_blocks
         products = self.tiles(kernels.attend.query_tile) * splits
         statistics = kv_heads * self.chunks
-        quantize = kernels.quantize
+        quantize = kernels.quantize if isinstance(kernels, Variant) else None
         if quantize is None:
             quantizers: tuple[int, ...] = (2 * statistics, queries, keys, keys)
         else:
@@ -235,10 +235,13 @@ class Sizes(NamedTuple):
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         smooths_query = attend.qk is Format.INT4
         rows = self.batch * self.heads * self.query_blocks
+        # Codes are by head and query, but where wgmma reads them they are the tiles themselves.
+        in_tiles = isinstance(attend, HopperAttendSpec)
+        code_blocks = self.tiles(attend.query_tile) if in_tiles else rows
         delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
         parts = self.rows * splits if attend.split else 0
         return (
-            rows * attend.query_block_bytes,
+            code_blocks * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,

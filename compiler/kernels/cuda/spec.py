@@ -160,10 +160,13 @@ class QuerySpec(_QuantizerSpec):
 
     Attributes:
         panels: whether codes are in the order that wgmma reads (order.cuh), here and of K and V.
+        packed_heads: whether codes are in the tiles of packed heads, which ``panels`` need; else
+            they are by head and query, whatever the attention kernel packs.
     """
 
     qk: Format
     panels: bool = field(default=False, kw_only=True)
+    packed_heads: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
@@ -182,6 +185,7 @@ class QuerySpec(_QuantizerSpec):
             _CPP_FORMATS[self.qk],
             str(self.head_dim),
             _cpp(self.panels),
+            _cpp(self.packed_heads),
         )
 
 
@@ -294,7 +298,7 @@ class QuantizeSpec(_QuantizerSpec):
     """Q, K and V to operands in one launch: what the four kernels above do in one each.
 
     Attributes:
-        value_head_dim, qk, pv, accumulator, panels: as of these.
+        value_head_dim, qk, pv, accumulator, panels, packed_heads: as of these.
     """
 
     value_head_dim: int
@@ -302,6 +306,7 @@ class QuantizeSpec(_QuantizerSpec):
     pv: Format
     accumulator: Accumulator = Accumulator.FP32
     panels: bool = field(default=False, kw_only=True)
+    packed_heads: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "quantize"
     template: ClassVar[str] = "Quantize"
@@ -328,6 +333,7 @@ class QuantizeSpec(_QuantizerSpec):
             str(self.value_head_dim),
             _cpp(self.accumulator is Accumulator.FP16),
             _cpp(self.panels),
+            _cpp(self.packed_heads),
         )
 
     @property
@@ -532,6 +538,7 @@ class HopperAttendSpec(OperandSpec):
         value_head_dim, window, masked, softcap: as of ``AttendSpec``.
         tiles: of keys that a step takes.
         stages: steps in shared memory.
+        packed_heads, split: as of ``QueryTile``.
     """
 
     value_head_dim: int
@@ -540,6 +547,8 @@ class HopperAttendSpec(OperandSpec):
     softcap: bool
     tiles: int
     stages: int
+    packed_heads: bool = QUERY_BLOCK.packed_heads
+    split: bool = QUERY_BLOCK.split
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -547,11 +556,14 @@ class HopperAttendSpec(OperandSpec):
     qk: ClassVar[Format] = Format.INT8
     pv: ClassVar[Format] = Format.FP8
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
+    tile_scales: ClassVar[bool] = False
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
-    packed_heads: ClassVar[bool] = QUERY_BLOCK.packed_heads
-    split: ClassVar[bool] = QUERY_BLOCK.split
-    query_tile: ClassVar[QueryTile] = QUERY_BLOCK
+
+    @property
+    def query_tile(self) -> QueryTile:
+        """What a block does."""
+        return QueryTile(self.tile_rows, self.packed_heads, self.split)
 
     @property
     def keys(self) -> int:
@@ -588,6 +600,8 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.window),
             _cpp(self.masked),
             _cpp(self.softcap),
+            _cpp(self.packed_heads),
+            _cpp(self.split),
             str(self.tiles),
             str(self.stages),
         )

@@ -118,6 +118,8 @@ STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 PACKED_ROWS: Final = (32, 64, 128)
 """The rows of a tile of packed heads; at a padded head_dim of 256 from the second on."""
 _PACKED_WARP_ROWS: Final = 16
+WGMMA_ROWS: Final = QUERY_BLOCK.rows
+"""The rows of a tile of the kernel of wgmma, packed or not: two warpgroups' products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,7 @@ def variant(
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
-        tile: what a block of the attention kernel does; that of wgmma has ``QUERY_BLOCK`` only.
+        tile: what a block of the attention kernel does; that of wgmma has 128 rows, packed or not.
         varlen: for a packed batch of sequences, each of which has statistics of its own: its
             quantizers are launched one after another.
     """
@@ -189,7 +191,7 @@ def variant(
     wgmma = named(arch).uses_wgmma(recipe)
     attend: AttendSpec | HopperAttendSpec
     if wgmma:
-        assert tile == QUERY_BLOCK and not varlen
+        assert tile.rows == WGMMA_ROWS
         ring = named(arch).ring(longest)
         attend = HopperAttendSpec(
             arch,
@@ -201,6 +203,9 @@ def variant(
             softcap,
             tiles=ring.masked_tiles if masked else ring.tiles,
             stages=ring.stages,
+            packed_heads=tile.packed_heads,
+            split=tile.split,
+            varlen=varlen,
         )
     else:
         geometry = named(arch).geometry(longest)
@@ -222,12 +227,27 @@ def variant(
             split=tile.split,
             varlen=varlen,
         )
-    quantize = QuantizeSpec(arch, dtype, padded, padded_value, qk, pv, accumulator, panels=wgmma)
     statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
-    query = QuerySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
+    packs_query = wgmma and tile.packed_heads
+    quantize = QuantizeSpec(
+        arch,
+        dtype,
+        padded,
+        padded_value,
+        qk,
+        pv,
+        accumulator,
+        panels=wgmma,
+        packed_heads=packs_query,
+    )
+    query = QuerySpec(
+        arch, dtype, padded, qk, panels=wgmma, packed_heads=packs_query, varlen=varlen
+    )
     key = KeySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
     if rotary_query is not None:
-        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query, panels=wgmma)
+        query = RotaryQuerySpec(
+            arch, dtype, padded, qk, rotary_query, panels=wgmma, packed_heads=packs_query
+        )
     if rotary_key is not None:
         statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
         key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key, panels=wgmma)
@@ -241,6 +261,7 @@ def variant(
             pv,
             accumulator,
             panels=wgmma,
+            packed_heads=packs_query,
             rotary_query=rotary_query,
             rotary_key=rotary_key,
         )
@@ -350,10 +371,15 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in named(arch).portable_recipes:
+            for recipe in named(arch).recipes:
                 for split in (False, True):
-                    tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                    tile = QueryTile(_least_rows(arch, recipe), packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
+
+
+def _least_rows(arch: str, recipe: str) -> int:
+    """The rows of the lowest tile of packed heads."""
+    return WGMMA_ROWS if named(arch).uses_wgmma(recipe) else PACKED_ROWS[0]
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
@@ -380,10 +406,9 @@ def _further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
-        if named(arch).uses_wgmma(recipe):
-            continue
-        split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
-        yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        few = QueryTile(_least_rows(arch, recipe), packed_heads=True)
+        yield variant(arch, "bfloat16", 128, recipe, tile=few)
+        yield variant(arch, "bfloat16", 128, recipe, tile=few._replace(split=True))
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)

@@ -19,6 +19,7 @@
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -27,18 +28,21 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
-          int kTiles, int kStages>
+          bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
 class AttendHopper {
  public:
     using Params = AttendParams;
     using Memory = HopperMemory<kHeadDim, kValueDim, kTiles, kStages>;
-    using Task = HopperTask<kWindow, kMasked, kTiles>;
+    using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
+    using Rows = typename Task::Rows;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = Memory::kBytes;
 
-    SAGE_DEVICE static void run(Params const& p) {
-        Task const task(p, arch::block_index());
+    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+
+    SAGE_DEVICE static void run(Params const& p, int64_t index) {
+        Task const task(p, index);
         int const thread = arch::thread_index();
         if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
         arch::barrier();
@@ -52,8 +56,14 @@ class AttendHopper {
         }
     }
 
+    // As Varlen wants it.
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
+        return narrow_attend<Output, Memory::Query::kBytes, Memory::kPackedBytes,
+                             padded_dim(kValueDim), false>(p, batch, block);
+    }
+
  private:
-    static constexpr int kHalves = 2;  // rows lane / 4 and lane / 4 + 8 of the warp's 16
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
     static constexpr int kStep = 32;                 // bytes of a product
@@ -77,7 +87,7 @@ class AttendHopper {
         arch::mbarrier_arrive_expect(Memory::query_full(), Memory::Query::kBytes);
         arch::copy_bulk(
             Memory::query(),
-            static_cast<char const*>(p.query_codes) + task.block() * Memory::Query::kBytes,
+            static_cast<char const*>(p.query_codes) + task.rows().tile() * Memory::Query::kBytes,
             Memory::Query::kBytes, Memory::query_full());
         for (; task.is_step(tile); tile = task.step_after(tile)) {
             arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity ^ 1);
@@ -117,7 +127,7 @@ class AttendHopper {
 
     Params const& p_;
     Task const& task_;
-    float query_scale_;
+    float query_scales_[Rows::kScales];
     float row_term_[kHalves];  // under a softcap
 
     // The online softmax of the thread's rows: units of log 2, relative to the running maximum.
@@ -128,11 +138,7 @@ class AttendHopper {
     float output_[kParts][kAtOnce / 2];
 
     SAGE_DEVICE AttendHopper(Params const& p, Task const& task) : p_(p), task_(task) {
-        // Both rows share a scale.
-        constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
-        int const row = row_of_thread();
-        int const group = row / kQueryWarp * kQueryGroups + row % kQueryGroups;
-        query_scale_ = arch::load_global(p.query_scales + task.block() * kGroups + group);
+        task.rows().load_scales(query_scales_);
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             maximum_[half] = -infinity();
@@ -146,15 +152,13 @@ class AttendHopper {
         }
     }
 
-    // The first row of the block that the thread holds.
-    SAGE_DEVICE static int row_of_thread() {
-        int const thread = arch::thread_index();
-        return thread / 32 * 16 + thread % 32 / 4;
+    SAGE_DEVICE int query(int half) const { return task_.rows().query(0, half); }
+    SAGE_DEVICE int head(int half) const { return task_.rows().head(0, half); }
+    SAGE_DEVICE bool exists(int half) const { return task_.rows().exists(0, half); }
+    // Of a row in (B, H, Lq).
+    SAGE_DEVICE int64_t index_of(int half) const {
+        return head(half) * p_.query_length + query(half);
     }
-    SAGE_DEVICE int query(int half) const {
-        return task_.first_query() + row_of_thread() + half * 8;
-    }
-    SAGE_DEVICE bool exists(int half) const { return query(half) < p_.query_length; }
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
     SAGE_DEVICE static int warpgroup() {
@@ -195,7 +199,12 @@ class AttendHopper {
             begin_product(product, 0, last);
             end_product(product, decay_, last);
         }
-        store();
+        sum_up_totals();
+        if constexpr (kSplitKeys) {
+            store_part();
+        } else {
+            store();
+        }
     }
 
     // Begins Q K^T of a stage, when K is there.
@@ -273,21 +282,25 @@ class AttendHopper {
                              int tile) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
-        int const first_query = task_.first_query() + warpgroup() * (kQueryBlock / 2);
-        bool const masked = first + kKeys > task_.end_key(first_query) ||
-                            first < task_.first_key(first_query + kQueryBlock / 2 - 1);
+        int const group = warpgroup();
+        bool const masked = first + kKeys > task_.end_key(task_.first_query(group)) ||
+                            first < task_.first_key(task_.last_query(group));
         // With a softcap or mask the scale must come first; else it can wait, and then it
         // multiplies -inf too, so it may not be zero.
         constexpr bool kScaled = kSoftcap || kMasked;
-        float remaining[kTiles];
+        float remaining[Rows::kScales][kTiles];
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-            float const scale = query_scale_ * key_scales[i];
-            remaining[i] = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
+            float scale[Rows::kScales];
+            SAGE_UNROLL
+            for (int of = 0; of < Rows::kScales; ++of) {
+                scale[of] = query_scales_[of] * key_scales[i];
+                remaining[of][i] = kScaled ? 1.0f : scale[of] == 0.0f ? kSmallestScale : scale[of];
+            }
             SAGE_UNROLL
             for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
                 float x = arch::from_int(scores[word]);
-                if constexpr (kScaled) x *= scale;
+                if constexpr (kScaled) x *= scale[Rows::scale_of(0, word / 2 % 2)];
                 if constexpr (kSoftcap) x = capped(x + row_term_[word / 2 % 2]);
                 scores[word] = arch::bits(x);
             }
@@ -300,6 +313,7 @@ class AttendHopper {
 
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
+            float const(&of_row)[kTiles] = remaining[Rows::scale_of(0, half)];
             float highest = -infinity();
             SAGE_UNROLL
             for (int i = 0; i < kTiles; ++i) {
@@ -310,7 +324,7 @@ class AttendHopper {
                     float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
                     of_tile = arch::maximum(of_tile, arch::maximum(low, high));
                 }
-                highest = arch::maximum(highest, arch::multiply(of_tile, remaining[i]));
+                highest = arch::maximum(highest, arch::multiply(of_tile, of_row[i]));
             }
             highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
             highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
@@ -325,11 +339,11 @@ class AttendHopper {
             // show against unrounded scores: then first subtract, in the same rounding.
             bool const large = origin > kLargeScore || origin < -kLargeScore;
             float const shift = E4m3::kLog2WeightFactor - (large ? 0.0f : origin);
-            if (large) subtract(scores, half, remaining, origin);
+            if (large) subtract(scores, half, of_row, origin);
             float total = 0.0f;
             SAGE_UNROLL
             for (int i = 0; i < kTiles; ++i) {
-                float const factor = large ? 1.0f : remaining[i];
+                float const factor = large ? 1.0f : of_row[i];
                 SAGE_UNROLL
                 for (int atom = 0; atom < kKeyAtoms; ++atom) {
                     SAGE_UNROLL
@@ -385,9 +399,9 @@ class AttendHopper {
     SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
         uint8_t const shown = task_.shown_of(tile);
         if (shown == kShowsAll) return;
-        Split const head(task_.head(), p_.heads);
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
+            Split const head(this->head(half), p_.heads);
             int64_t const of_row = head.outer * p_.mask.batch_stride +
                                    head.inner * p_.mask.head_stride +
                                    query(half) * p_.mask.query_stride;
@@ -415,7 +429,7 @@ class AttendHopper {
     // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
     SAGE_DEVICE float row_term_of(int half) const {
         if (!exists(half)) return 0.0f;
-        return arch::load_global(p_.row_term + task_.head() * p_.query_length + query(half));
+        return arch::load_global(p_.row_term + index_of(half));
     }
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
@@ -435,18 +449,53 @@ class AttendHopper {
         }
     }
 
-    SAGE_DEVICE void store() {
-        Split const head(task_.head(), p_.heads);
-        float const* const value_scales =
-            p_.value_scales + int64_t{task_.kv_head()} * padded_dim(kValueDim);
+    // Over the columns of all threads that hold a row.
+    SAGE_DEVICE void sum_up_totals() {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             total_[half] += arch::shuffle_xor(total_[half], 1);
             total_[half] += arch::shuffle_xor(total_[half], 2);
         }
+    }
+
+    // Of the eight channels of an atom, the two sums of a row that the thread holds.
+    SAGE_DEVICE float2 sums_of(int half, int atom) const {
+        int const i = atom * 4 + half * 2;
+        float const* const sums = &output_[i / (kAtOnce / 2)][i % (kAtOnce / 2)];
+        return make_float2(sums[0], sums[1]);
+    }
+
+    // What the block's keys make of each row, for Merge. Where it sees none of them, no output.
+    SAGE_DEVICE void store_part() const {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             if (!exists(half)) continue;
+            int64_t const part = index_of(half) * p_.parts + task_.part();
+            // Scales that are not finite leave NaN in a row without keys.
+            bool const dead = !sees_a_key(half);
+            float const total = dead ? 0.0f : total_[half];
+            if (first_column() == 0) {
+                float const maximum = dead ? -infinity() : maximum_[half];
+                arch::store_global(reinterpret_cast<float2*>(p_.part_sums + 2 * part),
+                                   make_float2(maximum, total));
+            }
+            if (total == 0.0f) continue;
+            float* const of_row = p_.part_outputs + part * padded_dim(kValueDim);
+            SAGE_UNROLL
+            for (int atom = 0; atom < kValueDim / 8; ++atom) {
+                arch::store_global(reinterpret_cast<float2*>(of_row + atom * 8 + first_column()),
+                                   sums_of(half, atom));
+            }
+        }
+    }
+
+    SAGE_DEVICE void store() const {
+        float const* const value_scales =
+            p_.value_scales + int64_t{task_.rows().kv_head()} * padded_dim(kValueDim);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            if (!exists(half)) continue;
+            Split const head(this->head(half), p_.heads);
             RowEnd end(maximum_[half], total_[half], E4m3::kLog2WeightFactor, !sees_a_key(half),
                        p_.dead_value);
             if (!kSoftcap && (p_.lse != nullptr || p_.sinks != nullptr)) {
@@ -459,14 +508,14 @@ class AttendHopper {
             // Of every eight channels, the two that the thread holds: as a pair, or one by one.
             bool const pairs = stores_pairs(of_row, p_.channels);
             SAGE_UNROLL
-            for (int i = half * 2; i < kValueDim / 2; i += 4) {
-                int const channel = i / 4 * 8 + first_column();
+            for (int atom = 0; atom < kValueDim / 8; ++atom) {
+                int const channel = atom * 8 + first_column();
                 if (channel >= p_.channels) continue;
                 float2 const scale =
                     arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
-                float const* const sums = &output_[i / (kAtOnce / 2)][i % (kAtOnce / 2)];
-                float const low = end.value(sums[0], E4m3::kLimit, scale.x);
-                float const high = end.value(sums[1], E4m3::kLimit, scale.y);
+                float2 const sums = sums_of(half, atom);
+                float const low = end.value(sums.x, E4m3::kLimit, scale.x);
+                float const high = end.value(sums.y, E4m3::kLimit, scale.y);
                 if (pairs) {
                     store_pair(of_row + channel, low, high);
                 } else {
@@ -475,8 +524,8 @@ class AttendHopper {
                 }
             }
             if (p_.lse != nullptr && first_column() == 0) {
-                arch::store_global(p_.lse + task_.head() * p_.query_length + query(half),
-                                   end.lse());
+                int64_t const index = this->head(half) * p_.lse_head_stride;
+                arch::store_global(p_.lse + index + query(half), end.lse());
             }
         }
     }
@@ -484,7 +533,7 @@ class AttendHopper {
     SAGE_DEVICE bool sees_a_key(int half) const {
         if (task_.end_key(query(half)) <= task_.first_key(query(half))) return false;
         if constexpr (!kMasked) return true;
-        Split const head(task_.head(), p_.heads);
+        Split const head(this->head(half), p_.heads);
         return Seen(p_.live, head, 0, p_.query_length).of(query(half)) != 0;
     }
 };

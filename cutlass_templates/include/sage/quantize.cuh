@@ -29,12 +29,13 @@ constexpr int kSliceChannels = 32;
 constexpr int larger_of(int a, int b) { return a > b ? a : b; }
 
 template <class Input, class QkFormat, class PvFormat, int kKeyDim, int kValueDim,
-          bool kHalfAccumulator, bool kPanels, class QueryReader = Plain, class KeyReader = Plain>
+          bool kHalfAccumulator, bool kPanels, bool kPackedHeads, class QueryReader = Plain,
+          class KeyReader = Plain>
 struct Quantize {
     static constexpr int kSlices = larger_of(kKeyDim, kValueDim) / kSliceChannels;
     using OfStatistics = Statistics<Input, kKeyDim, kValueDim, KeyReader, kSlices>;
     static constexpr bool kSmooths = QkFormat::kBits == 4;
-    using OfQuery = QuantizeQuery<Input, QkFormat, kKeyDim, kPanels, QueryReader,
+    using OfQuery = QuantizeQuery<Input, QkFormat, kKeyDim, kPanels, kPackedHeads, QueryReader,
                                   kSmooths ? kQueryBlock : kQueryBlock / 2>;
     using OfKey = QuantizeKey<Input, QkFormat, kKeyDim, kPanels, KeyReader>;
     using OfValue = QuantizeValue<Input, PvFormat, kValueDim, kHalfAccumulator, kPanels>;

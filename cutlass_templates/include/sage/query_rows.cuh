@@ -1,6 +1,7 @@
 // Which query of which head each row of the attention kernel's tile is, and where what belongs to
-// it lies. The quantizers know nothing of it: codes, scales, means and delta of Q are stored by
-// head and query (see QueryParams), so a row has the same numbers in whatever tile it is computed.
+// it lies. Codes, scales, means and delta of Q are stored by head and query (see QueryParams), so a
+// row has the same numbers in whatever tile it is computed. Only where wgmma reads codes, which lie
+// in its order, are they those of the tile: query.cuh has the same rows.
 #pragma once
 
 #include <sage/mask.cuh>
@@ -41,6 +42,7 @@ class HeadRows {
         kv_head_ = Split(head_, p.group).outer;  // G divides H
     }
 
+    SAGE_DEVICE int64_t tile() const { return head_ * p_.query_blocks + block_; }  // of memory
     SAGE_DEVICE int kv_head() const { return kv_head_; }  // b * Hkv + h / G
     SAGE_DEVICE int first_query() const { return block_ * kQueryBlock; }
     SAGE_DEVICE int last_query() const {
@@ -60,7 +62,7 @@ class HeadRows {
     template <class QueryTile, int kThreads>
     SAGE_DEVICE void copy_codes_async(char* tile) const {
         QueryTile::template copy_async<kThreads>(
-            tile, static_cast<char const*>(p_.query_codes) + block() * QueryTile::kBytes);
+            tile, static_cast<char const*>(p_.query_codes) + this->tile() * QueryTile::kBytes);
     }
     SAGE_DEVICE void load_scales(float (&scales)[kScales]) const {
         scales[0] = query_scale(p_, head_, query(0, 0));
@@ -69,7 +71,7 @@ class HeadRows {
 
     // The means of Q . K' that the scores of all rows get, for a tile of keys.
     SAGE_DEVICE float const* delta(int key_tile) const {
-        return p_.delta + (block() * p_.key_blocks + key_tile) * kKeyBlock;
+        return p_.delta + (tile() * p_.key_blocks + key_tile) * kKeyBlock;
     }
 
     // What the mask shows of a tile of keys.
@@ -81,8 +83,6 @@ class HeadRows {
     }
 
  private:
-    SAGE_DEVICE int64_t block() const { return head_ * p_.query_blocks + block_; }
-
     AttendParams const& p_;
     int block_, head_, kv_head_;
 };
@@ -115,6 +115,7 @@ class PackedRows {
         }
     }
 
+    SAGE_DEVICE int64_t tile() const { return kv_head_ * p_.row_blocks + first_row_ / kTileRows; }
     SAGE_DEVICE int kv_head() const { return kv_head_; }
     SAGE_DEVICE int first_query() const { return Split(first_row_, p_.group).outer; }
     SAGE_DEVICE int last_query() const { return existing(kTileRows - 1).outer; }

@@ -355,7 +355,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
         TEMPLATE,
     ),
     "the scale of another tile": (
-        replacing("query_scale_ * key_scales[i]", "query_scale_ * key_scales[0]"),
+        replacing("query_scales_[of] * key_scales[i]", "query_scales_[of] * key_scales[0]"),
         None,
         TEMPLATE,
     ),
