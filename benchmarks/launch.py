@@ -86,7 +86,7 @@ def main() -> None:
     )
     candidates: dict[str, Callable[[], object]] = {
         **{step.__name__.strip("_"): step for step in running.steps()},
-        "all five, with scratch and output": attention,
+        "all, with scratch and output": attention,
     }
     for name, measured in microseconds(candidates, calls=2000, rounds=15).items():
         what = "launch, us" if name in {spec.kind for spec in specs} else "attention, us"

@@ -30,6 +30,10 @@ _BITS: Final = MappingProxyType({Format.INT4: 4, Format.INT8: 8, Format.FP8: 8, 
 _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _BLOCKS: Final = 3  # that run at a time on a multiprocessor, by their registers
 
+# What a cache is followed through: more units, or tasks of one, are taken together.
+_MOST_AHEAD: Final = 16
+_MOST_BLOCKS: Final = 512
+
 CACHES: Final[Mapping[str, int]] = MappingProxyType(
     {
         "sm_80": 40 << 20,
@@ -177,7 +181,7 @@ class Units(NamedTuple):
 
 
 @functools.cache
-def missed(units: Units, cache: int, running: int) -> float:
+def missed(units: Units, cache: int, running: float) -> float:
     """How much of K and V the cache has lost when it is read for the second time, from 0 to 1.
 
     A cache of which the least recently used goes first, and which takes what is written as what is
@@ -189,6 +193,9 @@ def missed(units: Units, cache: int, running: int) -> float:
             and B200 have it in two halves, of which each may hold a copy of what the other has.
         running: blocks at the same time.
     """
+    if (units.bytes_read + units.bytes_written) * units.number <= cache:
+        return 0.0
+    units, running = _coarser(units, running)
     count = min(units.number, 2 * units.ahead + 6)
     counted = range(min(units.ahead + 1, count - 1), max(units.ahead + 2, count - units.ahead - 1))
     dice = random.Random(0)
@@ -234,3 +241,20 @@ def missed(units: Units, cache: int, running: int) -> float:
         while total > cache:
             total -= kept.popitem(last=False)[1]
     return lost / second
+
+
+def _coarser(units: Units, running: float) -> tuple[Units, float]:
+    """The same in fewer units and tasks, which show as much of a cache."""
+    group = -(-units.ahead // _MOST_AHEAD) if units.ahead > _MOST_AHEAD else 1
+    chunks, slices = units.statistics
+    blocks = units.blocks * group
+    tasks = -(-blocks // _MOST_BLOCKS)
+    grouped = Units(
+        statistics=(min(chunks * group, _MOST_BLOCKS), slices),
+        blocks=-(-blocks // tasks),
+        bytes_read=units.bytes_read * group,
+        bytes_written=units.bytes_written * group,
+        ahead=units.ahead // group,
+        number=max(1, units.number // group),
+    )
+    return grouped, running / tasks

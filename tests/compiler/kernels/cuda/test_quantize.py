@@ -73,7 +73,7 @@ def assert_same(one: Result, other: Result) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-@pytest.mark.parametrize("ahead", [0, 1, 3, 8])
+@pytest.mark.parametrize("ahead", [0, 3, 8])
 @pytest.mark.parametrize("want_lse", [False, True])
 def test_one_launch_makes_what_four_do(
     recipe: str, ahead: int, want_lse: bool, monkeypatch: pytest.MonkeyPatch
@@ -171,8 +171,9 @@ BREAKS = {
         NOT_YET,
     ),
     "conversions before the statistics of their unit": (
-        "is_statistics = at.inner < statistics;",
-        "is_statistics = at.inner >= blocks;",
+        "Split const at(ticket < begin ? 0 : ticket - begin, period);",
+        "Split at(ticket < begin ? 0 : ticket - begin, period);"
+        "at.inner = (at.inner + statistics) % period;",
         NOT_YET,
     ),
 }
@@ -247,9 +248,9 @@ def test_the_bytes_are_those_of_the_account(
 
 
 def test_what_a_kernel_does_not_load_is_missed() -> None:
-    """That the count can be wrong: statistics of every second round of tokens."""
+    """That the count can be wrong: statistics of half of each chunk."""
     call = make_call(256, 640, 64, torch.float16, kv_heads=2, group=2)
-    old, new = "begin += kAtOnce * kRows * kSlices)", "begin += 2 * kAtOnce * kRows * kSlices)"
+    old, new = "all = first + p.chunk_tokens;", "all = first + p.chunk_tokens / 2;"
     kernels = broken("statistics", replacing(old, new))
     found = quantized(call, "int8_fp8", kernels=kernels, count_bytes=True)
     told = traffic(ARCHS[ARCH], found.call.kernels, found.call.sizes, row_term=True)
@@ -259,12 +260,12 @@ def test_what_a_kernel_does_not_load_is_missed() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "recipe", "longest"),
-    [("sm_90a", "int8_fp8", 16384), ("sm_89", "int8_fp8", 65536), ("sm_80", "int8_fp16", 16384)],
+    [("sm_90a", "int8_fp8", 16384), ("sm_80", "int8_fp16", 16384)],
 )
 def test_inputs_are_read_once_where_they_fit(arch: str, recipe: str, longest: int) -> None:
     """By the model: near the bound in one launch, and far from it in four."""
     kernels = variant(arch, "bfloat16", 128, recipe)
-    for length in (1024, 4096, 8192, 16384, 32768, 65536, 131072):
+    for length in (1024, 4096, 16384, 131072):
         shape = sizes.Sizes.of(4, 32, 32, length, length)
         one, four = (traffic(ARCHS[arch], each, shape) for each in (kernels, apart(kernels)))
         assert (one.launches, four.launches) == (1, 4)
