@@ -182,7 +182,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(
     Prepared(emulated, call, "int8_fp8").launch()
     host.library.sage_host_set_capturing(stream, True)
     Prepared(emulated, call, "int8_fp8").launch()
-    assert [entry["captured"] for entry in host.launches()] == [False] * 9 + [True] * 9
+    assert [entry["captured"] for entry in host.launches()] == [False] * 6 + [True] * 6
 
 
 def test_threads_load_a_kernel_once(pretending: TestDriver, pack: Path) -> None:
@@ -260,11 +260,11 @@ def change_table(pack: Path, change: Callable[[str], str]) -> None:
         (lambda text: text.replace(templates_digest(), ""), "built from other templates"),
         (lambda text: text.replace("arch sm_89", "arch ../sm_89", 1), "line 2"),
         (lambda text: text.replace("int8_fp8,", "int9_fp8,"), "line 2"),
-        (lambda text: text.replace(" 256 8192 ", " 256 -8192 "), "line 3"),
-        (lambda text: text.replace(" 256 8192 ", " 256 "), "line 3"),
-        (lambda text: text.replace(" 256 8192 ", " 256 8192 7 "), "line 3"),
+        (lambda text: text.replace(" 256 17424 ", " 256 -17424 "), "line 3"),
+        (lambda text: text.replace(" 256 17424 ", " 256 "), "line 3"),
+        (lambda text: text.replace(" 256 17424 ", " 256 17424 7 "), "line 3"),
         (lambda text: text.replace("8 9", "8 9x", 1), "line 2"),
-        (lambda text: text.replace(" 0 1 2 3 4 ", " 0 1 2 3 99 "), "names kernels"),
+        (lambda text: text.replace(" 0 1 0 1 2 2 ", " 0 99 0 1 2 2 "), "names kernels"),
         (lambda text: text + "more\n", "is not as it must be"),
         (lambda text: text + "a " * 100 + "\n", "is not as it must be"),
     ],
@@ -305,7 +305,7 @@ def test_random_tables_are_refused_or_harmless(pretending: TestDriver, pack: Pat
 
 
 def test_kernels_that_are_damaged(pretending: TestDriver, pack: Path) -> None:
-    (kernel,) = (pack / ARCH).glob("sage_value_*.cubin")
+    (kernel,) = (pack / ARCH).glob("sage_quantize_*.cubin")
     image = kernel.read_bytes()
     for content, words in (
         (image[:-1], f"has {len(image) - 1} bytes, not {len(image)}"),
@@ -329,13 +329,15 @@ def test_a_pack_of_another_version(pretending: TestDriver, pack: Path) -> None:
     """A kernel that takes other parameters than the library passes."""
 
     def change(records: str) -> str:
-        (line,) = [line for line in records.splitlines() if " sage_query_" in line]
+        (line,) = [line for line in records.splitlines() if " sage_quantize_" in line]
         words = line.split(" ")
         words[5] = str(int(words[5]) + 8)
         return records.replace(line, " ".join(words))
 
     change_table(pack, change)
-    words_of_refusal = rf"passes {params.QUERY.size}: the kernel pack"
+    words_of_refusal = (
+        rf"passes {params.quantize(rotary_query=False, rotary_key=False).size}: the kernel pack"
+    )
     with (
         opened(pretending.path, pack) as device,
         pytest.raises(NativeError, match=words_of_refusal),
