@@ -418,6 +418,8 @@ def _geometry_reason(arch: Arch, kernels: Variant | CacheVariant) -> str:
     attend = kernels.attend
     longest = max(attend.head_dim, attend.value_head_dim)
     if isinstance(attend, HopperAttendSpec):
+        if attend.tile_scales:
+            return "V has scales of its own in each tile, by which P V of a step is multiplied"
         return arch.ring(longest).reason
     if attend.packed_heads:
         return (

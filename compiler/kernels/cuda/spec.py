@@ -331,6 +331,7 @@ class AppendSpec(_QuantizerSpec):
     value_head_dim: int
     qk: Format
     pv: Format
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "append"
     template: ClassVar[str] = "Append"
@@ -350,6 +351,7 @@ class AppendSpec(_QuantizerSpec):
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
             str(self.value_head_dim),
+            _cpp(self.panels),
         )
 
 
@@ -451,8 +453,8 @@ class HopperAttendSpec(OperandSpec):
     """The fused attention by wgmma, of INT8 and E4M3, over operands whose codes are in panels.
 
     Attributes:
-        value_head_dim, window, masked, softcap: as of ``AttendSpec``.
-        tiles: of keys that a step takes.
+        value_head_dim, window, masked, softcap, tile_scales: as of ``AttendSpec``.
+        tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
     """
@@ -465,6 +467,7 @@ class HopperAttendSpec(OperandSpec):
     stages: int
     packed_heads: bool = QUERY_BLOCK.packed_heads
     split: bool = QUERY_BLOCK.split
+    tile_scales: bool = False
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -472,7 +475,6 @@ class HopperAttendSpec(OperandSpec):
     qk: ClassVar[Format] = Format.INT8
     pv: ClassVar[Format] = Format.FP8
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
-    tile_scales: ClassVar[bool] = False
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
 
@@ -494,6 +496,8 @@ class HopperAttendSpec(OperandSpec):
     def shared_bytes(self) -> int:
         row = padded_dim(self.head_dim) + self.value_head_dim
         stage = self.keys * row + self.tiles * _KEY_SCALES
+        if self.tile_scales:
+            stage += self.value_head_dim * _FLOAT_BYTES
         mbarriers = (1 + 4 * self.stages) * _MBARRIER_BYTES
         return self.query_block_bytes + self.stages * stage + mbarriers
 
@@ -505,7 +509,9 @@ class HopperAttendSpec(OperandSpec):
     @property
     def tile(self) -> KeyValueTile:
         """How a tile of keys and values is packed."""
-        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
+        return KeyValueTile.of(
+            self.head_dim, self.value_head_dim, self.qk, self.pv, self.tile_scales
+        )
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -516,6 +522,7 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.window),
             _cpp(self.masked),
             _cpp(self.softcap),
+            _cpp(self.tile_scales),
             _cpp(self.packed_heads),
             _cpp(self.split),
             str(self.tiles),

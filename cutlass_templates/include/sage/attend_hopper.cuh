@@ -28,11 +28,11 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
-          bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
+          bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
 class AttendHopper {
  public:
     using Params = AttendParams;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTiles, kStages>;
+    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages>;
     using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
     using Rows = typename Task::Rows;
     static constexpr int kThreads = kConsumers + kWarpgroup;
@@ -72,6 +72,7 @@ class AttendHopper {
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
+                                   : kTileScales      ? 32
                                    : kValueDim == 192 ? 96
                                    : kMasked          ? 32
                                                       : 64;
@@ -101,6 +102,11 @@ class AttendHopper {
                 arch::copy_bulk(Memory::value(place.stage, i),
                                 packed(p, task, tile + i) + Memory::kPackedValue,
                                 Memory::ValueOfTile::kBytes, Memory::value_full(place.stage));
+            }
+            if constexpr (kTileScales) {
+                arch::copy_bulk(Memory::value_scales(place.stage),
+                                packed(p, task, tile) + Memory::kPackedValueScales,
+                                Memory::kValueScaleBytes, Memory::value_full(place.stage));
             }
             place.advance();
         }
@@ -259,14 +265,37 @@ class AttendHopper {
         SAGE_UNROLL
         for (int part = 0; part < kParts; ++part) {
             if (part > 0) begin_product(product, part, place);
+            float2 scales[kAtOnce / 8];  // asked for while the product is on its way
+            if constexpr (kTileScales) load_scales(scales, part, place);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(product);
+            if constexpr (kTileScales) scale(product, scales);
             SAGE_UNROLL
             for (int i = 0; i < kAtOnce / 2; ++i) {
                 output_[part][i] = arch::fma(output_[part][i], decay[i / 2 % 2], product[i]);
             }
         }
         arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));
+    }
+
+    // The scales that V has in its tile, for the thread's two channels of every eight; and P V by
+    // them.
+    SAGE_DEVICE static void load_scales(float2 (&scales)[kAtOnce / 8], int part,
+                                        RingPlace<kStages> const& place) {
+        float const* const of_part =
+            reinterpret_cast<float const*>(Memory::value_scales(place.stage)) + part * kAtOnce;
+        SAGE_UNROLL
+        for (int atom = 0; atom < kAtOnce / 8; ++atom) {
+            scales[atom] = arch::load_shared(
+                reinterpret_cast<float2 const*>(of_part + atom * 8 + first_column()));
+        }
+    }
+    SAGE_DEVICE static void scale(float (&product)[kAtOnce / 2],
+                                  float2 const (&scales)[kAtOnce / 8]) {
+        SAGE_UNROLL
+        for (int i = 0; i < kAtOnce / 2; ++i) {
+            product[i] *= i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
+        }
     }
 
     static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
@@ -491,7 +520,11 @@ class AttendHopper {
 
     SAGE_DEVICE void store() const {
         float const* const value_scales =
-            p_.value_scales + int64_t{task_.rows().kv_head()} * padded_dim(kValueDim);
+            kTileScales ? nullptr
+                        : p_.value_scales + int64_t{task_.rows().kv_head()} * padded_dim(kValueDim);
+        // With the scales of tiles a sum has the size of V itself, whose type the output has too.
+        constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+        float const limit = !kTileScales ? E4m3::kLimit : kHalfOutput ? Half::kLimit : infinity();
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             if (!exists(half)) continue;
@@ -511,11 +544,14 @@ class AttendHopper {
             for (int atom = 0; atom < kValueDim / 8; ++atom) {
                 int const channel = atom * 8 + first_column();
                 if (channel >= p_.channels) continue;
-                float2 const scale =
-                    arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                float2 scale = make_float2(1.0f, 1.0f);
+                if constexpr (!kTileScales) {
+                    scale =
+                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                }
                 float2 const sums = sums_of(half, atom);
-                float const low = end.value(sums.x, E4m3::kLimit, scale.x);
-                float const high = end.value(sums.y, E4m3::kLimit, scale.y);
+                float const low = end.value(sums.x, limit, scale.x);
+                float const high = end.value(sums.y, limit, scale.y);
                 if (pairs) {
                     store_pair(of_row + channel, low, high);
                 } else {
