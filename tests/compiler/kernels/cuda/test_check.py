@@ -297,6 +297,16 @@ def test_ptx_of_a_real_kernel() -> None:
     assert row.problems == () and row.opcodes["mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*ARCHS, PORTABLE.name])
+def test_what_a_pack_has_is_as_it_must_be_and_spills_nothing(arch: str) -> None:
+    found = list(check(all_specs(arch), toolchain.find("nvrtc"), Disassembler.find(), jobs=2))
+    assert [row.symbol for row in found if row.problems] == []
+    for row in found:
+        assert row.resources is not None
+        assert (row.resources.spill_stores, row.resources.spill_loads) == (0, 0), row.symbol
+
+
 def test_code_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     def opcodes(self: Disassembler, image: bytes) -> Counter[str]:
         raise KernelUnavailableError("nvdisasm finds no code")
