@@ -360,7 +360,8 @@ def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
     """Each kernel, its blocks, whether a pack here has it, and whether release wheels do."""
     assert found.arch is not None and found.kernels is not None and found.cut is not None
     packs, shipped = find_packs(), set(all_specs(found.arch.name))
-    blocks = found.sizes.blocks(found.kernels, found.cut.splits)
+    multiprocessors = found.arch.multiprocessors
+    blocks = found.sizes.blocks(found.kernels, found.cut.splits, multiprocessors)
     return [
         (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
         for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)

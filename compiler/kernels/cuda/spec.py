@@ -115,6 +115,8 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 _WARPGROUP: Final = 128  # threads
 _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
+_QUERIES: Final = 2  # query blocks in shared memory, each with the task that it belongs to
+_TASK_BYTES: Final = 4
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -385,6 +387,7 @@ class AttendSpec(OperandSpec):
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
+    persistent: ClassVar[bool] = False
 
     @property
     def threads(self) -> int:
@@ -450,6 +453,8 @@ class HopperAttendSpec(OperandSpec):
         value_head_dim, window, masked, softcap: as of ``AttendSpec``.
         tiles: of keys that a step takes.
         stages: steps in shared memory.
+        persistent: a grid has no more blocks than there are multiprocessors, and each block goes on
+            with another task until all are done.
     """
 
     value_head_dim: int
@@ -470,6 +475,7 @@ class HopperAttendSpec(OperandSpec):
     packed_heads: ClassVar[bool] = QUERY_BLOCK.packed_heads
     split: ClassVar[bool] = QUERY_BLOCK.split
     query_tile: ClassVar[QueryTile] = QUERY_BLOCK
+    persistent: ClassVar[bool] = True
 
     @property
     def keys(self) -> int:
@@ -484,8 +490,9 @@ class HopperAttendSpec(OperandSpec):
     def shared_bytes(self) -> int:
         row = padded_dim(self.head_dim) + self.value_head_dim
         stage = self.keys * row + self.tiles * _KEY_SCALES
-        mbarriers = (1 + 4 * self.stages) * _MBARRIER_BYTES
-        return self.query_block_bytes + self.stages * stage + mbarriers
+        mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
+        queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
+        return queries + self.stages * stage + mbarriers
 
     @property
     def query_block_bytes(self) -> int:

@@ -6,13 +6,16 @@
 // The layer, all in namespace sage::arch:
 //
 //   int thread_index()              Of 1-D blocks: 0 .. threads - 1.
-//   int64_t block_index()           Of a 1-D grid.
+//   int64_t block_index()           Of a 1-D grid,
+//   int64_t grid_size()             which has so many blocks.
 //   char* shared_memory()           The dynamic shared memory of the block, 1024-byte aligned.
 //   void barrier()                  All threads of the block.
 //
 //   T load_global(T const*)         sizeof(T) of 1, 2, 4, 8 or 16 bytes, naturally aligned; memory
 //   void store_global(T*, T)        is touched in no other way than by these and copy_async. What a
 //                                   launch stores, it does not load.
+//   uint32_t fetch_add(uint32_t*, uint32_t)     Of global memory, atomic: its value before. A
+//                                   launch touches that word in no other way.
 //   T load_shared(T const*)
 //   void store_shared(T*, T)
 //
@@ -49,7 +52,8 @@
 //   float2 unpack_half(uint32_t), unpack_bfloat16(uint32_t)
 //   uint32_t to_tf32(float)         Nearest, ties away from zero.
 //
-// And two macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows.
+// And three macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows, and
+// SAGE_ROLLED keeps the compiler from it, which takes registers.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -2,6 +2,7 @@
 // of keys that sees.
 #pragma once
 
+#include <sage/arch/hopper.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 
@@ -11,15 +12,21 @@ namespace sage {
 template <bool kWindow, bool kMasked, int kTiles>
 class HopperTask {
  public:
+    // How many tasks a head makes, the longest first.
+    SAGE_DEVICE static int of_head(AttendParams const& p) {
+        return static_cast<int>(p.query_blocks);
+    }
+
     SAGE_DEVICE HopperTask(AttendParams const& p, int64_t index) : p_(p) {
         // The last blocks first: under a causal mask they have the most to do.
         Split const task(index, p.query_blocks);
-        block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
-        kv_head_ = Split(head_, p.group).outer;  // G divides H
-        first_tile_ = first_key(first_query()) / kKeyBlock;
-        end_tile_ = (end_key(first_query() + kQueryBlock - 1) + kKeyBlock - 1) / kKeyBlock;
-        if (first_tile_ > end_tile_) first_tile_ = end_tile_;
+        block_ = arch::warp_uniform(static_cast<int>(p.query_blocks) - 1 - task.inner);
+        head_ = arch::warp_uniform(task.outer);
+        kv_head_ = arch::warp_uniform(Split(head_, p.group).outer);  // G divides H
+        int const first = first_key(first_query()) / kKeyBlock;
+        int const last = first_query() + kQueryBlock - 1;
+        end_tile_ = arch::warp_uniform((end_key(last) + kKeyBlock - 1) / kKeyBlock);
+        first_tile_ = kWindow ? arch::warp_uniform(first < end_tile_ ? first : end_tile_) : 0;
     }
 
     SAGE_DEVICE int head() const { return head_; }        // b * H + h
@@ -56,9 +63,9 @@ class HopperTask {
 
     // The tile that is copied for `tile`: where a step has fewer than kTiles, the last one again,
     // because hidden V must be finite.
-    SAGE_DEVICE int64_t copied(int tile) const {
+    SAGE_DEVICE int copied(int tile) const {
         int const last = end_tile_ - 1;
-        return kv_head_ * p_.key_blocks + (tile < last ? tile : last);
+        return kv_head_ * static_cast<int>(p_.key_blocks) + (tile < last ? tile : last);
     }
 
  private:
