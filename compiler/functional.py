@@ -92,13 +92,8 @@ def attention(
         # What `auto` leaves alone does not pass through the dispatcher: it costs time, and the
         # layout that the operator promises may cost a copy. A graph that is being traced gets a
         # call that serves all sizes.
-        if (
-            plain
-            and precision == AUTO
-            and not torch.compiler.is_compiling()
-            and ops.is_too_small(query, key, ops.SHIPPED_GATE)
-        ):
-            exact = ops.plain(query, key, value, attn_mask, is_causal, scale)
+        if plain and precision == AUTO and not torch.compiler.is_compiling():
+            exact = ops.plain(query, key, value, attn_mask, is_causal, scale, ops.SHIPPED_GATE)
             if exact is not None:
                 return exact.squeeze(0) if unbatched else exact
     else:

@@ -52,8 +52,12 @@ ARGUMENTS: Final = (
 SHIPPED_GATE: Final = -1
 
 library = torch.library.Library("sage", "DEF")
-library.define(f"attention({ARGUMENTS}) -> Tensor")
-library.define(f"attention.lse({ARGUMENTS}) -> (Tensor, Tensor)")
+# Kernels read by strides: what Inductor computes for them it may lay out as it likes. Without the
+# tag it does so as the captured model did, and calls with every default as a keyword, which takes
+# two microseconds.
+TAGS: Final = (torch.Tag.flexible_layout,)
+library.define(f"attention({ARGUMENTS}) -> Tensor", tags=TAGS)
+library.define(f"attention.lse({ARGUMENTS}) -> (Tensor, Tensor)", tags=TAGS)
 library.define(
     f"attention_backward({gradient.ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -97,19 +101,15 @@ def _attention(
     *rest: Any,
 ) -> Tensor:
     # The commonest calls first: everything between here and the kernel is overhead per layer.
-    if not rest:
-        is_causal = _PLAIN.get(mask_class)
-        if is_causal is not None and (
-            recipe == "exact"
-            or (recipe in PRECISIONS and min_seq_len and is_too_small(query, key, min_seq_len))
-        ):
-            output = plain(query, key, value, attn_mask, is_causal, scale)
-            if output is not None:
-                strides = output.stride()
-                # Those of query, where its batch is outermost: in the promised layout already.
-                if strides == query.stride() and strides[0] >= max(strides) and strides[3] == 1:
-                    return output
-                return in_layout(output, query)
+    if not rest and mask_class in _PLAIN and recipe in PRECISIONS:
+        below = None if recipe == EXACT else min_seq_len
+        output = plain(query, key, value, attn_mask, _PLAIN[mask_class], scale, below)
+        if output is not None:
+            strides = output.stride()
+            # Those of query, where its batch is outermost: in the promised layout already.
+            if strides == query.stride() and strides[0] >= max(strides) and strides[3] == 1:
+                return output
+            return in_layout(output, query)
     return general(
         query, key, value, attn_mask, mask_class, scale, recipe, min_seq_len, *rest, want_lse=False
     )[0]
@@ -122,11 +122,16 @@ def plain(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    below: int | None = None,
 ) -> Tensor | None:
     """Exact attention by scaled_dot_product_attention alone, in whatever layout it likes.
 
-    None where that would not be the same as the operator: for what it does not take, and for what
-    it takes and the operator refuses.
+    None where that would not be the same as the operator: for what it does not take, for what it
+    takes and the operator refuses, and for what is large enough to be quantized.
+
+    Args:
+        below: the operator's min_seq_len, for calls that are exact by their sizes alone; where
+            these are symbols, none is. None: whatever the sizes.
 
     Raises:
         InvalidAttentionError: arguments that do not describe an attention.
@@ -135,6 +140,7 @@ def plain(
     if not (
         len(shape) == 4
         and len(key_shape) == 4
+        and (below is None or _is_too_small(query, shape[2], key_shape[2], below))
         and shape[0] == key_shape[0]
         and shape[3] == key_shape[3]
         and key_shape[1]
@@ -158,16 +164,9 @@ def plain(
         raise
 
 
-def is_too_small(query: Tensor, key: Tensor, min_seq_len: int) -> bool:
-    """Whether a call is exact by its sizes alone; False where they are symbols, or not 4-D.
-
-    Args:
-        min_seq_len: the operator's.
-    """
-    shape, key_shape = query.shape, key.shape
-    if len(shape) != 4 or len(key_shape) != 4:
+def _is_too_small(query: Tensor, length: int, key_length: int, min_seq_len: int) -> bool:
+    if min_seq_len == 0:
         return False
-    length, key_length = shape[2], key_shape[2]
     products = query.numel() * key_length
     if type(products) is not int:
         return False

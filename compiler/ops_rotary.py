@@ -33,8 +33,8 @@ _TABLES: Final = (
 _TENSORS, _VALUE, _OPTIONAL = ops.ARGUMENTS.partition("Tensor value, ")
 ARGUMENTS: Final = f"{_TENSORS}{_VALUE}{_TABLES}{_OPTIONAL}"
 
-ops.library.define(f"rotary_attention({ARGUMENTS}) -> Tensor")
-ops.library.define(f"rotary_attention.lse({ARGUMENTS}) -> (Tensor, Tensor)")
+ops.library.define(f"rotary_attention({ARGUMENTS}) -> Tensor", tags=ops.TAGS)
+ops.library.define(f"rotary_attention.lse({ARGUMENTS}) -> (Tensor, Tensor)", tags=ops.TAGS)
 ops.library.define(
     f"rotary_attention_backward({_TABLES}{gradient.ARGUMENTS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"

@@ -14,18 +14,18 @@ from typing import Any, Final
 
 from sage_compiler import rates
 from sage_compiler.commands import options
+from sage_compiler.commands.kernels_cache import of_cache
 from sage_compiler.commands.kernels_question import Question, add_question, dtype_name, parse
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
-from sage_compiler.kernels.cuda import dispatch
+from sage_compiler.kernels.cuda import dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch, arch_of
 from sage_compiler.kernels.cuda.cut import Cut
 from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
-from sage_compiler.kernels.cuda.kernel import has_softcap
 from sage_compiler.kernels.cuda.pack import find_packs
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import HopperAttendSpec, KernelSpec
-from sage_compiler.kernels.cuda.variants import Variant, all_specs
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant, all_specs
 from sage_compiler.kernels.kernel import Kernel
 from sage_compiler.kernels.triton import kernel as triton
 from sage_compiler.ops import SHIPPED_GATE
@@ -68,12 +68,14 @@ class Answer:
         shown: the recipe whose kernels are shown, though nobody may take them: for `auto` the one
             that it means; None for "exact" and what is refused.
         kernels: the kernels of ``shown``.
+        launches: those that are launched, in order, and their blocks.
         sizes: how tokens are cut into blocks.
         cut: how the products are.
         scratch_bytes: the memory that they share; an explicit mask takes more to look through.
         seconds: the predicted time of the whole call, by recipe of the architecture and "exact";
             None where the kernels do not take it, left out where there is no prediction, as of
-            sequences whose lengths are not known.
+            sequences whose lengths are not known, and of a cache.
+        cache_bytes: what a cache of these tokens takes; None: there is none.
     """
 
     served_by: Server
@@ -81,11 +83,13 @@ class Answer:
     reason: str
     arch: Arch | None
     shown: str | None
-    kernels: Variant | None
+    kernels: Variant | CacheVariant | None
+    launches: tuple[tuple[KernelSpec, int], ...]
     sizes: Sizes
     cut: Cut | None
     scratch_bytes: int | None
     seconds: dict[str, float | None]
+    cache_bytes: int | None = None
 
 
 def add_command(actions: options.Commands) -> None:
@@ -106,7 +110,11 @@ def answer(question: Question) -> Answer:
 
     Raises:
         InvalidAttentionError: a length that positions in the kernels do not hold.
+        InvalidOptionError: a recipe that a cache cannot have.
+        KernelUnavailableError: a cache on a GPU that there are no kernels for.
     """
+    if question.cache:
+        return _of_cache(question)
     recipe, problem = question.recipe, question.problem
     batch, heads, length, head_dim = question.query.shape
     key_length = question.key.shape[2]
@@ -122,12 +130,14 @@ def answer(question: Question) -> Answer:
     try:
         arch = arch_of(question.capability)
     except KernelUnavailableError:
-        return Answer(served_by, computed, reason, None, None, None, sizes, None, None, {})
+        return Answer(served_by, computed, reason, None, None, None, (), sizes, None, None, {})
 
     shown = dispatch.default_recipe(arch.name) if recipe == AUTO else recipe
     kernels = cut = None
     if shown != EXACT:
         semantics = question.semantics
+        # Those of a packed batch are rotated before, by torch.
+        rotary = question.rotary if question.sequences is None else None
         planned = dispatch.plan(
             arch.name,
             shown,
@@ -138,15 +148,18 @@ def answer(question: Question) -> Answer:
             Reach.of(semantics, length, key_length),
             window=semantics.window_left != UNBOUNDED,
             masked=problem.has_mask,
-            softcap=has_softcap(semantics),
+            softcap=kernel.has_softcap(semantics),
+            rotary_query=rotary,
+            rotary_key=rotary,
             varlen=question.sequences is not None,
         )
         if not isinstance(planned, str):
             kernels, cut = planned
-        elif served_by is Server.KERNELS:
-            reason = f"{planned}: each sequence is a call of its own"
     scratch_bytes = None
+    launches: tuple[tuple[KernelSpec, int], ...] = ()
     if kernels is not None and cut is not None:
+        blocks = sizes.blocks(kernels, cut.splits, arch.multiprocessors)
+        launches = tuple(zip(kernels.specs(), blocks, strict=True))
         row_term = question.sinks is not None or kernels.attend.softcap
         parts = sizes.scratch(kernels, row_term=row_term, splits=cut.splits)
         scratch_bytes = arrange(parts)[1]
@@ -160,6 +173,7 @@ def answer(question: Question) -> Answer:
         arch,
         None if kernels is None else shown,
         kernels,
+        launches,
         sizes,
         cut,
         scratch_bytes,
@@ -168,6 +182,29 @@ def answer(question: Question) -> Answer:
             for name in (() if arch is PORTABLE else (*arch.recipes, EXACT))
             if question.sequences is None and (name != EXACT or _has_exact_time(question))
         },
+    )
+
+
+def _of_cache(question: Question) -> Answer:
+    """The answer of a cache, which takes what it is asked for or raises."""
+    arch = arch_of(question.capability)
+    found = of_cache(question, arch)
+    names = [spec.kind for spec, _ in found.appending]
+    verb = "packs" if len(names) == 1 else "pack"
+    reason = f"kernel {kernel.NAME}; {' and '.join(names)} {verb} the queries' tokens"
+    return Answer(
+        Server.KERNELS,
+        found.recipe,
+        reason,
+        arch,
+        found.recipe,
+        found.kernels,
+        (*found.appending, *found.attending),
+        found.sizes,
+        found.cut,
+        found.scratch_bytes,
+        {},
+        found.cache_bytes,
     )
 
 
@@ -209,6 +246,8 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
     about: dict[str, Any] = {
         "attention": str(question),
         "sequences": question.sequences,
+        "rotary": question.rotary,
+        "cache_bytes": found.cache_bytes,
         "capability": list(question.capability),
         "arch": None if found.arch is None else found.arch.name,
         "asked": question.recipe,
@@ -299,7 +338,9 @@ def _lines(question: Question, found: Answer) -> list[str]:
         lines += _prose(_cut_reason(question, found))
         also = ", and what it takes to look through the mask" if attend.masked else ""
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
-    if found.shown == triton.RECIPE:
+    if found.cache_bytes is not None:
+        lines.append(f"cache: {found.cache_bytes} bytes for {found.sizes.key_length} tokens")
+    if found.shown == triton.RECIPE and not question.cache:
         lines.append(
             "where these are in no pack and nothing compiles them, Triton's serve, if it is there"
         )
@@ -358,32 +399,28 @@ def _prose(sentence: str) -> list[str]:
 
 def _launches(found: Answer) -> list[tuple[KernelSpec, int, bool, bool]]:
     """Each kernel, its blocks, whether a pack here has it, and whether release wheels do."""
-    assert found.arch is not None and found.kernels is not None and found.cut is not None
+    assert found.arch is not None
     packs, shipped = find_packs(), set(all_specs(found.arch.name))
-    multiprocessors = found.arch.multiprocessors
-    blocks = found.sizes.blocks(found.kernels, found.cut.splits, multiprocessors)
     return [
-        (spec, blocks_of, any(pack.has(spec) for pack in packs), spec in shipped)
-        for spec, blocks_of in zip(found.kernels.specs(), blocks, strict=True)
+        (spec, blocks, any(pack.has(spec) for pack in packs), spec in shipped)
+        for spec, blocks in found.launches
     ]
 
 
 def _cut_reason(question: Question, found: Answer) -> str:
     if question.sequences is not None:
-        return _SEQUENCES
+        rotated = "" if question.rotary is None else "; Q and K are rotated before, by torch"
+        return _SEQUENCES + rotated
     assert found.cut is not None and found.arch is not None
-    return reason_of_cut(
-        found.cut,
-        found.sizes,
-        found.arch.multiprocessors,
-        wgmma=found.kernels is not None and isinstance(found.kernels.attend, HopperAttendSpec),
-    )
+    return reason_of_cut(found.cut, found.sizes, found.arch.multiprocessors)
 
 
-def _geometry_reason(arch: Arch, kernels: Variant) -> str:
+def _geometry_reason(arch: Arch, kernels: Variant | CacheVariant) -> str:
     attend = kernels.attend
     longest = max(attend.head_dim, attend.value_head_dim)
     if isinstance(attend, HopperAttendSpec):
+        if attend.tile_scales:
+            return "V has scales of its own in each tile, by which P V of a step is multiplied"
         return arch.ring(longest).reason
     if attend.packed_heads:
         return (

@@ -16,8 +16,8 @@ from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.spec import DTYPES
 from sage_compiler.kernels.kernel import Problem
-from sage_compiler.precision import AUTO, PRECISIONS
-from sage_compiler.semantics import UNBOUNDED, MaskClass, Semantics
+from sage_compiler.precision import AUTO, EXACT, PRECISIONS
+from sage_compiler.semantics import UNBOUNDED, MaskClass, RotaryPairs, Semantics
 from sage_compiler.validate import check_arguments
 
 _SHAPE: Final = re.compile(r"\d+(x\d+){3}")
@@ -41,6 +41,8 @@ class Question:
 
     Attributes:
         sequences: how many are packed along the lengths; None: it is no packed batch.
+        rotary: which channels make a pair where Q and K are rotated first; None: they are not.
+        cache: whether K and V are the tokens of a ``PackedKV``, the queries' the last of them.
     """
 
     query: Tensor
@@ -52,6 +54,8 @@ class Question:
     recipe: str
     capability: tuple[int, int]
     sequences: int | None = None
+    rotary: RotaryPairs | None = None
+    cache: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -80,6 +84,9 @@ class Question:
         extras += ["sinks"] * (self.sinks is not None)
         if self.sequences is not None:
             extras.append(f"{self.sequences} packed sequences")
+        if self.rotary is not None:
+            extras.append(f"rotary embedding, {self.rotary}")
+        extras += ["K and V in a cache"] * self.cache
         return ", ".join((dtype_name(self.query.dtype), *shapes, *extras))
 
 
@@ -115,13 +122,21 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequences", type=int, metavar="N", help="so many are packed along the lengths"
     )
+    parser.add_argument(
+        "--rotary",
+        choices=tuple(map(str, RotaryPairs)),
+        help="Q and K are rotated first, by pairs of channels",
+    )
+    parser.add_argument(
+        "--cache", action="store_true", help="K and V are the tokens of a sage_compiler.PackedKV"
+    )
 
 
 def parse(arguments: argparse.Namespace) -> Question:
     """The question of a command line.
 
     Raises:
-        UsageError: what names no shape, GPU or mask.
+        UsageError: what names no shape, GPU or mask, or goes with no cache.
         InvalidAttentionError: shapes that do not go together.
     """
     shape = _shape(arguments.shape)
@@ -131,6 +146,8 @@ def parse(arguments: argparse.Namespace) -> Question:
         raise UsageError(f"--value-dim {value_dim}; it must be at least 1")
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UsageError(f"--sequences {arguments.sequences}; it must be at least 1")
+    if arguments.cache:
+        _check_cache(arguments, shape, key_shape)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     semantics, mask_dtype = _masks(arguments.mask, dtype, _SOFTCAP if arguments.softcap else None)
 
@@ -149,6 +166,8 @@ def parse(arguments: argparse.Namespace) -> Question:
         recipe=arguments.recipe,
         capability=_capability(arguments.arch),
         sequences=arguments.sequences,
+        rotary=None if arguments.rotary is None else RotaryPairs(arguments.rotary),
+        cache=arguments.cache,
     )
     check_arguments(
         question.query,
@@ -165,6 +184,28 @@ def parse(arguments: argparse.Namespace) -> Question:
 def dtype_name(dtype: torch.dtype) -> str:
     """As torch has it in its namespace."""
     return str(dtype).removeprefix("torch.")
+
+
+def _check_cache(
+    arguments: argparse.Namespace, shape: Sequence[int], key_shape: Sequence[int]
+) -> None:
+    """Raises UsageError for what ``PackedKV.attend`` does not take."""
+    if arguments.sequences is not None or arguments.rotary is not None:
+        other = "--sequences" if arguments.rotary is None else "--rotary"
+        raise UsageError(f"--cache and {other}; a cache has tokens of one length, rotated before")
+    if arguments.recipe == EXACT:
+        raise UsageError(f"--cache and --recipe {EXACT}; a cache is quantized")
+    if key_shape[2] < shape[2]:
+        raise UsageError(
+            f"--cache of {key_shape[2]} tokens for {shape[2]} queries; they are the last ones of it"
+        )
+    if any(
+        text.startswith(("causal", "window")) and "bottom" not in text for text in arguments.mask
+    ):
+        raise UsageError(
+            f"--cache and --mask {' --mask '.join(arguments.mask)}; the diagonal of a cache ends "
+            "at its last token: causal_bottom_right, window_bottom_right:LEFT,RIGHT"
+        )
 
 
 def _shape(text: str) -> tuple[int, ...]:

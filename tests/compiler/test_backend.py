@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 import sage_compiler as sage
 from sage_compiler.kernels import reference, registry
@@ -321,6 +324,40 @@ def test_auto_takes_the_default_where_a_kernel_serves_it(kernel: list[str]) -> N
     assert [site.recipe for site in report.rewritten] == ["int8_int8"] * 2
     assert "kernel stand-in" in report.rewritten[0].reason
     assert kernel == ["(1, 4, 80, 8)"] * 2
+
+
+def test_a_compiled_graph_hands_over_views_and_no_defaults(
+    kernel: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is computed for an attention lies as Inductor likes, but what is expanded is no copy; and
+    # arguments that say nothing would cost time in every call.
+    sizes: list[int] = []
+
+    def run(*arguments: Any, attn_mask: Tensor, **others: Any) -> Any:
+        sizes.append(attn_mask.untyped_storage().nbytes() // attn_mask.itemsize)
+        return served.run(*arguments, attn_mask=attn_mask, **others)
+
+    served = registry.KERNELS[0]
+    monkeypatch.setattr(registry, "KERNELS", [replace(served, run=run)])
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q + 1, k, v, (mask.float() * 0.5).expand(2, 4, 80, 80)
+        )
+
+    q, k, v = (torch.randn(2, 80, 4, 8).transpose(1, 2) for _ in range(3))
+    mask = torch.rand(2, 1, 1, 80) > 0.5
+    with torch.no_grad():
+        # It begins with a reset, so that it compiles, too.
+        found, codes = run_and_get_code(
+            lambda *inputs: torch.compile(attention, backend="sage", dynamic=True)(*inputs),
+            q, k, v, mask,
+        )  # fmt: skip
+    torch.testing.assert_close(found, attention(q, k, v, mask), rtol=0, atol=0.05)
+    assert kernel == ["(2, 4, 80, 8)"]
+    assert sizes == [mask.numel()]
+    (call,) = re.findall(r"sage\.attention\.default\((.*)\)", codes[0])
+    assert "int8_int8" in call and "=" not in call
 
 
 def test_mode_with_a_rewritten_model(kernel: list[str]) -> None:

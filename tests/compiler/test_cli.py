@@ -109,6 +109,7 @@ def test_help_names_the_default_of_what_can_be_left_out() -> None:
         "export --policy",
         "bench --policy",
         "kernels explain --sequences",
+        "kernels explain --rotary",
         "kernels cost --write",
     }
 

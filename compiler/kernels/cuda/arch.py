@@ -118,7 +118,7 @@ class Arch:
 
     @property
     def portable_recipes(self) -> tuple[str, ...]:
-        """Those by mma.sync, which caches, packed batches and other cuts have kernels of."""
+        """Those by mma.sync."""
         return tuple(recipe for recipe in self.recipes if not self.uses_wgmma(recipe))
 
     def ring(self, longest: int) -> Ring:

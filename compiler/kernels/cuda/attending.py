@@ -15,7 +15,7 @@ from torch import Tensor
 from sage_compiler.kernels.cuda import params
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
-from sage_compiler.kernels.cuda.spec import AttendSpec, KernelSpec
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.kernels.quantize import E4M3_MAX, FP16_ACCUMULATOR_MAX, FP16_MAX, P_FACTOR
 from sage_compiler.precision import Accumulator, Format
@@ -119,7 +119,7 @@ class Attending:
             self.output.shape[3],
             sizes.key_blocks if operands.head_tiles is None else operands.head_tiles,
             tasks,
-            sizes.heads_at_once(self.kernels.attend.tile),
+            sizes.heads_at_once(self.kernels.attend),
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
@@ -130,7 +130,7 @@ class Attending:
         """Launch what joins the parts."""
         sizes, operands, attend = self.sizes, self.operands, self.kernels.attend
         merge = self.kernels.merge
-        assert merge is not None and isinstance(attend, AttendSpec)
+        assert merge is not None
         # Under a softcap the scores have the row term already.
         row_term = 0 if attend.softcap else operands.row_term
         packed = params.MERGE.pack(
@@ -161,7 +161,7 @@ class Attending:
         )
 
 
-def _value_limit(attend: AttendSpec) -> float:
+def _value_limit(attend: AttendSpec | HopperAttendSpec) -> float:
     """The largest magnitude of V as it is summed up: quantized, or with the scales of its tiles."""
     if attend.pv is not Format.FP8:
         return inf

@@ -163,7 +163,10 @@ def forbidden(spec: KernelSpec) -> tuple[str, ...]:
     if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
         return (_TRAP, _CALL, _HALF_PRODUCT)  # an emulation converts to half
     if isinstance(spec, HopperAttendSpec):
-        return (_TRAP, _CALL, _HALF_PRODUCT, *_LOCAL_MEMORY)
+        # A cache of long heads has scales of V beside the output: it has the budget alone.
+        longest = max(spec.head_dim, spec.value_head_dim)
+        may_spill = spec.tile_scales and longest > _LARGEST_WITHOUT_SPILLS
+        return (_TRAP, _CALL, _HALF_PRODUCT, *(() if may_spill else _LOCAL_MEMORY))
     return (_TRAP, _CALL)
 
 

@@ -6,6 +6,9 @@ empty, and there would be too few blocks to read K and V as fast as the memory g
 - the rows of a tile are then the queries of all heads that share K and V, and
 - the keys are divided among so many blocks that all multiprocessors have one.
 
+The kernel of wgmma has tiles of 128 rows alone. With one query of eight heads most of them are
+empty, but reading a step of keys takes longer than its products even so (docs/cuda-hopper.md).
+
 None of it changes codes or scales of Q, K and V: see "Split keys" of docs/numerics.md. Nothing here
 was timed.
 """
@@ -18,7 +21,7 @@ from typing import Final, NamedTuple
 from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.sizes import Sizes
 from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, QueryTile, padded_dim
-from sage_compiler.kernels.cuda.variants import PACKED_ROWS, variant
+from sage_compiler.kernels.cuda.variants import PACKED_ROWS, WGMMA_ROWS, variant
 from sage_compiler.precision import TILE_MMA
 
 # Queries that leave at least half of a query block empty: then heads of a group are packed, and a
@@ -72,20 +75,26 @@ def choose(
         key_tiles: ``Reach.key_tiles``.
         multiprocessors: of the device.
     """
-    if named(arch).uses_wgmma(recipe):
-        return Cut(QUERY_BLOCK, 1)
-    tile = query_tile(sizes, max(head_dim, value_head_dim))
+    wgmma = named(arch).uses_wgmma(recipe)
+    tile = query_tile(sizes, max(head_dim, value_head_dim), wgmma=wgmma)
     resident = _resident(arch, recipe, dtype, head_dim, value_head_dim, masked, tile)
     wanted = multiprocessors * resident // sizes.tiles(tile)  # all at once, and none twice
-    affordable = key_tiles // max(_LEAST_TILES, tile.rows // _ROWS_OF_A_TILE)
+    rows = min(tile.rows, sizes.group * sizes.query_length) if wgmma else tile.rows
+    affordable = key_tiles // max(_LEAST_TILES, rows // _ROWS_OF_A_TILE)
     splits = max(1, min(wanted, affordable, _MOST_SPLITS))
     return Cut(tile._replace(split=splits > 1), splits)
 
 
-def query_tile(sizes: Sizes, longest: int) -> QueryTile:
-    """The tile for so many queries, for a greater head_dim of ``longest``; of all keys."""
+def query_tile(sizes: Sizes, longest: int, *, wgmma: bool = False) -> QueryTile:
+    """The tile for so many queries, for a greater head_dim of ``longest``; of all keys.
+
+    Args:
+        wgmma: as of ``Arch.uses_wgmma``.
+    """
     if sizes.query_length > _MOST_SHORT_QUERIES:
         return QUERY_BLOCK
+    if wgmma:
+        return QueryTile(WGMMA_ROWS, packed_heads=True)
     is_long = padded_dim(longest) > _LONGEST_OF_LEAST_ROWS
     least = _LEAST_ROWS_OF_LONG_HEADS if is_long else PACKED_ROWS[0]
     rows = max(least, sizes.group * sizes.query_length)
@@ -93,10 +102,8 @@ def query_tile(sizes: Sizes, longest: int) -> QueryTile:
     return QueryTile(fitting, packed_heads=True)
 
 
-def reason(cut: Cut, sizes: Sizes, multiprocessors: int, *, wgmma: bool = False) -> str:
-    """Why an attention is cut so, in one sentence; ``wgmma`` as of ``Arch.uses_wgmma``."""
-    if wgmma:
-        return "the kernel of wgmma has no other cut, however few queries there are"
+def reason(cut: Cut, sizes: Sizes, multiprocessors: int) -> str:
+    """Why an attention is cut so, in one sentence."""
     blocks = sizes.tiles(cut.tile)
     if cut.tile.packed_heads and sizes.group > 1:
         rows = (

@@ -67,11 +67,6 @@ def decide(
         return "a packed batch takes no explicit mask"
     if varlen and (rotary_query is not None or rotary_key is not None):
         return "Q and K of a packed batch are not rotated as they are read, but before"
-    if _table(arch).uses_wgmma(recipe):
-        if tile != QUERY_BLOCK:
-            return f"{recipe} on {arch} has tiles of {QUERY_BLOCK.rows} queries of one head only"
-        if varlen:
-            return f"{recipe} on {arch} has no kernel for a packed batch"
     possible = accumulators(arch, recipe)
     if accumulator not in possible:
         return f"{recipe} on {arch} accumulates in {', '.join(possible)}, not in {accumulator}"

@@ -47,10 +47,9 @@ class Images:
         if any(candidate.has(spec) for candidate in self._packs):
             return None
         try:
-            self._compiler()
+            return self._compiler().lacking(spec.arch)
         except KernelUnavailableError as error:
             return str(error)
-        return None
 
     def _compiler(self) -> Compiler:
         with self._lock:

@@ -650,9 +650,10 @@ def _gate(recipe: str, problem: Problem) -> Gate | str:
     return dispatch.gate(_arch_of(problem), recipe)
 
 
+NAME: Final = "cuda-mma"
 KERNELS: Final = tuple(
     Kernel(
-        name=lambda: "cuda-mma",
+        name=lambda: NAME,
         device_type="cuda",
         recipe=recipe,
         refuse=functools.partial(_refuse, recipe),

@@ -22,6 +22,8 @@ _Size = ctypes.POINTER(ctypes.c_size_t)
 _Int = ctypes.POINTER(ctypes.c_int)
 _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     "nvrtcVersion": [_Int, _Int],
+    "nvrtcGetNumSupportedArchs": [_Int],
+    "nvrtcGetSupportedArchs": [_Int],
     "nvrtcCreateProgram": [
         ctypes.POINTER(_Handle),
         ctypes.c_char_p,
@@ -46,6 +48,7 @@ class Nvrtc:
 
     Attributes:
         version: with what tells builds of one version apart.
+        capabilities: that it compiles for, as 10 * major + minor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,6 +68,11 @@ class Nvrtc:
         self._call("nvrtcVersion", major, minor)
         # It does not tell its patch level, which the size of the file stands for.
         self.version = f"{major.value}.{minor.value}+{path.stat().st_size}"
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", count)
+        supported = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", supported)
+        self.capabilities = frozenset(supported)
 
     def __reduce__(self) -> tuple[type[Nvrtc], tuple[Path]]:
         return Nvrtc, (self._path,)  # another process loads it itself

@@ -61,7 +61,7 @@ class CudaStore:
         self.shape, self._device, self._on = shape, device, on
         with on(device) as target:
             arch = target.arch
-        recipes = named(arch).portable_recipes
+        recipes = named(arch).recipes
         self.precision = recipes[0] if precision is None else precision
         if self.precision not in recipes:
             known = ", ".join(recipes)

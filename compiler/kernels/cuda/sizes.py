@@ -9,11 +9,10 @@ from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels.cuda.spec import (
     AttendSpec,
     HopperAttendSpec,
-    KeyValueTile,
     QueryTile,
     padded_dim,
 )
-from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
 
@@ -164,16 +163,20 @@ class Sizes(NamedTuple):
         heads = self.kv_heads if tile.packed_heads else self.heads
         return self.batch * heads * self.row_blocks(tile)
 
-    def heads_at_once(self, tile: KeyValueTile) -> int:
-        """Query heads whose keys and values stay in a cache together; whole groups, at least one.
+    def heads_at_once(self, attend: AttendSpec | HopperAttendSpec) -> int:
+        """Heads whose keys and values stay in a cache together; at least one of K and V.
 
-        The heads of a persistent grid are worked on so many at a time.
+        The heads of a persistent grid are worked on so many at a time: those of Q in whole groups,
+        or where they are packed those of K and V.
         """
-        groups = max(1, _CACHED_BYTES // (self.key_blocks * tile.bytes))
-        return min(self.batch * self.kv_heads, groups) * self.group
+        kv_heads = max(1, _CACHED_BYTES // (self.key_blocks * attend.tile.bytes))
+        group = 1 if attend.packed_heads else self.group
+        return min(self.batch * self.kv_heads, kv_heads) * group
 
-    def blocks(self, kernels: Variant, splits: int, multiprocessors: int) -> tuple[int, ...]:
-        """Of each launch, in the order of ``Variant.specs``.
+    def blocks(
+        self, kernels: Variant | CacheVariant, splits: int, multiprocessors: int
+    ) -> tuple[int, ...]:
+        """Of each launch, in the order of ``Variant.specs``, also where K and V are in a cache.
 
         Args:
             splits: parts that the keys are divided into, of kernels that do; else 1.
@@ -228,10 +231,13 @@ class Sizes(NamedTuple):
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         smooths_query = attend.qk is Format.INT4
         rows = self.batch * self.heads * self.query_blocks
+        # Codes are by head and query, but where wgmma reads them they are the tiles themselves.
+        in_tiles = isinstance(attend, HopperAttendSpec)
+        code_blocks = self.tiles(attend.query_tile) if in_tiles else rows
         delta = rows * self.most_key_blocks * TILE_MMA.kv_block * _FLOAT_BYTES
         parts = self.rows * splits if attend.split else 0
         return (
-            rows * attend.query_block_bytes,
+            code_blocks * attend.query_block_bytes,
             rows * _QUERY_SCALES * _FLOAT_BYTES,
             rows * padded * _FLOAT_BYTES if smooths_query else 0,
             self.batch * self.heads * self.query_length * _FLOAT_BYTES if row_term else 0,

@@ -160,10 +160,13 @@ class QuerySpec(_QuantizerSpec):
 
     Attributes:
         panels: whether codes are in the order that wgmma reads (order.cuh), here and of K and V.
+        packed_heads: whether codes are in the tiles of packed heads, which ``panels`` need; else
+            they are by head and query, whatever the attention kernel packs.
     """
 
     qk: Format
     panels: bool = field(default=False, kw_only=True)
+    packed_heads: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
@@ -182,6 +185,7 @@ class QuerySpec(_QuantizerSpec):
             _CPP_FORMATS[self.qk],
             str(self.head_dim),
             _cpp(self.panels),
+            _cpp(self.packed_heads),
         )
 
 
@@ -329,6 +333,7 @@ class AppendSpec(_QuantizerSpec):
     value_head_dim: int
     qk: Format
     pv: Format
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "append"
     template: ClassVar[str] = "Append"
@@ -348,6 +353,7 @@ class AppendSpec(_QuantizerSpec):
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
             str(self.value_head_dim),
+            _cpp(self.panels),
         )
 
 
@@ -450,11 +456,13 @@ class HopperAttendSpec(OperandSpec):
     """The fused attention by wgmma, of INT8 and E4M3, over operands whose codes are in panels.
 
     Attributes:
-        value_head_dim, window, masked, softcap: as of ``AttendSpec``.
-        tiles: of keys that a step takes.
+        value_head_dim, window, masked, softcap, tile_scales: as of ``AttendSpec``.
+        tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
-        persistent: a grid has no more blocks than there are multiprocessors, and each block goes on
-            with another task until all are done.
+        packed_heads, split: as of ``QueryTile``.
+
+    All but those of packed batches are persistent: a grid has no more blocks than there are
+    multiprocessors, and each goes on with another task until all are done.
     """
 
     value_head_dim: int
@@ -463,6 +471,9 @@ class HopperAttendSpec(OperandSpec):
     softcap: bool
     tiles: int
     stages: int
+    packed_heads: bool = QUERY_BLOCK.packed_heads
+    split: bool = QUERY_BLOCK.split
+    tile_scales: bool = False
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -472,10 +483,16 @@ class HopperAttendSpec(OperandSpec):
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
-    packed_heads: ClassVar[bool] = QUERY_BLOCK.packed_heads
-    split: ClassVar[bool] = QUERY_BLOCK.split
-    query_tile: ClassVar[QueryTile] = QUERY_BLOCK
-    persistent: ClassVar[bool] = True
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a grid is."""
+        return not self.varlen
+
+    @property
+    def query_tile(self) -> QueryTile:
+        """What a block does."""
+        return QueryTile(self.tile_rows, self.packed_heads, self.split)
 
     @property
     def keys(self) -> int:
@@ -490,6 +507,8 @@ class HopperAttendSpec(OperandSpec):
     def shared_bytes(self) -> int:
         row = padded_dim(self.head_dim) + self.value_head_dim
         stage = self.keys * row + self.tiles * _KEY_SCALES
+        if self.tile_scales:
+            stage += self.value_head_dim * _FLOAT_BYTES
         mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
         queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
         return queries + self.stages * stage + mbarriers
@@ -502,7 +521,9 @@ class HopperAttendSpec(OperandSpec):
     @property
     def tile(self) -> KeyValueTile:
         """How a tile of keys and values is packed."""
-        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
+        return KeyValueTile.of(
+            self.head_dim, self.value_head_dim, self.qk, self.pv, self.tile_scales
+        )
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -513,6 +534,9 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.window),
             _cpp(self.masked),
             _cpp(self.softcap),
+            _cpp(self.tile_scales),
+            _cpp(self.packed_heads),
+            _cpp(self.split),
             str(self.tiles),
             str(self.stages),
         )

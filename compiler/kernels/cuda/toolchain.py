@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -41,6 +41,12 @@ class Compiler(Protocol):
             KernelUnavailableError: it does not compile, with the first lines of the log.
         """
 
+    def lacking(self, arch: str) -> str | None:
+        """Why it compiles nothing for an architecture that is newer than it is, or too old.
+
+        None where it does.
+        """
+
 
 class NvccCompiler:
     """nvcc, with the CUDA headers that it brings."""
@@ -59,7 +65,10 @@ class NvccCompiler:
         version = re.search(r"V(\d+\.\d+\.\d+)", printed)
         if version is None:
             raise KernelUnavailableError(f"{path} --version names no version: {printed!r}")
-        self.identity = " ".join(("nvcc", version[1], self._cutlass.identity, *NVCC_FLAGS))
+        self._name = f"nvcc {version[1]}"
+        listed = _run([str(path), "--list-gpu-code"]).stdout
+        self._capabilities = frozenset(map(int, re.findall(r"\bsm_(\d+)", listed)))
+        self.identity = " ".join((self._name, self._cutlass.identity, *NVCC_FLAGS))
 
     def compile(self, source: str, arch: str) -> Binary:
         with tempfile.TemporaryDirectory(prefix="sage-nvcc-") as name:
@@ -74,6 +83,9 @@ class NvccCompiler:
             if done.returncode:
                 raise failure("nvcc", arch, log)
             return _binary((folder / f"kernel.{_kind(arch)}").read_bytes(), log)
+
+    def lacking(self, arch: str) -> str | None:
+        return _lacking(self._name, self._capabilities, arch)
 
 
 class NvrtcCompiler:
@@ -95,6 +107,11 @@ class NvrtcCompiler:
         if image is None:
             raise failure("NVRTC", arch, log)
         return _binary(image, log)
+
+    def lacking(self, arch: str) -> str | None:
+        return _lacking(
+            f"NVRTC {self._nvrtc.version.partition('+')[0]}", self._nvrtc.capabilities, arch
+        )
 
 
 _COMPILERS: Final[Mapping[str, Callable[[], Compiler]]] = {
@@ -127,6 +144,14 @@ def failure(compiler: str, arch: str, log: str) -> KernelUnavailableError:
     first = next((i for i, line in enumerate(lines) if "error" in line), 0)
     shown = "\n".join(lines[first : first + _LOG_LINES])
     return KernelUnavailableError(f"{compiler} cannot compile a kernel for {arch}:\n{shown}")
+
+
+def _lacking(compiler: str, capabilities: Collection[int], arch: str) -> str | None:
+    capability = re.sub(r"\D", "", arch)
+    if int(capability) in capabilities:
+        return None
+    known = ", ".join(str(each) for each in sorted(capabilities))
+    return f"{compiler} does not compile for {arch}, but for {known}; install one that does"
 
 
 def _real(arch: str) -> str:

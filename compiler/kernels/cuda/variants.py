@@ -116,6 +116,8 @@ STANDALONE_HEAD_DIMS: Final = (32, 64, 96, 128)
 PACKED_ROWS: Final = (32, 64, 128)
 """The rows of a tile of packed heads; at a padded head_dim of 256 from the second on."""
 _PACKED_WARP_ROWS: Final = 16
+WGMMA_ROWS: Final = QUERY_BLOCK.rows
+"""The rows of a tile of the kernel of wgmma, packed or not: two warpgroups' products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ def variant(
         accumulator: FP16 for SageAttention2++ (FP8 P and V only).
         window, masked, softcap: as of ``AttendSpec``.
         rotary_query, rotary_key: how Q and K are rotated, if they are.
-        tile: what a block of the attention kernel does; that of wgmma has ``QUERY_BLOCK`` only.
+        tile: what a block of the attention kernel does; that of wgmma has 128 rows, packed or not.
         varlen: for a packed batch of sequences.
     """
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
@@ -175,7 +177,7 @@ def variant(
     wgmma = named(arch).uses_wgmma(recipe)
     attend: AttendSpec | HopperAttendSpec
     if wgmma:
-        assert tile == QUERY_BLOCK and not varlen
+        assert tile.rows == WGMMA_ROWS
         ring = named(arch).ring(longest)
         attend = HopperAttendSpec(
             arch,
@@ -187,6 +189,9 @@ def variant(
             softcap,
             tiles=ring.masked_tiles if masked else ring.tiles,
             stages=ring.stages,
+            packed_heads=tile.packed_heads,
+            split=tile.split,
+            varlen=varlen,
         )
     else:
         geometry = named(arch).geometry(longest)
@@ -209,10 +214,15 @@ def variant(
             varlen=varlen,
         )
     statistics = StatisticsSpec(arch, dtype, padded, padded_value, varlen=varlen)
-    query = QuerySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
+    packs_query = wgmma and tile.packed_heads
+    query = QuerySpec(
+        arch, dtype, padded, qk, panels=wgmma, packed_heads=packs_query, varlen=varlen
+    )
     key = KeySpec(arch, dtype, padded, qk, panels=wgmma, varlen=varlen)
     if rotary_query is not None:
-        query = RotaryQuerySpec(arch, dtype, padded, qk, rotary_query, panels=wgmma)
+        query = RotaryQuerySpec(
+            arch, dtype, padded, qk, rotary_query, panels=wgmma, packed_heads=packs_query
+        )
     if rotary_key is not None:
         statistics = RotaryStatisticsSpec(arch, dtype, padded, padded_value, rotary_key)
         key = RotaryKeySpec(arch, dtype, padded, qk, rotary_key, panels=wgmma)
@@ -239,7 +249,7 @@ class CacheVariant:
     append: AppendSpec
     query: QuerySpec
     delta: DeltaSpec | None
-    attend: AttendSpec
+    attend: AttendSpec | HopperAttendSpec
     merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -274,12 +284,18 @@ def cache_variant(
         softcap=softcap,
         tile=tile,
     )
-    assert isinstance(found.attend, AttendSpec)
-    attend = replace(found.attend, tile_scales=True)
+    attend: AttendSpec | HopperAttendSpec
+    if isinstance(found.attend, HopperAttendSpec):
+        # The scales of V are of a tile, and what is multiplied by them is P V of a step.
+        attend = replace(found.attend, tile_scales=True, tiles=1)
+    else:
+        attend = replace(found.attend, tile_scales=True)
     padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
     return CacheVariant(
         key_mean=KeyMeanSpec(arch, dtype, padded),
-        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        append=AppendSpec(
+            arch, dtype, padded, padded_value, attend.qk, attend.pv, panels=found.key.panels
+        ),
         query=found.query,
         delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
         attend=attend,
@@ -321,10 +337,15 @@ def short_variants(arch: str) -> Iterator[Variant]:
     """
     for dtype in PACKED_DTYPES:
         for head_dim in PACKED_HEAD_DIMS:
-            for recipe in named(arch).portable_recipes:
+            for recipe in named(arch).recipes:
                 for split in (False, True):
-                    tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                    tile = QueryTile(_least_rows(arch, recipe), packed_heads=True, split=split)
                     yield variant(arch, dtype, head_dim, recipe, tile=tile)
+
+
+def _least_rows(arch: str, recipe: str) -> int:
+    """The rows of the lowest tile of packed heads."""
+    return WGMMA_ROWS if named(arch).uses_wgmma(recipe) else PACKED_ROWS[0]
 
 
 def further_variants(arch: str) -> Iterator[Variant]:
@@ -351,10 +372,9 @@ def _further_variants(arch: str) -> Iterator[Variant]:
                 yield variant(
                     arch, "bfloat16", head_dim, recipe, rotary_query=pairs, rotary_key=pairs
                 )
-        if named(arch).uses_wgmma(recipe):
-            continue
-        split = QueryTile(PACKED_ROWS[0], packed_heads=True, split=True)
-        yield variant(arch, "bfloat16", 128, recipe, tile=split)
+        few = QueryTile(_least_rows(arch, recipe), packed_heads=True)
+        yield variant(arch, "bfloat16", 128, recipe, tile=few)
+        yield variant(arch, "bfloat16", 128, recipe, tile=few._replace(split=True))
         yield variant(arch, "bfloat16", 64, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, varlen=True)
         yield variant(arch, "bfloat16", 128, recipe, window=True, softcap=True, varlen=True)
@@ -370,7 +390,7 @@ def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
 
 def cache_variants(arch: str) -> Iterator[CacheVariant]:
     """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
-    for recipe in named(arch).portable_recipes:
+    for recipe in named(arch).recipes:
         for head_dim in HEAD_DIMS:
             yield cache_variant(arch, "bfloat16", head_dim, recipe)
         yield cache_variant(arch, "float16", 128, recipe)
@@ -382,7 +402,7 @@ def cache_variants(arch: str) -> Iterator[CacheVariant]:
         yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
         for head_dim in PACKED_HEAD_DIMS:
             for split in (False, True):
-                tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                tile = QueryTile(_least_rows(arch, recipe), packed_heads=True, split=split)
                 yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 

@@ -23,6 +23,8 @@
 //   void copy_async_commit()                            Closes a group of the thread's copies.
 //   void copy_async_wait<N>()                           All but its newest N groups landed.
 //
+//   int warp_uniform(int)           A value that all active lanes of a warp have, so that the
+//                                   compiler knows.
 //   T shuffle_xor(T, int lane_mask)                     float, int32_t or uint32_t; all 32 lanes.
 //   void load_matrix_x4(uint32_t (&r)[4], void const* row)
 //                                   ldmatrix.x4: lane l gives the address of row l % 8 (16 bytes)
@@ -52,8 +54,8 @@
 //   float2 unpack_half(uint32_t), unpack_bfloat16(uint32_t)
 //   uint32_t to_tf32(float)         Nearest, ties away from zero.
 //
-// And three macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows, and
-// SAGE_ROLLED keeps the compiler from it, which takes registers.
+// And three macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows,
+// and SAGE_ROLLED keeps the compiler from it, which takes registers.
 #pragma once
 
 #include <cute/tensor.hpp>

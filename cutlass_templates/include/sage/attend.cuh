@@ -78,29 +78,8 @@ class Attend {
     // As Varlen wants it.
     SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
         static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
-        Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
-        int64_t const before = sequence.first_query_block() * p.heads;
-        int64_t const task = sequence.task_of_queries(block - before, p.heads);
-        if (task < 0) return task;
-        int64_t const kv_heads = Split(p.heads, p.group).outer;
-        p.query_codes = static_cast<char const*>(p.query_codes) + before * QueryTile::kBytes;
-        p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
-        p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
-                            sequence.first_key_block() * kv_heads * Packed::kBytes;
-        p.value_scales += sequence.index() * kv_heads * padded_dim(kValueDim);
-        if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
-        if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
-        p.output =
-            static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
-        if (p.lse != nullptr) p.lse += sequence.first_query_token();
-        p.query_length = sequence.query_length();
-        p.key_length = sequence.key_length();
-        p.query_blocks = sequence.query_blocks();
-        p.key_blocks = p.head_tiles = sequence.key_blocks();
-        p.lower = sequence.lower();
-        p.upper = sequence.upper();
-        if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
-        return task;
+        return narrow_attend<Output, QueryTile::kBytes, Packed::kBytes, padded_dim(kValueDim),
+                             kDelta>(p, batch, block);
     }
 
  private:

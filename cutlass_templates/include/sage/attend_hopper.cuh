@@ -20,6 +20,7 @@
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
 #include <sage/tokens.cuh>
+#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -28,34 +29,32 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
-          int kTiles, int kStages>
+          bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
 class AttendHopper {
  public:
     using Params = AttendParams;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTiles, kStages>;
-    using Task = HopperTask<kWindow, kMasked, kTiles>;
+    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages>;
+    using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
+    using Rows = typename Task::Rows;
     using Deal = HopperDeal<Task>;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = Memory::kBytes;
 
-    SAGE_DEVICE static void run(Params const& p) {
-        int const thread = arch::thread_index();
-        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
-        arch::barrier();
-        if (thread >= kConsumers) {
-            arch::registers_decrease<kProducerRegisters>();
-            if (thread == kConsumers) produce(p);
-        } else {
-            arch::registers_increase<kConsumerRegisters>();
-            consume(p);
-        }
+    // Of a persistent grid.
+    SAGE_DEVICE static void run(Params const& p) { run<true>(p, 0); }
+
+    // As Varlen wants it: of one block for each task.
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { run<false>(p, task); }
+    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
+        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
+        return narrow_attend<Output, Memory::Query::kBytes, Memory::kPackedBytes,
+                             padded_dim(kValueDim), false>(p, batch, block);
     }
 
  private:
     using Stages = RingPlace<kStages>;
     using Queries = RingPlace<Memory::kQueries>;
-    static constexpr int kHalves = 2;  // rows lane / 4 and lane / 4 + 8 of the warp's 16
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
     static constexpr int kStep = 32;                 // bytes of a product
@@ -64,6 +63,7 @@ class AttendHopper {
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
+                                   : kTileScales      ? 32
                                    : kValueDim == 192 ? 96
                                    : kMasked          ? 32
                                                       : 64;
@@ -72,21 +72,37 @@ class AttendHopper {
 
     // Of a thread. A launch gives each 168, 504 for three in different warpgroups: what the
     // producer gives away, the consumers share. Their scores, P V, output and P take most of
-    // theirs; where a mask or a softcap takes more beside these, the producer has to do with the
-    // least there is.
+    // theirs; where anything takes more beside these, the producer has to do with the least
+    // there is.
     static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
-    static constexpr bool kTight = kArrays > 176 && (kMasked || kSoftcap);
+    static constexpr bool kTight =
+        kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads);
     static constexpr int kProducerRegisters = kTight ? 24 : 40;
     static constexpr int kConsumerRegisters = kTight ? 240 : 232;
+
+    template <bool kPersistent>
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
+        int const thread = arch::thread_index();
+        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
+        arch::barrier();
+        if (thread >= kConsumers) {
+            arch::registers_decrease<kProducerRegisters>();
+            if (thread == kConsumers) produce<kPersistent>(p, task);
+        } else {
+            arch::registers_increase<kConsumerRegisters>();
+            consume(p);
+        }
+    }
 
     // --- the producer: one thread
 
     // It is ahead of the consumers by what the rings hold, so also in their next task.
-    SAGE_DEVICE static void produce(Params const& p) {
+    template <bool kPersistent>
+    SAGE_DEVICE static void produce(Params const& p, int64_t task) {
         Stages stages;
         Queries queries;
-        int index = Deal::first(p);
-        for (; index != Deal::kNone; index = Deal::next(p)) {
+        int index = kPersistent ? Deal::first(p) : static_cast<int>(task);
+        for (; index != Deal::kNone; index = kPersistent ? Deal::next(p) : Deal::kNone) {
             index = arch::warp_uniform(index);
             stages.turn = arch::warp_uniform(stages.turn);
             Task const task(p, index);
@@ -113,8 +129,8 @@ class AttendHopper {
         constexpr int kBytes = Memory::Query::kBytes;
         arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes);
         arch::copy_bulk(Memory::query(place),
-                        static_cast<char const*>(p.query_codes) + task.block() * kBytes, kBytes,
-                        Memory::query_full(place));
+                        static_cast<char const*>(p.query_codes) + task.rows().tile() * kBytes,
+                        kBytes, Memory::query_full(place));
     }
 
     SAGE_DEVICE static void copy_steps(Params const& p, Task const& task, Stages& place) {
@@ -131,6 +147,11 @@ class AttendHopper {
                 arch::copy_bulk(Memory::value(place.stage(), i),
                                 packed(p, task, tile + i) + Memory::kPackedValue,
                                 Memory::ValueOfTile::kBytes, Memory::value_full(place.stage()));
+            }
+            if constexpr (kTileScales) {
+                arch::copy_bulk(Memory::value_scales(place.stage()),
+                                packed(p, task, tile) + Memory::kPackedValueScales,
+                                Memory::kValueScaleBytes, Memory::value_full(place.stage()));
             }
             place.advance();
         }
@@ -157,7 +178,7 @@ class AttendHopper {
     Task const* task_;
     int warpgroup_;
     int begin_of_whole_, end_of_whole_;  // keys that all queries of the warpgroup see
-    float query_scale_;
+    float query_scales_[Rows::kScales];
     float row_term_[kHalves];  // under a softcap
 
     // The online softmax of the thread's rows: units of log 2, relative to the running maximum.
@@ -186,15 +207,9 @@ class AttendHopper {
 
     SAGE_DEVICE AttendHopper(Params const& p, Task const& task, int warpgroup)
         : p_(p), task_(&task), warpgroup_(warpgroup) {
-        int const first_query = task.first_query() + warpgroup * (kQueryBlock / 2);
-        int const last_query = first_query + kQueryBlock / 2 - 1;
-        begin_of_whole_ = arch::warp_uniform(task.first_key(last_query));
-        end_of_whole_ = arch::warp_uniform(task.end_key(first_query));
-        // Both rows share a scale.
-        constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
-        int const row = row_of_thread();
-        int const group = row / kQueryWarp * kQueryGroups + row % kQueryGroups;
-        query_scale_ = arch::load_global(p.query_scales + task.block() * kGroups + group);
+        begin_of_whole_ = arch::warp_uniform(task.first_key(task.last_query(warpgroup)));
+        end_of_whole_ = arch::warp_uniform(task.end_key(task.first_query(warpgroup)));
+        task.rows().load_scales(query_scales_);
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             maximum_[half] = -infinity();
@@ -208,15 +223,13 @@ class AttendHopper {
         }
     }
 
-    // The first row of the block that the thread holds.
-    SAGE_DEVICE static int row_of_thread() {
-        int const thread = arch::thread_index();
-        return thread / 32 * 16 + thread % 32 / 4;
+    SAGE_DEVICE int query(int half) const { return task_->rows().query(0, half); }
+    SAGE_DEVICE int head(int half) const { return task_->rows().head(0, half); }
+    SAGE_DEVICE bool exists(int half) const { return task_->rows().exists(0, half); }
+    // Of a row in (B, H, Lq).
+    SAGE_DEVICE int64_t index_of(int half) const {
+        return head(half) * p_.query_length + query(half);
     }
-    SAGE_DEVICE int query(int half) const {
-        return task_->first_query() + row_of_thread() + half * 8;
-    }
-    SAGE_DEVICE bool exists(int half) const { return query(half) < p_.query_length; }
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return (arch::thread_index() & 3) * 2; }
 
@@ -232,7 +245,7 @@ class AttendHopper {
             arch::wgmma_wait<0>();
             arch::wgmma_hold(scores);
             arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
-            float remaining[kTiles];
+            float remaining[Rows::kScales][kTiles];
             scale(scores, remaining, key_scales, tile);
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
@@ -266,7 +279,12 @@ class AttendHopper {
         Task const task(p_, arch::load_shared(Memory::task(query)));
         arch::mbarrier_arrive_warp(Memory::query_empty(query));
         task_ = &task;
-        store();
+        sum_up_totals();
+        if constexpr (kSplitKeys) {
+            store_part();
+        } else {
+            store();
+        }
     }
 
     // Begins Q K^T of a stage, when K is there.
@@ -321,14 +339,37 @@ class AttendHopper {
         SAGE_UNROLL
         for (int part = 0; part < kParts; ++part) {
             if (part > 0) begin_product(product, part, place);
+            float2 scales[kAtOnce / 8];  // asked for while the product is on its way
+            if constexpr (kTileScales) load_scales(scales, part, place);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(product);
+            if constexpr (kTileScales) scale(product, scales);
             SAGE_UNROLL
             for (int i = 0; i < kAtOnce / 2; ++i) {
                 output_[part][i] = arch::fma(output_[part][i], decay[i / 2 % 2], product[i]);
             }
         }
         arch::mbarrier_arrive_warp(Memory::value_empty(place.stage()));
+    }
+
+    // The scales that V has in its tile, for the thread's two channels of every eight; and P V by
+    // them.
+    SAGE_DEVICE static void load_scales(float2 (&scales)[kAtOnce / 8], int part,
+                                        Stages const& place) {
+        float const* const of_part =
+            reinterpret_cast<float const*>(Memory::value_scales(place.stage())) + part * kAtOnce;
+        SAGE_UNROLL
+        for (int atom = 0; atom < kAtOnce / 8; ++atom) {
+            scales[atom] = arch::load_shared(
+                reinterpret_cast<float2 const*>(of_part + atom * 8 + first_column()));
+        }
+    }
+    SAGE_DEVICE static void scale(float (&product)[kAtOnce / 2],
+                                  float2 const (&scales)[kAtOnce / 8]) {
+        SAGE_UNROLL
+        for (int i = 0; i < kAtOnce / 2; ++i) {
+            product[i] *= i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
+        }
     }
 
     static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
@@ -340,7 +381,7 @@ class AttendHopper {
 
     // Scores of the keys from `tile` on, as bits of floats in the place of integers, which are
     // still to be multiplied by `remaining`.
-    SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[kTiles],
+    SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[Rows::kScales][kTiles],
                            float const (&key_scales)[kTiles], int tile) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
@@ -350,12 +391,16 @@ class AttendHopper {
         constexpr bool kScaled = kSoftcap || kMasked;
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-            float const scale = query_scale_ * key_scales[i];
-            remaining[i] = kScaled ? 1.0f : scale == 0.0f ? kSmallestScale : scale;
+            float scale[Rows::kScales];
+            SAGE_UNROLL
+            for (int of = 0; of < Rows::kScales; ++of) {
+                scale[of] = query_scales_[of] * key_scales[i];
+                remaining[of][i] = kScaled ? 1.0f : scale[of] == 0.0f ? kSmallestScale : scale[of];
+            }
             SAGE_UNROLL
             for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
                 float x = arch::from_int(scores[word]);
-                if constexpr (kScaled) x *= scale;
+                if constexpr (kScaled) x *= scale[Rows::scale_of(0, word / 2 % 2)];
                 if constexpr (kSoftcap) x = capped(x + row_term_[word / 2 % 2]);
                 scores[word] = arch::bits(x);
             }
@@ -370,7 +415,8 @@ class AttendHopper {
     // P of a row half, as bits of floats in the place of the scores, and by what its sums so far
     // decay.
     SAGE_DEVICE void softmax(uint32_t (&scores)[kKeys / 2], int half,
-                             float const (&remaining)[kTiles]) {
+                             float const (&remaining)[Rows::kScales][kTiles]) {
+        float const(&of_row)[kTiles] = remaining[Rows::scale_of(0, half)];
         float highest = -infinity();
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
@@ -381,7 +427,7 @@ class AttendHopper {
                 float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
                 of_tile = arch::maximum(of_tile, arch::maximum(low, high));
             }
-            highest = arch::maximum(highest, arch::multiply(of_tile, remaining[i]));
+            highest = arch::maximum(highest, arch::multiply(of_tile, of_row[i]));
         }
         highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
         highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
@@ -396,11 +442,11 @@ class AttendHopper {
         // show against unrounded scores: then first subtract, in the same rounding.
         bool const large = origin > kLargeScore || origin < -kLargeScore;
         float const shift = E4m3::kLog2WeightFactor - (large ? 0.0f : origin);
-        if (large) subtract(scores, half, remaining, origin);
+        if (large) subtract(scores, half, of_row, origin);
         float total = 0.0f;
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
-            float const factor = large ? 1.0f : remaining[i];
+            float const factor = large ? 1.0f : of_row[i];
             SAGE_UNROLL
             for (int atom = 0; atom < kKeyAtoms; ++atom) {
                 SAGE_UNROLL
@@ -455,9 +501,9 @@ class AttendHopper {
     SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
         uint8_t const shown = task_->shown_of(tile);
         if (shown == kShowsAll) return;
-        Split const head(task_->head(), p_.heads);
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
+            Split const head(this->head(half), p_.heads);
             int64_t const of_row = head.outer * p_.mask.batch_stride +
                                    head.inner * p_.mask.head_stride +
                                    query(half) * p_.mask.query_stride;
@@ -485,7 +531,7 @@ class AttendHopper {
     // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
     SAGE_DEVICE float row_term_of(int half) const {
         if (!exists(half)) return 0.0f;
-        return arch::load_global(p_.row_term + task_->head() * p_.query_length + query(half));
+        return arch::load_global(p_.row_term + index_of(half));
     }
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
@@ -505,18 +551,58 @@ class AttendHopper {
         }
     }
 
-    SAGE_DEVICE void store() {
-        Split const head(task_->head(), p_.heads);
-        float const* const value_scales =
-            p_.value_scales + int64_t{task_->kv_head()} * padded_dim(kValueDim);
+    // Over the columns of all threads that hold a row.
+    SAGE_DEVICE void sum_up_totals() {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             total_[half] += arch::shuffle_xor(total_[half], 1);
             total_[half] += arch::shuffle_xor(total_[half], 2);
         }
+    }
+
+    // Of the eight channels of an atom, the two sums of a row that the thread holds.
+    SAGE_DEVICE float2 sums_of(int half, int atom) const {
+        int const i = atom * 4 + half * 2;
+        float const* const sums = &output_[i / (kAtOnce / 2)][i % (kAtOnce / 2)];
+        return make_float2(sums[0], sums[1]);
+    }
+
+    // What the block's keys make of each row, for Merge. Where it sees none of them, no output.
+    SAGE_DEVICE void store_part() const {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             if (!exists(half)) continue;
+            int64_t const part = index_of(half) * p_.parts + task_->part();
+            // Scales that are not finite leave NaN in a row without keys.
+            bool const dead = !sees_a_key(half);
+            float const total = dead ? 0.0f : total_[half];
+            if (first_column() == 0) {
+                float const maximum = dead ? -infinity() : maximum_[half];
+                arch::store_global(reinterpret_cast<float2*>(p_.part_sums + 2 * part),
+                                   make_float2(maximum, total));
+            }
+            if (total == 0.0f) continue;
+            float* const of_row = p_.part_outputs + part * padded_dim(kValueDim);
+            SAGE_UNROLL
+            for (int atom = 0; atom < kValueDim / 8; ++atom) {
+                arch::store_global(reinterpret_cast<float2*>(of_row + atom * 8 + first_column()),
+                                   sums_of(half, atom));
+            }
+        }
+    }
+
+    SAGE_DEVICE void store() const {
+        float const* const value_scales =
+            kTileScales
+                ? nullptr
+                : p_.value_scales + int64_t{task_->rows().kv_head()} * padded_dim(kValueDim);
+        // With the scales of tiles a sum has the size of V itself, whose type the output has too.
+        constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+        float const limit = !kTileScales ? E4m3::kLimit : kHalfOutput ? Half::kLimit : infinity();
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            if (!exists(half)) continue;
+            Split const head(this->head(half), p_.heads);
             RowEnd end(maximum_[half], total_[half], E4m3::kLog2WeightFactor, !sees_a_key(half),
                        p_.dead_value);
             if (!kSoftcap && (p_.lse != nullptr || p_.sinks != nullptr)) {
@@ -529,14 +615,17 @@ class AttendHopper {
             // Of every eight channels, the two that the thread holds: as a pair, or one by one.
             bool const pairs = stores_pairs(of_row, p_.channels);
             SAGE_UNROLL
-            for (int i = half * 2; i < kValueDim / 2; i += 4) {
-                int const channel = i / 4 * 8 + first_column();
+            for (int atom = 0; atom < kValueDim / 8; ++atom) {
+                int const channel = atom * 8 + first_column();
                 if (channel >= p_.channels) continue;
-                float2 const scale =
-                    arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
-                float const* const sums = &output_[i / (kAtOnce / 2)][i % (kAtOnce / 2)];
-                float const low = end.value(sums[0], E4m3::kLimit, scale.x);
-                float const high = end.value(sums[1], E4m3::kLimit, scale.y);
+                float2 scale = make_float2(1.0f, 1.0f);
+                if constexpr (!kTileScales) {
+                    scale =
+                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                }
+                float2 const sums = sums_of(half, atom);
+                float const low = end.value(sums.x, limit, scale.x);
+                float const high = end.value(sums.y, limit, scale.y);
                 if (pairs) {
                     store_pair(of_row + channel, low, high);
                 } else {
@@ -545,8 +634,8 @@ class AttendHopper {
                 }
             }
             if (p_.lse != nullptr && first_column() == 0) {
-                arch::store_global(p_.lse + task_->head() * p_.query_length + query(half),
-                                   end.lse());
+                int64_t const index = this->head(half) * p_.lse_head_stride;
+                arch::store_global(p_.lse + index + query(half), end.lse());
             }
         }
     }
@@ -554,7 +643,7 @@ class AttendHopper {
     SAGE_DEVICE bool sees_a_key(int half) const {
         if (task_->end_key(query(half)) <= task_->first_key(query(half))) return false;
         if constexpr (!kMasked) return true;
-        Split const head(task_->head(), p_.heads);
+        Split const head(this->head(half), p_.heads);
         return Seen(p_.live, head, 0, p_.query_length).of(query(half)) != 0;
     }
 };

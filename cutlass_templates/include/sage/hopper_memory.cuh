@@ -7,9 +7,9 @@
 
 namespace sage {
 
-// The shared memory of a block: a ring of tasks with their Q, one of stages, scales of K,
-// mbarriers.
-template <int kHeadDim, int kValueDim, int kTiles, int kStages>
+// The shared memory of a block: a ring of tasks with their Q, one of stages, scales of K, with
+// kTileScales those of V, and mbarriers.
+template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages>
 struct HopperMemory {
     static constexpr int kQueries = 2;  // Q of the next task comes while this one is worked on
     static constexpr int kKeys = kTiles * kKeyBlock;
@@ -19,23 +19,28 @@ struct HopperMemory {
     using KeyOfTile = Panels<kKeyBlock, kRowBytes>;
     using ValueOfTile = Panels<kValueDim, kKeyBlock>;  // V transposed
     static constexpr int kScaleBytes = kKeyGroups * sizeof(float);
+    static constexpr int kValueScaleBytes = kTileScales ? kValueDim * sizeof(float) : 0;
+    static_assert(!kTileScales || kTiles == 1, "P V of a step is scaled as one");
 
     // A packed tile as the quantizers write it.
     static constexpr int kPackedValue = KeyOfTile::kBytes;
     static constexpr int kPackedScales = kPackedValue + padded_dim(kValueDim) * kKeyBlock;
-    static constexpr int kPackedBytes = kPackedScales + 128;
+    static constexpr int kPackedValueScales = kPackedScales + 128;
+    static constexpr int kPackedBytes =
+        kPackedValueScales + (kTileScales ? padded_dim(kValueDim) * sizeof(float) : 0);
 
     static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
     static constexpr int kRing = kQueries * Query::kBytes;
     static constexpr int kScales = kRing + kStages * kStageBytes;
-    static constexpr int kMbarriers = kScales + kStages * kTiles * kScaleBytes;
+    static constexpr int kValueScales = kScales + kStages * kTiles * kScaleBytes;
+    static constexpr int kMbarriers = kValueScales + kStages * kValueScaleBytes;
     static constexpr int kTasks = kMbarriers + (2 * kQueries + 4 * kStages) * sizeof(uint64_t);
     static constexpr int kBytes = kTasks + kQueries * sizeof(int);
     static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
 
     // Bytes that a stage's mbarriers expect.
     static constexpr int kKeyBytes = Key::kBytes + kTiles * kScaleBytes;
-    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes;
+    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes + kValueScaleBytes;
 
     SAGE_DEVICE static char* query(int place) {
         return arch::shared_memory() + place * Query::kBytes;
@@ -52,6 +57,9 @@ struct HopperMemory {
     }
     SAGE_DEVICE static char* scales(int stage, int tile) {
         return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
+    }
+    SAGE_DEVICE static char* value_scales(int stage) {
+        return arch::shared_memory() + kValueScales + stage * kValueScaleBytes;
     }
     // Of a stage: what it is full of has come; nobody reads it any more.
     SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(stage); }

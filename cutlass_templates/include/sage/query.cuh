@@ -8,9 +8,13 @@
 
 namespace sage {
 
-// With kPanels, codes are in the order that wgmma reads.
-template <class Input, class Format, int kHeadDim, bool kPanels, class Reader = Plain>
+// With kPanels, codes are in the order that wgmma reads; with kPackedHeads besides those of a tile
+// of PackedRows, see query_rows.cuh.
+template <class Input, class Format, int kHeadDim, bool kPanels, bool kPackedHeads,
+          class Reader = Plain>
 struct QuantizeQuery {
+    static_assert(kPanels || !kPackedHeads,
+                  "rows that lie one by one are packed when they are read");
     using Params = typename Reader::template With<QueryParams>;
     using Kept = Chunk<typename Reader::template Kept<Input>>;
     using At = Position<kHeadDim>;
@@ -213,13 +217,29 @@ struct QuantizeQuery {
             float const scale = scale_of(largest, Format::kLimit);
             float x[kChunk];
             smoothed(x, query[t], mean, place.live(t));
-            store_codes<Format, Codes>(static_cast<char*>(p.codes) + place.task * Codes::kBytes,
-                                       place.in_block(t), place.at.channel, x, scale);
+            store_row(p, place, t, x, scale);
             if (t % kTokensOfWarp == 0 && part == 0 && place.at.first_column()) {
                 int64_t const index = place.task * kGroups + warp * kQueryGroups + group;
                 arch::store_global(p.scales + index, scale * p.score_factor);
             }
         }
+    }
+
+    SAGE_DEVICE static void store_row(Params const& p, Place const& place, int t,
+                                      float const (&x)[kChunk], float scale) {
+        int64_t block = place.task;
+        int row = place.in_block(t);
+        if constexpr (kPackedHeads) {
+            // Rows of the tile that no query has are computed of whatever is there, for nobody.
+            if (place.token(t) >= p.query_length) return;
+            Split const head(place.head, p.group);
+            Split const packed(place.token(t) * p.group + head.inner, kQueryBlock);
+            block = head.outer * tiles_of(static_cast<int>(p.group * p.query_length), kQueryBlock) +
+                    packed.outer;
+            row = packed.inner;
+        }
+        store_codes<Format, Codes>(static_cast<char*>(p.codes) + block * Codes::kBytes, row,
+                                   place.at.channel, x, scale);
     }
 
     SAGE_DEVICE static void smoothed(float (&x)[kChunk], Kept const& query,

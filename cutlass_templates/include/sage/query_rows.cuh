@@ -1,6 +1,7 @@
 // Which query of which head each row of the attention kernel's tile is, and where what belongs to
-// it lies. The quantizers know nothing of it: codes, scales, means and delta of Q are stored by
-// head and query (see QueryParams), so a row has the same numbers in whatever tile it is computed.
+// it lies. Codes, scales, means and delta of Q are stored by head and query (see QueryParams), so a
+// row has the same numbers in whatever tile it is computed. Only where wgmma reads codes, which lie
+// in its order, are they those of the tile: query.cuh has the same rows.
 #pragma once
 
 #include <sage/mask.cuh>
@@ -24,8 +25,14 @@ SAGE_DEVICE float query_scale(AttendParams const& p, int64_t head, int query) {
     return arch::load_global(p.query_scales + head * p.query_blocks * kGroups + group);
 }
 
-// A query block of one head: what is best where the queries fill it.
-template <int kTileRows, int kWarpRows>
+template <bool kUniform>
+SAGE_DEVICE int uniform(int value) {
+    return kUniform ? arch::warp_uniform(value) : value;
+}
+
+// A query block of one head: what is best where the queries fill it. With kUniform the compiler is
+// told what all threads of a warp have in common.
+template <int kTileRows, int kWarpRows, bool kUniform = false>
 class HeadRows {
     static_assert(kTileRows == kQueryBlock);
 
@@ -36,11 +43,12 @@ class HeadRows {
     // Of B * H * M tiles, the last one of a head first: under a causal mask it has the most to do.
     SAGE_DEVICE HeadRows(AttendParams const& p, int64_t tile) : p_(p) {
         Split const task(tile, p.query_blocks);
-        block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
-        kv_head_ = Split(head_, p.group).outer;  // G divides H
+        block_ = uniform<kUniform>(static_cast<int>(p.query_blocks) - 1 - task.inner);
+        head_ = uniform<kUniform>(task.outer);
+        kv_head_ = uniform<kUniform>(Split(head_, p.group).outer);  // G divides H
     }
 
+    SAGE_DEVICE int64_t tile() const { return head_ * p_.query_blocks + block_; }  // of memory
     SAGE_DEVICE int kv_head() const { return kv_head_; }  // b * Hkv + h / G
     SAGE_DEVICE int first_query() const { return block_ * kQueryBlock; }
     SAGE_DEVICE int last_query() const {
@@ -60,7 +68,7 @@ class HeadRows {
     template <class QueryTile, int kThreads>
     SAGE_DEVICE void copy_codes_async(char* tile) const {
         QueryTile::template copy_async<kThreads>(
-            tile, static_cast<char const*>(p_.query_codes) + block() * QueryTile::kBytes);
+            tile, static_cast<char const*>(p_.query_codes) + this->tile() * QueryTile::kBytes);
     }
     SAGE_DEVICE void load_scales(float (&scales)[kScales]) const {
         scales[0] = query_scale(p_, head_, query(0, 0));
@@ -69,7 +77,7 @@ class HeadRows {
 
     // The means of Q . K' that the scores of all rows get, for a tile of keys.
     SAGE_DEVICE float const* delta(int key_tile) const {
-        return p_.delta + (block() * p_.key_blocks + key_tile) * kKeyBlock;
+        return p_.delta + (tile() * p_.key_blocks + key_tile) * kKeyBlock;
     }
 
     // What the mask shows of a tile of keys.
@@ -81,8 +89,6 @@ class HeadRows {
     }
 
  private:
-    SAGE_DEVICE int64_t block() const { return head_ * p_.query_blocks + block_; }
-
     AttendParams const& p_;
     int block_, head_, kv_head_;
 };
@@ -90,7 +96,7 @@ class HeadRows {
 // Query heads packed into the tile: (query, head) pairs of all G heads of one key/value head, the
 // heads of a query behind one another. So a few queries fill a tile, K and V are read once for all
 // heads, and the rows of one tile are few queries, near each other under a diagonal.
-template <int kTileRows, int kWarpRows>
+template <int kTileRows, int kWarpRows, bool kUniform = false>
 class PackedRows {
     static constexpr int kBands = kWarpRows / 16;
 
@@ -101,8 +107,9 @@ class PackedRows {
     // Of B * Hkv * row_blocks tiles.
     SAGE_DEVICE PackedRows(AttendParams const& p, int64_t tile) : p_(p) {
         Split const task(tile, p.row_blocks);
-        kv_head_ = task.outer;
-        first_row_ = (static_cast<int>(p.row_blocks) - 1 - task.inner) * kTileRows;
+        kv_head_ = uniform<kUniform>(task.outer);
+        int const row_block = static_cast<int>(p.row_blocks) - 1 - task.inner;
+        first_row_ = uniform<kUniform>(row_block) * kTileRows;
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL
@@ -115,6 +122,7 @@ class PackedRows {
         }
     }
 
+    SAGE_DEVICE int64_t tile() const { return kv_head_ * p_.row_blocks + first_row_ / kTileRows; }
     SAGE_DEVICE int kv_head() const { return kv_head_; }
     SAGE_DEVICE int first_query() const { return Split(first_row_, p_.group).outer; }
     SAGE_DEVICE int last_query() const { return existing(kTileRows - 1).outer; }

@@ -186,4 +186,34 @@ struct Varlen {
     }
 };
 
+// `narrow` of an attention kernel, one block per (query block, head). Known of it: the bytes of a
+// query block's codes, those of a packed tile, the channels that V's scales have, and whether Q was
+// smoothed.
+template <class Output, int kQueryBytes, int kTileBytes, int kValueDim, bool kDelta>
+SAGE_DEVICE int64_t narrow_attend(AttendParams& p, Sequences const& batch, int64_t block) {
+    Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+    int64_t const before = sequence.first_query_block() * p.heads;
+    int64_t const task = sequence.task_of_queries(block - before, p.heads);
+    if (task < 0) return task;
+    int64_t const kv_heads = Split(p.heads, p.group).outer;
+    p.query_codes = static_cast<char const*>(p.query_codes) + before * kQueryBytes;
+    p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
+    p.key_value_tiles = static_cast<char const*>(p.key_value_tiles) +
+                        sequence.first_key_block() * kv_heads * kTileBytes;
+    p.value_scales += sequence.index() * kv_heads * kValueDim;
+    if constexpr (kDelta) p.delta += before * batch.most_key_blocks * kKeyBlock;
+    if (p.row_term != nullptr) p.row_term += sequence.first_query_token() * p.heads;
+    p.output =
+        static_cast<Output*>(p.output) + sequence.first_query_token() * p.output_token_stride;
+    if (p.lse != nullptr) p.lse += sequence.first_query_token();
+    p.query_length = sequence.query_length();
+    p.key_length = sequence.key_length();
+    p.query_blocks = sequence.query_blocks();
+    p.key_blocks = p.head_tiles = sequence.key_blocks();
+    p.lower = sequence.lower();
+    p.upper = sequence.upper();
+    if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
+    return task;
+}
+
 }  // namespace sage

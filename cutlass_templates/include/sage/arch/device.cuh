@@ -62,6 +62,10 @@ SAGE_DEVICE void copy_async_wait() {
     cute::cp_async_wait<kNewest>();
 }
 
+SAGE_DEVICE int warp_uniform(int value) {
+    return static_cast<int>(__reduce_or_sync(__activemask(), static_cast<unsigned>(value)));
+}
+
 template <class T>
 SAGE_DEVICE T shuffle_xor(T value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);

@@ -22,8 +22,6 @@
 //   void named_barrier_arrive<Threads>(int id)     all Threads; is one of them, without waiting.
 //   void registers_decrease<N>(), registers_increase<N>()    setmaxnreg, by whole warpgroups.
 //   float from_int(uint32_t)        Of an int32.
-//   int warp_uniform(int)           A value that all lanes of a warp have, so that the compiler
-//                                   knows.
 //
 //   uint64_t matrix_rows<RowBytes>(void const*)
 //                                   Rows of an operand, K-major and swizzled: see Panels of

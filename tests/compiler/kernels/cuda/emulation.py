@@ -10,17 +10,19 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.arch import named as named_arch
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, KernelSpec, QueryTile
-from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.cuda.variants import WGMMA_ROWS, Variant, variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.layout import empty_output
 from sage_compiler.kernels.rotary import Rotary
@@ -32,7 +34,7 @@ from tests.cutlass_templates import host
 ARCH = "sm_89"  # the one with all recipes
 GARBAGE = 0xC5  # what scratch holds before: large numbers, in every format
 
-# (recipe, accumulator of P @ V) of all attention kernels.
+# (recipe, accumulator of P @ V) of all attention kernels by mma.sync.
 RECIPE_VARIANTS = [
     ("int4_fp8", Accumulator.FP32),
     ("int4_fp8", Accumulator.FP16),
@@ -60,21 +62,54 @@ def loader() -> Loader:
     return Loader(Driver(str(host.driver())), build)
 
 
-def broken(kind: str, change: Callable[[str], str], header: str = "") -> Loader:
+class Way(NamedTuple):
+    """How an attention is computed: a recipe, and the architecture whose kernels do it."""
+
+    recipe: str
+    arch: str = ARCH
+    accumulator: Accumulator = Accumulator.FP32
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+    def attend(self, call: Call, tile: QueryTile = QUERY_BLOCK, **options: Any) -> Result:
+        """As ``attend``, with the rows of a tile that there are."""
+        rows = WGMMA_ROWS if self.is_wgmma else tile.rows
+        return attend(
+            call,
+            self.recipe,
+            self.accumulator,
+            arch=self.arch,
+            tile=tile._replace(rows=rows),
+            **options,
+        )
+
+    @property
+    def is_wgmma(self) -> bool:
+        """Whether its products are those of warpgroups."""
+        return named_arch(self.arch).uses_wgmma(self.recipe)
+
+
+WGMMA = Way("int8_fp8", "sm_90a")
+"""The kernel of wgmma."""
+
+
+def broken(kind: str, change: Callable[[str], str], *headers: str) -> Loader:
     """Kernels of which those of one kind have a header changed; their images are not kept.
 
     Args:
         kind: of kernels; empty: all, whose templates include the header.
-        header: which; by default that of the kind's template, which includes it otherwise.
+        headers: the last one is changed; it is included by the one before, and that of the kind's
+            template, which it is by default, includes the first.
     """
-    header = header or kind
+    *_, header = headers or (kind,)
     changed = change(_header(header))
     assert changed != _header(header), "there is nothing to break"
 
     def build_broken(spec: KernelSpec) -> bytes:
         source = render(spec)
         if kind in ("", spec.kind):
-            for name in dict.fromkeys((spec.kind, header)):
+            for name in dict.fromkeys((spec.kind, *headers)):
                 assert _include(name) in source
                 source = _in_place(source, name, changed if name == header else _header(name))
         return host.compile_kernel(source, spec.symbol)

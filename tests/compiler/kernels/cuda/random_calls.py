@@ -29,18 +29,27 @@ from torch import Tensor
 from sage_compiler import ops as ops  # registers sage::attention
 from sage_compiler.kernels import reference, registry
 from sage_compiler.kernels.cuda import kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
 from sage_compiler.kernels.kernel import OPEN, Kernel
-from sage_compiler.precision import Accumulator
+from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
-from tests.compiler.kernels.cuda.emulation import ARCH, GARBAGE, RECIPE_VARIANTS, named, the_host
+from tests.compiler.kernels.cuda.emulation import (
+    GARBAGE,
+    RECIPE_VARIANTS,
+    WGMMA,
+    Way,
+    named,
+    the_host,
+)
 from tests.compiler.kernels.dense import Call, class_mask, dense, random_mask
 from tests.tolerances import check, check_lse
 
 TEMPLATES: Final = 32  # kinds of kernels of a run
 CALLS: Final = 10  # of each kind
+WAYS: Final = (*(Way(recipe, accumulator=sums) for recipe, sums in RECIPE_VARIANTS), WGMMA)
 
 _WINDOWS: Final = (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT)
 # Around the edges of tiles of 64 keys and 128 queries, of warps, and of a thread's rows.
@@ -61,11 +70,11 @@ class Template:
     """What makes a call take one kernel and not another.
 
     Attributes:
+        way: whose kernels.
         head_dim, value_dim: of ``HEAD_DIMS``; a call has these or what is filled up to them.
     """
 
-    recipe: str
-    accumulator: Accumulator
+    way: Way
     dtype: torch.dtype
     head_dim: int
     value_dim: int
@@ -111,7 +120,7 @@ def templates(run: int) -> tuple[Template, ...]:
         return dealt
 
     columns = zip(
-        share(*RECIPE_VARIANTS),
+        share(*WAYS),
         share(*(getattr(torch, name) for name in DTYPES)),
         share(*HEAD_DIMS, 64, 128),
         share(None, None, None, *HEAD_DIMS),  # None: that of the query
@@ -121,8 +130,8 @@ def templates(run: int) -> tuple[Template, ...]:
         strict=True,
     )
     return tuple(
-        Template(*recipe, dtype, head_dim, value_dim or head_dim, window, masked, softcap)
-        for recipe, dtype, head_dim, value_dim, window, masked, softcap in columns
+        Template(way, dtype, head_dim, value_dim or head_dim, window, masked, softcap)
+        for way, dtype, head_dim, value_dim, window, masked, softcap in columns
     )
 
 
@@ -138,7 +147,7 @@ def random_call(run: int, number: int) -> RandomCall:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 1, 2, 3, 5))
+    batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 1, 2, 3, 5, 7))
     query_length, key_length = _lengths(rng)
     head_dim, value_dim = (_dim(rng, dim) for dim in (template.head_dim, template.value_dim))
     heads = kv_heads * group
@@ -176,7 +185,7 @@ def random_call(run: int, number: int) -> RandomCall:
         clean=clean,
         want_lse=rng.random() < 0.7,
         label=(
-            f"{template.recipe} accumulator {template.accumulator}, {template.dtype}, "
+            f"{template.way}, {template.dtype}, "
             f"query {tuple(stored[0].shape)} {layouts[0]}, key {tuple(stored[1].shape)} "
             f"{layouts[1]}, value {tuple(stored[2].shape)} {layouts[2]}, {semantics}, mask "
             f"{mask_label}, sinks {clean.sinks}, poisoned {poisoned}"
@@ -188,7 +197,8 @@ def _lengths(rng: random.Random) -> tuple[int, int]:
     def length() -> int:
         return rng.choice(_EDGES) if rng.random() < 0.5 else rng.randint(1, 200)
 
-    return rng.choice(((length(), length()), (n := length(), n), (1, length())))
+    few_to_many = rng.randint(1, 16), rng.randint(500, 800)  # of which some are split
+    return rng.choice(((length(), length()), (n := length(), n), (1, length()), few_to_many))
 
 
 def _dim(rng: random.Random, largest: int) -> int:
@@ -354,21 +364,20 @@ def _scratch(sizes: Sequence[int], device: torch.device) -> tuple[list[int], obj
 
 @contextlib.contextmanager
 def serving(template: Template, loader: Loader | None = None) -> Iterator[None]:
-    """Inside, the operator's calls on the CPU are served by the kernels of ``ARCH``.
+    """Inside, the operator's calls on the CPU are served by the kernels of a template.
 
     Args:
         loader: of other kernels than ``emulation.loader()``.
     """
-    target = kernel.Target(ARCH, 0, 0, loader or emulation.loader(), _scratch)
+    recipe, arch, accumulator = template.way
+    target = kernel.Target(arch, 0, 0, loader or emulation.loader(), _scratch)
     served = Kernel(
         name=lambda: "cuda-mma on the CPU",
         device_type="cpu",
-        recipe=template.recipe,
-        refuse=functools.partial(kernel.refuse, template.recipe, arch=ARCH),
+        recipe=recipe,
+        refuse=functools.partial(kernel.refuse, recipe, arch=arch),
         gate=lambda problem: OPEN,
-        run=functools.partial(
-            kernel.run, target, recipe=template.recipe, accumulator=template.accumulator
-        ),
+        run=functools.partial(kernel.run, target, recipe=recipe, accumulator=accumulator),
     )
     with (
         mock.patch.object(registry, "KERNELS", [served]),
@@ -391,7 +400,7 @@ def attend(random_call: RandomCall, loader: Loader | None = None) -> tuple[Tenso
         call.attn_mask,
         str(semantics.mask_class),
         semantics.scale,
-        random_call.template.recipe,
+        random_call.template.way.recipe,
         0,  # min_seq_len
         str(semantics.dead_rows),
         semantics.softcap,
@@ -401,6 +410,7 @@ def attend(random_call: RandomCall, loader: Loader | None = None) -> tuple[Tenso
     )
     the_host().reset()
     the_host().seed(random_call.number)
+    the_host().set_capability(*ARCHS[random_call.template.way.arch].capability)
     with serving(random_call.template, loader):
         if random_call.want_lse:
             output, lse = torch.ops.sage.attention.lse(*arguments)
@@ -424,28 +434,29 @@ def assert_right(random_call: RandomCall, loader: Loader | None = None) -> None:
 
 
 def _compare(random_call: RandomCall, output: Tensor, lse: Tensor | None) -> None:
-    template, clean = random_call.template, random_call.clean
+    way, clean = random_call.template.way, random_call.clean
     kinds = {launch["symbol"].split("_")[1] for launch in the_host().launches()}
     assert "attend" in kinds and _Registered.last is not None, "no kernel was launched"
+    softmax_blocks = _Registered.last.kernels.attend.keys // TILE_MMA.kv_block
     expected, expected_lse = reference.attention(
         clean.query,
         clean.key,
         clean.value,
-        named(template.recipe, template.accumulator),
+        named(way.recipe, way.accumulator, softmax_blocks),
         clean.semantics,
         attn_mask=clean.attn_mask,
         sinks=clean.sinks,
         splits=_Registered.last.splits,
     )
     limits = DISTANCE if output.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
-    apart, limit = distance(output, expected), limits[template.recipe[:4]]
+    apart, limit = distance(output, expected), limits[way.recipe[:4]]
     assert apart <= limit, f"{apart:.2g} from the reference, at most {limit}"
     exact, exact_lse = dense(clean)
-    check(output, exact, clean.value, template.recipe)
+    check(output, exact, clean.value, way.recipe)
     if lse is not None:
         # rtol: a row that sees nothing but a large bias has an LSE of its size.
         torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=LSE_DISTANCE)
-        check_lse(lse, exact_lse.float(), template.recipe)
+        check_lse(lse, exact_lse.float(), way.recipe)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -536,8 +536,8 @@ def test_broken_synchronization_is_reported(
     ],
 )
 def test_broken_numerics_are_noticed(kind: str, old: str, new: str) -> None:
-    kind, _, header = kind.partition("/")
-    loader = broken(kind, replacing(old, new), header)
+    kind, *headers = kind.split("/")
+    loader = broken(kind, replacing(old, new), *headers)
     with pytest.raises(AssertionError):
         assert_right(CAUSAL, "int8_fp8", Accumulator.FP32, kernels=loader)
 

@@ -26,7 +26,7 @@ from sage_compiler.kernels.cuda.spec import (
     StatisticsSpec,
     ValueSpec,
 )
-from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.kernels.cuda.variants import cache_variant, variant
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 
@@ -108,6 +108,14 @@ def test_products_of_warpgroups_may_neither_be_serialized_nor_spill() -> None:
     assert spilled == tuple(
         f"{name}, which it must not have" for name in ("LDL 2 times", "STL 1 times")
     )
+
+
+def test_a_cache_of_long_heads_by_wgmma_has_the_budget_alone() -> None:
+    (opcodes,) = (code for spec, code in CODE if spec is WGMMA)
+    for head_dim in (128, 192):
+        spec = cache_variant("sm_90a", "float16", head_dim, "int8_fp8").attend
+        found = problems(spec, opcodes + Counter({"LDL.64": 2}), LEAN)
+        assert bool(found) == (head_dim == 128)
 
 
 def test_the_accumulator_is_looked_at() -> None:

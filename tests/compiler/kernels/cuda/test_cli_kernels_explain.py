@@ -195,9 +195,42 @@ def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(explained(capsys, *words).split())
     assert "int8_fp8, where it is asked for by name, launches" in text
     assert "With auto, a least length or a guard, each sequence is a call of its own" in text
-    without = ("1x4x1000x64", "--arch", "sm_90a", "--sequences", "5", "--recipe", "int8_fp8")
-    text = " ".join(explained(capsys, *without).split())
-    assert "has no kernel for a packed batch: each sequence is a call of its own" in text
+    by_wgmma = ("1x4x1000x64", "--arch", "sm_90a", "--sequences", "5", "--recipe", "int8_fp8")
+    launches = explained_json(capsys, *by_wgmma)["launches"]
+    assert all(each["symbol"].endswith("_varlen") for each in launches)
+    assert launches[-1]["symbol"].startswith("sage_attend_hopper_")
+
+
+def test_rotary_embedding(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x4x300x64", "--arch", "sm_90a", "--recipe", "int8_fp8", "--rotary", "interleaved")
+    found = explained_json(capsys, *words)
+    assert found["attention"].endswith(", rotary embedding, interleaved")
+    assert found["rotary"] == "interleaved"
+    symbols = [each["symbol"] for each in found["launches"]]
+    rotated = [symbol.split("_")[1] for symbol in symbols if symbol.endswith("_interleaved")]
+    assert rotated == ["statistics", "query", "key"]
+    assert not any(each["shipped"] for each in found["launches"][:3])
+    packed = explained(capsys, *words[:2], "sm_89", *words[3:], "--sequences", "2")
+    assert "Q and K are rotated before, by torch" in " ".join(packed.split())
+    assert "_interleaved" not in packed
+
+
+def test_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("1x32x1x128", "--kv", "1x8x4096x128", "--arch", "sm_89", "--cache")
+    lines = explained(capsys, *words).splitlines()
+    assert lines[0].endswith("V (1, 8, 4096, 128), K and V in a cache; on sm_89")
+    assert lines[1] == "auto: int8_fp8, kernel cuda-mma; append packs the queries' tokens"
+    assert "cut: heads packed by 4, keys in 16 parts" in lines
+    tile, mean, staged = 2 * 64 * 128 + 128 + 4 * 128, 4 * 128, 2 * 5 * 64 * 128 * 2
+    assert f"cache: {8 * (64 * tile + mean + staged)} bytes for 4096 tokens" in lines
+    found = explained_json(capsys, *words, "--recipe", "int4_fp16")
+    kinds = [each["symbol"].split("_sm_")[0] for each in found["launches"]]
+    assert kinds == [f"sage_{kind}" for kind in ("append", "query", "delta", "attend", "merge")]
+    assert [each["blocks"] for each in found["launches"]] == [16, 32, 512, 128, 8]
+    assert found["recipes"][0]["seconds"] is found["exact_seconds"] is None
+    young = ("1x8x10x64", "--arch", "sm_80", "--cache")
+    assert "key_mean and append pack the queries' tokens" in explained(capsys, *young)
+    assert explained_json(capsys, *young)["launches"][0]["symbol"].startswith("sage_key_mean")
 
 
 def test_exact_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +268,23 @@ def test_the_gpu_that_is_here(
             ["1x2x64x64", "--arch", "sm_89", "--sequences", "3", "--mask", "bool"],
             "attn_mask with cu_seqlens; a packed batch takes none",
         ),
+        (
+            ["1x2x64x64", "--arch", "sm_89", "--cache", "--sequences", "1"],
+            "--cache and --sequences",
+        ),
+        (
+            ["1x2x64x64", "--arch", "sm_89", "--cache", "--rotary", "half"],
+            "tokens of one length, r",
+        ),
+        (["1x2x64x64", "--arch", "sm_89", "--cache", "--recipe", "exact"], "a cache is quantized"),
+        (["1x2x9x64", "--arch", "sm_89", "--cache", "--kv", "1x2x8x64"], "8 tokens for 9 queries"),
+        (["1x2x9x64", "--arch", "sm_89", "--cache", "--mask", "causal"], "causal_bottom_right"),
+        (
+            ["1x2x9x64", "--arch", "sm_80", "--cache", "--recipe", "int8_fp8"],
+            "a packed cache can be int8_fp16, int4_fp16 on sm_80",
+        ),
+        (["1x2x9x300", "--arch", "sm_80", "--cache"], "head_dim 300 is not from 1 to 256"),
+        (["1x2x9x64", "--arch", "sm_75", "--cache"], "compute capability 7.5"),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "triangle"], "--mask triangle; it must be boo"),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "window"], "--mask window; it must be bool"),
         (["1x2x64x64", "--arch", "sm_89", "--mask", "causal:1,2"], "--mask causal:1,2; it must"),

@@ -15,18 +15,30 @@ from sage_compiler.kernels.cuda.cut import Cut, choose, query_tile, reason
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, variant
-from sage_compiler.precision import RECIPES, TILE_MMA
+from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import MaskClass, Semantics
-from tests.compiler.kernels.cuda.emulation import ARCH, attend, loader, the_host
+from tests.compiler.kernels.cuda.emulation import ARCH, WGMMA, Way, loader, named, the_host
 from tests.compiler.kernels.cuda.test_attention import distance, make_call
 from tests.compiler.kernels.dense import class_mask
 from tests.cutlass_templates import host
 
+PORTABLE = Way("int8_fp16")
 
-def cut(sizes: Sizes, *, arch: str = ARCH, head_dim: int = 128, multiprocessors: int = 128) -> Cut:
-    """Of int8_fp16 without a band."""
-    tiles = sizes.key_blocks
-    return choose(arch, "int8_fp16", "bfloat16", head_dim, head_dim, sizes, tiles, multiprocessors)
+
+def cut(
+    sizes: Sizes, way: Way = PORTABLE, *, head_dim: int = 128, multiprocessors: int = 128
+) -> Cut:
+    """Without a band."""
+    return choose(
+        way.arch,
+        way.recipe,
+        "bfloat16",
+        head_dim,
+        head_dim,
+        sizes,
+        sizes.key_blocks,
+        multiprocessors,
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,6 +63,9 @@ def cut(sizes: Sizes, *, arch: str = ARCH, head_dim: int = 128, multiprocessors:
 def test_cuts(sizes: tuple[int, int, int, int, int], expected: Cut) -> None:
     found = Sizes.of(*sizes)
     assert cut(found) == expected
+    by_wgmma = cut(found, WGMMA)  # the same, but that no tile is lower
+    assert by_wgmma.tile == expected.tile._replace(rows=128)
+    assert (by_wgmma.splits > 1) == (expected.splits > 1)
     said = reason(expected, found, 128)
     assert ("packed" in said) == (expected.tile.packed_heads and found.group > 1)
     assert ("parts" in said) == (expected.splits > 1)
@@ -61,16 +76,18 @@ def test_what_every_cut_is() -> None:
     rng = random.Random(0)
     for _ in range(2000):
         arch, head_dim = rng.choice(list(ARCHS)), rng.choice(HEAD_DIMS)
+        way = Way(rng.choice(ARCHS[arch].recipes), arch)
         kv_heads = rng.choice((1, 2, 8))
         group = rng.choice((1, 2, 3, 4, 8, 71))
         length = rng.choice((1, 2, 7, 16, 64, 65, 130, 4096))
         keys = rng.choice((1, 64, 500, 8192, 1 << 20))
         sizes = Sizes.of(rng.choice((1, 3, 64)), kv_heads * group, kv_heads, length, keys)
         multiprocessors = rng.choice((1, 20, 132))
-        found = cut(sizes, arch=arch, head_dim=head_dim, multiprocessors=multiprocessors)
+        found = cut(sizes, way, head_dim=head_dim, multiprocessors=multiprocessors)
         tile = found.tile
         assert tile.split == (found.splits > 1)
-        assert tile._replace(split=False) == query_tile(sizes, head_dim)
+        lowest = query_tile(sizes, head_dim, wgmma=way.is_wgmma)
+        assert tile._replace(split=False) == lowest
         assert tile.packed_heads == (length <= TILE_MMA.q_block // 2)
         blocks = sizes.tiles(tile)
         assert blocks * tile.rows >= sizes.rows
@@ -78,7 +95,7 @@ def test_what_every_cut_is() -> None:
         if tile.split:
             assert sizes.key_blocks // found.splits >= 4
             assert blocks * found.splits <= 8 * multiprocessors
-        kernels = variant(arch, "float16", head_dim, "int8_fp16", tile=tile)
+        kernels = variant(arch, "float16", head_dim, way.recipe, tile=tile)
         assert (kernels.merge is not None) == tile.split
         assert kernels.attend.query_tile == tile
         assert kernels.attend.shared_bytes <= ARCHS[arch].shared_bytes
@@ -110,11 +127,12 @@ def test_a_plan_is_refused_as_its_kernels_are() -> None:
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
-def test_a_call_is_cut() -> None:
+@pytest.mark.parametrize("way", [PORTABLE, WGMMA], ids=str)
+def test_a_call_is_cut(way: Way) -> None:
     """By the multiprocessors of its target; the result is that of the reference, cut likewise."""
     call = make_call(2, 900, 64, torch.float16, kv_heads=2, group=4)
     for multiprocessors, splits in ((1, 1), (None, 3)):
-        target = kernel.Target(ARCH, 0, 0, loader(), multiprocessors=multiprocessors)
+        target = kernel.Target(way.arch, 0, 0, loader(), multiprocessors=multiprocessors)
         the_host().reset()
         output, _ = kernel.run(
             target,
@@ -123,22 +141,25 @@ def test_a_call_is_cut() -> None:
             call.value,
             call.semantics,
             want_lse=True,
-            recipe="int8_fp16",
+            recipe=way.recipe,
         )
         launches = the_host().launches()
         kinds = [launch["symbol"].split("_")[1] for launch in launches]
         merge = ["merge"] * (splits > 1)
         assert kinds == ["statistics", "query", "key", "value", "attend", *merge]
-        assert f"_32_True_{splits > 1}_" in launches[4]["symbol"]  # rows, packed heads, split keys
-        assert launches[4]["grid"] == 2 * splits
-        expected, _ = reference.attention(
-            call.query, call.key, call.value, RECIPES["int8_fp16"], splits=splits
-        )
+        rows = "" if way.is_wgmma else "32_"
+        cut_as = f"_{rows}True_{splits > 1}_"  # packed heads, split keys
+        assert cut_as in launches[4]["symbol"] + "_"
+        persistent = way.is_wgmma and multiprocessors == 1
+        assert launches[4]["grid"] == (1 if persistent else 2 * splits)
+        recipe = named(way.recipe, way.accumulator, 2 if way.is_wgmma else 1)
+        expected, _ = reference.attention(call.query, call.key, call.value, recipe, splits=splits)
         assert distance(output, expected) < 1.5e-3
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
-def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut() -> None:
+@pytest.mark.parametrize("way", [PORTABLE, WGMMA], ids=str)
+def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut(way: Way) -> None:
     """A pack has those of 128 queries, and nothing compiles others."""
     call = make_call(2, 900, 64, torch.float16, kv_heads=2, group=4)
     asked = []
@@ -149,17 +170,17 @@ def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut() -> None:
 
     the_host().reset()
     output, _ = kernel.run(
-        kernel.Target(ARCH, 0, 0, loader(), obtainable=obtainable),
+        kernel.Target(way.arch, 0, 0, loader(), obtainable=obtainable),
         call.query,
         call.key,
         call.value,
         call.semantics,
         want_lse=False,
-        recipe="int8_fp16",
+        recipe=way.recipe,
     )
     launches = the_host().launches()
-    uncut = dispatch.decide(ARCH, "int8_fp16", "float16", 64, 64)
+    uncut = dispatch.decide(way.arch, way.recipe, "float16", 64, 64)
     assert isinstance(uncut, Variant)
     assert [launch["symbol"] for launch in launches] == [spec.symbol for spec in uncut.specs()]
     assert [kernels.merge is not None for kernels in asked] == [True]
-    assert torch.equal(output, attend(call, "int8_fp16").output)
+    assert torch.equal(output, way.attend(call).output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import types
@@ -19,12 +20,17 @@ from sage_compiler.commands import kernels_explain, kernels_question
 from sage_compiler.commands.kernels_question import Question
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels import registry
-from sage_compiler.kernels.cuda import attending, dispatch, kernel
+from sage_compiler.kernels.cuda import attending, dispatch, kernel, packed
 from sage_compiler.kernels.cuda.arch import ARCHS, Arch, Measurement
+from sage_compiler.kernels.cuda.packed import CudaStore
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, AttendSpec, KernelSpec
 from sage_compiler.kernels.cuda.variants import accumulators, variant
 from sage_compiler.kernels.kernel import CLOSED, Gate, Kernel, Problem
+from sage_compiler.kernels.layout import empty_output
+from sage_compiler.kernels.packed import PackedShape
+from sage_compiler.kernels.rotary import Rotary, Tables
 from sage_compiler.precision import AUTO, EXACT, PRECISIONS, RECIPES
+from sage_compiler.semantics import RotaryPairs
 
 PROBLEMS = 500  # for each architecture
 STREAM = 4711
@@ -69,6 +75,23 @@ def random_words(rng: random.Random, arch: str) -> list[str]:
     window = f"{rng.choice(('window', 'window_bottom_right'))}:{sides[0]},{sides[1]}"
     band = rng.choice((None, "causal", "causal_bottom_right", window))
     for mask in (band, rng.choice((None, "bool", "float"))):
+        words += [] if mask is None else ["--mask", mask]
+    words += [flag for flag in ("--softcap", "--sinks") if rng.random() < 0.3]
+    return words + (["--rotary", rng.choice(tuple(RotaryPairs))] if rng.random() < 0.3 else [])
+
+
+def random_words_of_cache(rng: random.Random, arch: str) -> list[str]:
+    """A command line for ``parse`` about a cache that there can be."""
+    kv_heads, head_dim = rng.randint(1, 9), rng.choice((64, 128, rng.randint(1, 256)))
+    queries = rng.choice((1, 1, rng.randint(1, 300)))
+    tokens = queries + rng.choice((0, 64, 4096, rng.randint(0, 600), rng.randint(0, 20_000)))
+    shape, batch = f"x{queries}x{head_dim}", rng.randint(1, 3)
+    words = [f"{batch}x{kv_heads * rng.choice((1, 4))}{shape}", "--arch", arch, "--cache"]
+    words += ["--kv", f"{batch}x{kv_heads}x{tokens}x{head_dim}"]
+    words += ["--dtype", rng.choice(tuple(DTYPES))]
+    words += ["--recipe", rng.choice((AUTO, *ARCHS[arch].recipes))]
+    band = rng.choice((None, "causal_bottom_right", "window_bottom_right:70,0"))
+    for mask in (band, rng.choice((None, None, "bool"))):
         words += [] if mask is None else ["--mask", mask]
     return words + [flag for flag in ("--softcap", "--sinks") if rng.random() < 0.3]
 
@@ -125,6 +148,46 @@ def launched(question: Question, arch: str, recipe: str) -> Launched:
         recipe=recipe,
         attn_mask=question.attn_mask,
         sinks=None if question.sinks is None else torch.zeros(question.query.shape[1]),
+        rotary=rotation(question),
+    )
+    return seen
+
+
+def rotation(question: Question) -> Rotary | None:
+    """That of a question, of all channels."""
+    if question.rotary is None:
+        return None
+    query, key = (
+        Tables(*(torch.empty(1, 1, x.shape[2], x.shape[3], device="meta") for _ in range(2)))
+        for x in (question.query, question.key)
+    )
+    return Rotary(question.rotary, question.query.shape[3], torch.float32, query, key)
+
+
+def launched_with_cache(question: Question, arch: str) -> Launched:
+    """Append all tokens but the queries' to a cache, then note what these and an attention take."""
+    seen = Launched([])
+    target = kernel.Target(arch, 0, STREAM, seen, seen.allocate)  # type: ignore[arg-type]
+    query, key, value = question.query, question.key, question.value
+    batch, kv_heads, tokens, head_dim = key.shape
+    store = CudaStore(
+        PackedShape(batch, kv_heads, head_dim, value.shape[3], tokens, key.dtype),
+        torch.device("meta"),
+        None if question.recipe == AUTO else question.recipe,
+        lambda device: contextlib.nullcontext(target),
+    )
+    before = tokens - query.shape[2]
+    store.append(0, key[:, :, :before], value[:, :, :before])
+    seen.launches.clear()
+    store.append(before, key[:, :, before:], value[:, :, before:])
+    store.attend(
+        tokens,
+        query,
+        question.semantics,
+        empty_output(query, value),
+        attn_mask=question.attn_mask,
+        sinks=None if question.sinks is None else torch.zeros(query.shape[1]),
+        lse=None,
     )
     return seen
 
@@ -140,8 +203,9 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     dispatch.smallest.cache_clear()
     here = types.SimpleNamespace(capability=(0, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here.capability)
-    monkeypatch.setattr(kernel, "Mask", FoundMask)
-    for module in (kernel, attending):
+    for module in (kernel, packed):
+        monkeypatch.setattr(module, "Mask", FoundMask)
+    for module in (kernel, attending, packed):
         monkeypatch.setattr(module, "flags", lambda bits: (0,) * 4)
     kernel._arch.cache_clear()
     yield here
@@ -210,6 +274,29 @@ def test_what_is_explained_is_what_is_launched(arch: str, on: types.SimpleNamesp
         assert told["scratch_bytes"] == run.scratch_bytes
         assert next(r for r in told["recipes"] if r["recipe"] == told["shown"])["seconds"] > 0
     assert served > PROBLEMS / 6 and refused > PROBLEMS / 12
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_what_is_explained_of_a_cache_is_what_is_launched(
+    arch: str, on: types.SimpleNamespace
+) -> None:
+    rng, kinds = random.Random(arch), set()
+    for _ in range(PROBLEMS // 2):
+        words = random_words_of_cache(rng, arch)
+        question = question_of(*words)
+        found = kernels_explain.to_dict(question, kernels_explain.answer(question))
+        assert found["served_by"] == "kernels" and found["recipe"] in ARCHS[arch].recipes, words
+        run = launched_with_cache(question, arch)
+        shown = [
+            (each["symbol"], each["blocks"], each["threads"], each["shared_bytes"])
+            for each in found["launches"]
+        ]
+        assert shown == run.launches, words
+        assert found["scratch_bytes"] == run.scratch_bytes
+        assert found["cache_bytes"] > 0
+        kinds |= {each["symbol"].split("_")[1] for each in found["launches"]}
+    assert kinds >= {"key", "append", "query", "attend", "merge"}  # the first is "key_mean"
+    assert ("delta" in kinds) == any("int4" in name for name in ARCHS[arch].recipes)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -272,7 +272,7 @@ def test_tasks_without_steps() -> None:
 
 def test_heads_are_worked_on_together() -> None:
     """As many as fit into a cache, whole groups, at least one; a table of cases."""
-    tile = variant(ARCH, "bfloat16", 128, RECIPE).attend.tile
+    attend = variant(ARCH, "bfloat16", 128, RECIPE).attend
     for batch, kv_heads, group, keys, expected in (
         (1, 2, 1, 64, 2),
         (1, 8, 4, 1024, 32),
@@ -280,7 +280,7 @@ def test_heads_are_worked_on_together() -> None:
         (1, 8, 4, 1 << 20, 4),
     ):
         sizes = Sizes.of(batch, group * kv_heads, kv_heads, 100, keys)
-        assert sizes.heads_at_once(tile) == expected
+        assert sizes.heads_at_once(attend) == expected
 
 
 def test_extreme_scores() -> None:
@@ -406,7 +406,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
         TEMPLATE,
     ),
     "the scale of another tile": (
-        replacing("query_scale_ * key_scales[i]", "query_scale_ * key_scales[0]"),
+        replacing("query_scales_[of] * key_scales[i]", "query_scales_[of] * key_scales[0]"),
         None,
         TEMPLATE,
     ),

@@ -291,9 +291,20 @@ def test_images_come_from_the_pack_the_cache_and_the_compiler(folder: Path) -> N
     assert Images([], Cache(cache), lambda: never)(missing) == images(missing)
 
 
+def test_what_is_missing_is_known_without_compiling(folder: Path) -> None:
+    compiler = FakeCompiler(lacks="sm_120a")
+    images = Images([Pack(folder)], Cache(None), lambda: compiler)
+    assert images.missing(TOY) is None
+    assert images.missing(replace(TOY, arch="sm_86")) is None
+    assert images.missing(replace(TOY, arch="sm_120a")) == "fake is older than sm_120a"
+    assert compiler.compiled == []
+
+
 def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
     def find() -> FakeCompiler:
         raise KernelUnavailableError("no compiler for kernels; pip install")
 
     with pytest.raises(KernelUnavailableError, match="pip install"):
         Images([], Cache(tmp_path), find)(TOY)
+    missing = Images([], Cache(tmp_path), find).missing(TOY)
+    assert missing is not None and "pip install" in missing

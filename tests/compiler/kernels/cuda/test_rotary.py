@@ -318,7 +318,7 @@ def test_a_broken_rotation_is_noticed(what: str) -> None:
     pairs = RotaryPairs.INTERLEAVED if what == "the neighbour" else RotaryPairs.HALF
     call = make_call(40, 70, 64, torch.bfloat16, seed=1)
     rotary = rotary_of(call, pairs, 20, FORMS[0])
-    kernels = broken("query", replacing(old, new), header="rotary")
+    kernels = broken("query", replacing(old, new), "rotary")
     apart = attend(rotated(call, rotary), "int8_fp16", launches=LAUNCHES_OF_Q_AND_K)
     fused = attend(call, "int8_fp16", rotary=rotary, launches=LAUNCHES_OF_Q_AND_K, kernels=kernels)
     with pytest.raises(AssertionError, match=r"query_(codes|scales)"):

@@ -9,7 +9,7 @@ import pytest
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import headers, nvrtc, toolchain
-from sage_compiler.kernels.cuda.arch import PORTABLE
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE
 from sage_compiler.kernels.cuda.binary import Resources, read_log
 from sage_compiler.kernels.cuda.toolchain import Compiler
 from tests.compiler.kernels.cuda.toy import TOY, source
@@ -163,6 +163,7 @@ def test_a_cccl_that_is_too_new_is_refused(
 FAKE_NVCC = """\
 #!/bin/sh
 [ "$1" = --version ] && { echo 'Cuda compilation tools, release 13.0, V13.0.88'; exit 0; }
+[ "$1" = --list-gpu-code ] && { echo sm_80; echo sm_90; exit 0; }
 [ -n "$NVCC_APPEND_FLAGS" ] && { echo "error: $NVCC_APPEND_FLAGS" >&2; exit 1; }
 echo "$@" > kernel.cubin
 cat >&2 <<'LOG'
@@ -189,6 +190,10 @@ def test_nvcc_is_called_without_flags_of_the_environment(
     command = binary.image.decode()
     assert "--gpu-architecture=sm_90a" in command and f"-I{tmp_path / 'cutlass'}" in command
     assert set(toolchain.NVCC_FLAGS) <= set(command.split())
+    assert compiler.lacking("sm_90a") is None
+    assert compiler.lacking("sm_120a") == (
+        "nvcc 13.0.88 does not compile for sm_120a, but for 80, 90; install one that does"
+    )
 
 
 def test_a_file_that_is_not_nvrtc_is_passed_over(
@@ -224,3 +229,10 @@ def test_what_does_not_compile_is_said(compiler: Compiler) -> None:
         compiler.compile("int here = missing;\n", "sm_80")
     with pytest.raises(KernelUnavailableError, match="sm_1"):
         compiler.compile(source(TOY), "sm_1")
+
+
+def test_what_a_compiler_lacks_is_known_before(compiler: Compiler) -> None:
+    for arch in (*ARCHS, PORTABLE.name):
+        assert compiler.lacking(arch) is None
+    lacking = compiler.lacking("sm_20")
+    assert lacking is not None and "does not compile for sm_20, but for " in lacking

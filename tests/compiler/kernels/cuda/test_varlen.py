@@ -22,18 +22,21 @@ import sage_compiler as sage
 from sage_compiler.errors import InvalidAttentionError
 from sage_compiler.kernels import reference, registry
 from sage_compiler.kernels.cuda import dispatch, kernel
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import OPEN, Kernel
-from sage_compiler.precision import RECIPES, Accumulator
+from sage_compiler.precision import TILE_MMA, Accumulator
 from sage_compiler.semantics import DeadRows, MaskClass, RotaryPairs
 from tests.compiler.kernels.cuda.emulation import (
     ARCH,
-    attend,
+    WGMMA,
+    Way,
     broken,
     loader,
+    named,
     replacing,
     the_host,
 )
@@ -46,7 +49,8 @@ pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.miss
 
 # Around the edges of tiles and of chunks for statistics; none, one, and several tiles.
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 255, 257, 300)
-RECIPE_NAMES = ("int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16")
+WAYS = (*map(Way, ("int4_fp8", "int8_fp8", "int4_fp16", "int8_fp16")), WGMMA)
+INT8 = Way("int8_fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,23 +126,23 @@ def random_batch(seed: int, **options: object) -> Batch:
     )
 
 
-def alone(part: Call, recipe: str) -> tuple[Tensor, Tensor]:
+def alone(part: Call, way: Way) -> tuple[Tensor, Tensor]:
     """What a sequence yields that is a call of its own, with all keys for a block of queries.
 
     Where few queries have their keys split, as calls have, sums are of other parts.
     """
     if part.key.shape[2] > 0:
-        result = attend(part, recipe)
+        result = way.attend(part)
         assert result.lse is not None
         return result.output, result.lse
     return kernel.run(
-        kernel.Target(ARCH, 0, 0, loader()),
+        kernel.Target(way.arch, 0, 0, loader()),
         part.query,
         part.key,
         part.value,
         part.semantics,
         want_lse=True,
-        recipe=recipe,
+        recipe=way.recipe,
         sinks=part.sinks,
     )
 
@@ -151,29 +155,29 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def assert_as_each_alone(
-    batch: Batch, recipe: str, *, kernels: Loader | None = None, seed: int = 0
+    batch: Batch, way: Way, *, kernels: Loader | None = None, seed: int = 0
 ) -> None:
-    result = attend(batch.call, recipe, lengths=batch.lengths(), kernels=kernels, seed=seed)
+    result = way.attend(batch.call, lengths=batch.lengths(), kernels=kernels, seed=seed)
     assert result.lse is not None
     for tokens, part in batch.parts():
-        output, lse = alone(part, recipe)
+        output, lse = alone(part, way)
         assert same_bits(result.output[:, :, tokens], output), tokens
         assert same_bits(result.lse[:, :, tokens], lse), tokens
 
 
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_each_sequence_is_as_alone(recipe: str) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_each_sequence_is_as_alone(way: Way) -> None:
     masks = (MaskClass.NONE, MaskClass.CAUSAL, MaskClass.CAUSAL_BOTTOM_RIGHT)
     for seed, mask_class in enumerate(masks):
         batch = random_batch(seed, mask_class=mask_class, sinks=seed == 1)
-        assert_as_each_alone(batch, recipe, seed=seed)
+        assert_as_each_alone(batch, way, seed=seed)
     # More keys than chunks of the least size serve, between sequences of none.
     long = make_batch((0, 3, 2), (7, 8400, 0), mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
-    assert_as_each_alone(long, recipe)
+    assert_as_each_alone(long, way)
 
 
-@pytest.mark.parametrize("recipe", RECIPE_NAMES)
-def test_each_sequence_is_right(recipe: str) -> None:
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_each_sequence_is_right(way: Way) -> None:
     """Against the reference and float64, which know nothing of kernels."""
     batch = make_batch(
         (130, 0, 65, 1, 200),
@@ -183,22 +187,22 @@ def test_each_sequence_is_right(recipe: str) -> None:
         mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT,
         dead_rows=DeadRows.NAN,
     )
-    result = attend(batch.call, recipe, lengths=batch.lengths())
+    result = way.attend(batch.call, lengths=batch.lengths())
     assert result.lse is not None
+    blocks = result.call.kernels.attend.keys // TILE_MMA.kv_block
+    recipe = named(way.recipe, way.accumulator, blocks)
     for tokens, part in batch.parts():
         output = result.output[:, :, tokens]
-        expected, _ = reference.attention(
-            part.query, part.key, part.value, RECIPES[recipe], part.semantics
-        )
-        assert distance(output, expected) <= DISTANCE_OF_FEW[recipe[:4]]
+        expected, _ = reference.attention(part.query, part.key, part.value, recipe, part.semantics)
+        assert distance(output, expected) <= DISTANCE_OF_FEW[way.recipe[:4]]
         if part.key.shape[2] > 0:
-            check(output, dense(part)[0], part.value, recipe)
+            check(output, dense(part)[0], part.value, way.recipe)
         else:
             assert not output.any() and (result.lse[:, :, tokens] == -inf).all()
 
 
-@pytest.mark.parametrize("recipe", ["int8_fp8", "int4_fp16"])
-def test_windows_softcap_and_sinks(recipe: str) -> None:
+@pytest.mark.parametrize("way", [INT8, Way("int4_fp16"), WGMMA], ids=str)
+def test_windows_softcap_and_sinks(way: Way) -> None:
     for seed, (mask_class, left, right) in enumerate(
         (
             (MaskClass.WINDOW, 20, 5),
@@ -215,22 +219,24 @@ def test_windows_softcap_and_sinks(recipe: str) -> None:
             sinks=seed == 0,
             dead_rows=DeadRows.NAN,
         )
-        assert_as_each_alone(batch, recipe)
+        assert_as_each_alone(batch, way)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "head_dim", "value_dim", "dtype"),
+    ("way", "head_dim", "value_dim", "dtype"),
     [
-        ("int8_fp8", 128, 128, torch.bfloat16),
-        ("int4_fp16", 128, 40, torch.float32),
-        ("int8_fp16", 24, 192, torch.bfloat16),
+        (INT8, 128, 128, torch.bfloat16),
+        (Way("int4_fp16"), 128, 40, torch.float32),
+        (Way("int8_fp16"), 24, 192, torch.bfloat16),
+        (WGMMA, 128, 128, torch.bfloat16),
+        (WGMMA, 200, 96, torch.float32),
     ],
     ids=str,
 )
-def test_dims_and_dtypes(recipe: str, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+def test_dims_and_dtypes(way: Way, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     lengths = (1, 129, 64, 0), (65, 200, 0, 3)
     batch = make_batch(*lengths, head_dim, dtype, value_dim=value_dim, kv_heads=2, group=2)
-    assert_as_each_alone(batch, recipe)
+    assert_as_each_alone(batch, way)
 
 
 @pytest.mark.slow
@@ -253,7 +259,7 @@ def test_random_batches(first: int) -> None:
             sinks=rng.random() < 0.5,
             dead_rows=rng.choice(tuple(DeadRows)),
         )
-        assert_as_each_alone(batch, rng.choice(RECIPE_NAMES), seed=seed)
+        assert_as_each_alone(batch, rng.choice(WAYS), seed=seed)
 
 
 def test_strides() -> None:
@@ -264,34 +270,41 @@ def test_strides() -> None:
     call = dataclasses.replace(
         batch.call, query=spread[0], key=spread[1], value=odd.copy_(batch.call.value)
     )
-    assert_as_each_alone(dataclasses.replace(batch, call=call), "int4_fp8")
+    for way in (Way("int4_fp8"), WGMMA):
+        assert_as_each_alone(dataclasses.replace(batch, call=call), way)
 
 
 def test_the_half_accumulator() -> None:
     batch = make_batch((65, 130), (70, 129), mask_class=MaskClass.CAUSAL)
-    result = attend(batch.call, "int8_fp8", Accumulator.FP16, lengths=batch.lengths())
+    way = INT8._replace(accumulator=Accumulator.FP16)
+    result = way.attend(batch.call, lengths=batch.lengths())
     for tokens, part in batch.parts():
-        expected = attend(part, "int8_fp8", Accumulator.FP16).output
+        expected = way.attend(part).output
         assert same_bits(result.output[:, :, tokens], expected)
 
 
-def test_queries_behind_the_last_sequence() -> None:
+@pytest.mark.parametrize("way", [INT8, WGMMA], ids=str)
+def test_queries_behind_the_last_sequence(way: Way) -> None:
     """As where a captured graph is replayed with less than it was captured for."""
     whole = make_batch((65, 70, 300), (64, 129, 100), sinks=True, dead_rows=DeadRows.NAN)
     batch = dataclasses.replace(whole, query_lengths=(65, 70), key_lengths=(64, 129))
-    result = attend(batch.call, "int8_fp8", lengths=batch.lengths())
+    result = way.attend(batch.call, lengths=batch.lengths())
     assert result.lse is not None and batch.call.sinks is not None
     for tokens, part in batch.parts():
-        assert same_bits(result.output[:, :, tokens], attend(part, "int8_fp8").output)
+        assert same_bits(result.output[:, :, tokens], way.attend(part).output)
     assert not result.output[:, :, 135:].any()
     assert (result.lse[:, :, 135:] == batch.call.sinks[0]).all()
     nobody = Lengths(torch.tensor([0]), torch.tensor([0]), 293)
-    result = attend(batch.call, "int4_fp8", lengths=nobody)
+    result = way.attend(batch.call, lengths=nobody)
     assert not result.output.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_no_offsets_reach_memory_of_others(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [(Way("int4_fp8"), torch.int32), (Way("int4_fp8"), torch.int64), (WGMMA, torch.int32)],
+    ids=str,
+)
+def test_no_offsets_reach_memory_of_others(way: Way, dtype: torch.dtype) -> None:
     """Whatever they are: an access outside of a tensor or of scratch would be an error."""
     rng = random.Random(0)
     batch = make_batch((200,), (333,), group=2, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
@@ -302,7 +315,7 @@ def test_no_offsets_reach_memory_of_others(dtype: torch.dtype) -> None:
     for offsets in hostile:
         queries = torch.tensor(offsets, dtype=dtype)
         keys = queries.flip(0) if rng.random() < 0.5 else queries.clone()
-        attend(batch.call, "int4_fp8", lengths=Lengths(queries, keys, 333))
+        way.attend(batch.call, lengths=Lengths(queries, keys, 333))
 
 
 # --- what the host does -----------------------------------------------------------------------
@@ -379,10 +392,12 @@ def test_offsets_on_the_device_are_read_where_delta_would_be_large(
 
 
 @contextlib.contextmanager
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch, way: Way = INT8) -> Iterator[None]:
     """The kernels in the registry, for CPU tensors, launched on the look-alike."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: ARCHS[way.arch].capability
+    )
     stream = types.SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(kernel, "default_loader", loader)
@@ -390,7 +405,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         name=lambda: "cuda-mma on the CPU",
         device_type="cpu",
         recipe="int8_fp8",
-        refuse=functools.partial(kernel.refuse, "int8_fp8", arch=ARCH),
+        refuse=functools.partial(kernel.refuse, "int8_fp8", arch=way.arch),
         gate=lambda problem: OPEN,
         run=functools.partial(kernel.attention, recipe="int8_fp8"),
         run_packed=functools.partial(kernel.attention_of_sequences, recipe="int8_fp8"),
@@ -409,10 +424,13 @@ def launched_kinds() -> list[str]:
 KINDS = ["statistics", "query", "key", "value", "attend"]
 
 
-def test_the_operator_launches_once_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [INT8, WGMMA], ids=str)
+def test_the_operator_launches_once_for_all_sequences(
+    way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = make_batch((65, 0, 70), (64, 5, 129), kv_heads=2, group=2, sinks=True)
     call, lengths = batch.call, batch.lengths()
-    with registered(monkeypatch):
+    with registered(monkeypatch, way):
         output, lse = sage.attention(
             call.query,
             call.key,
@@ -425,7 +443,7 @@ def test_the_operator_launches_once_for_all_sequences(monkeypatch: pytest.Monkey
         )
         assert launched_kinds() == KINDS
         for tokens, part in batch.parts():
-            expected, expected_lse = alone(part, "int8_fp8")
+            expected, expected_lse = alone(part, way)
             assert same_bits(output[:, :, tokens], expected)
             assert same_bits(lse[:, :, tokens], expected_lse)
         assert output.stride() == call.query.stride()
@@ -445,8 +463,9 @@ def test_the_operator_launches_once_for_all_sequences(monkeypatch: pytest.Monkey
         assert not output.any() and (lse == -inf).all()
 
 
+@pytest.mark.parametrize("way", [INT8, WGMMA], ids=str)
 def test_sequences_whose_kernels_cannot_be_had_are_calls_of_their_own(
-    monkeypatch: pytest.MonkeyPatch,
+    way: Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = make_batch((65, 0, 70), (64, 5, 129), kv_heads=2, group=2, sinks=True)
     call, lengths = batch.call, batch.lengths()
@@ -455,7 +474,7 @@ def test_sequences_whose_kernels_cannot_be_had_are_calls_of_their_own(
         return "in no pack" if kernels.attend.varlen else None
 
     monkeypatch.setattr(kernel, "_missing", missing)
-    with registered(monkeypatch):
+    with registered(monkeypatch, way):
         output, lse = sage.attention(
             call.query,
             call.key,
@@ -468,7 +487,7 @@ def test_sequences_whose_kernels_cannot_be_had_are_calls_of_their_own(
         )
         assert launched_kinds() == 2 * KINDS  # the second sequence has no queries
         for tokens, part in batch.parts():
-            expected, expected_lse = alone(part, "int8_fp8")
+            expected, expected_lse = alone(part, way)
             assert same_bits(output[:, :, tokens], expected)
             assert same_bits(lse[:, :, tokens], expected_lse)
 
@@ -565,22 +584,40 @@ BATCH = make_batch(
         ("key", "p.codes += before * p.tile_bytes;", ""),
         ("key", "p.delta += rows * batch.most_key_blocks * kKeyBlock;", ""),
         ("value", "p.scales += sequence.index() * p.heads * kHeadDim;", ""),
-        ("attend", "p.value_scales += sequence.index()", "p.value_scales += 0"),
+        ("varlen", "p.value_scales += sequence.index()", "p.value_scales += 0"),
         # tokens, and what becomes of those that see nothing
         ("value", "skip<Input>(p.value, sequence.first_key_token());", ""),
-        ("attend", "if (p.lse != nullptr) p.lse += sequence.first_query_token();", ""),
-        ("attend", "if (p.key_length == 0) p.dead_value = 0.0f;", ""),
+        ("varlen", "if (p.lse != nullptr) p.lse += sequence.first_query_token();", ""),
+        ("varlen", "if (p.key_length == 0) p.dead_value = 0.0f;", ""),
     ],
 )
 def test_what_is_broken_is_noticed(name: str, old: str, new: str) -> None:
     kernels = broken("" if name == "varlen" else name, replacing(old, new), name)
     # DriverError: what is read or written outside of the tensors ends the launch.
     with pytest.raises((AssertionError, DriverError)):
-        assert_as_each_alone(BATCH, "int4_fp8", kernels=kernels)
+        assert_as_each_alone(BATCH, Way("int4_fp8"), kernels=kernels)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        # of the kernel of wgmma: codes, tiles, scales and a diagonal of another sequence
+        ("varlen", "before * kQueryBytes", "0 * kQueryBytes"),
+        ("varlen", "sequence.first_key_block() * kv_heads * kTileBytes", "0 * kTileBytes"),
+        ("varlen", "p.query_scales += before *", "p.query_scales += 0 *"),
+        ("varlen", "p.upper = sequence.upper();", "p.upper = batch.keys - batch.queries;"),
+        ("varlen", "p.key_length = sequence.key_length();", "p.key_length = batch.keys;"),
+        ("attend_hopper", "padded_dim(kValueDim), false>", "kKeyBlock / 2, false>"),
+    ],
+)
+def test_what_is_broken_of_wgmma_is_noticed(name: str, old: str, new: str) -> None:
+    kernels = broken("attend_hopper", replacing(old, new), name)
+    with pytest.raises((AssertionError, DriverError)):
+        assert_as_each_alone(BATCH, WGMMA, kernels=kernels)
 
 
 def test_offsets_that_are_not_clamped_are_noticed() -> None:
     kernels = broken("", replacing("x < low ? low : x < high ? x : high", "x"), "varlen")
     lengths = Lengths(torch.tensor([0, 200]), torch.tensor([0, 5000]), 523)
     with pytest.raises(DriverError):
-        attend(BATCH.call, "int8_fp8", lengths=lengths, kernels=kernels)
+        INT8.attend(BATCH.call, lengths=lengths, kernels=kernels)

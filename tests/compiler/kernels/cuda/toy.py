@@ -81,14 +81,18 @@ def source(spec: ToySpec) -> str:
 class FakeCompiler:
     """Its image is the source; it counts what it compiles."""
 
-    def __init__(self, identity: str = "fake 1.0", broken: str = "") -> None:
-        """A source with ``broken`` in it does not compile."""
+    def __init__(self, identity: str = "fake 1.0", broken: str = "", lacks: str = "") -> None:
+        """A source with ``broken`` in it does not compile, nor does any for the arch ``lacks``."""
         self.identity = identity
         self.compiled: list[str] = []
         self._broken = broken
+        self._lacks = lacks
 
     def compile(self, source: str, arch: str) -> Binary:
         self.compiled.append(source)
         if self._broken and self._broken in source:
             raise KernelUnavailableError(f"fake cannot compile a kernel for {arch}: it is broken")
         return Binary(f"{self.identity} {arch}\n{source}".encode(), RESOURCES, "")
+
+    def lacking(self, arch: str) -> str | None:
+        return f"fake is older than {arch}" if arch == self._lacks else None

@@ -93,6 +93,7 @@ inline void copy_async_wait() {
     runtime().copy_async_wait(N);
 }
 
+inline int warp_uniform(int value) { return value; }
 template <class T>
 inline T shuffle_xor(T value, int lane_mask, Site site = SAGE_CALL_SITE) {
     static_assert(
