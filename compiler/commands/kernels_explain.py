@@ -158,7 +158,8 @@ def answer(question: Question) -> Answer:
     scratch_bytes = None
     launches: tuple[tuple[KernelSpec, int], ...] = ()
     if kernels is not None and cut is not None:
-        launches = tuple(zip(kernels.specs(), sizes.blocks(kernels, cut.splits), strict=True))
+        blocks = sizes.blocks(kernels, cut.splits, arch.multiprocessors)
+        launches = tuple(zip(kernels.specs(), blocks, strict=True))
         row_term = question.sinks is not None or kernels.attend.softcap
         parts = sizes.scratch(kernels, row_term=row_term, splits=cut.splits)
         scratch_bytes = arrange(parts)[1]

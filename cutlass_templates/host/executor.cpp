@@ -119,6 +119,7 @@ class Executor {
     // The services; see Runtime.
     int thread_index() const { return current_; }
     int64_t block_index() const { return block_; }
+    int64_t grid_size() const { return launch_->grid; }
     char* shared_memory() { return shared_; }
     void barrier(Site site);
     void access(Access access, void const* address, int bytes, Site site);
@@ -149,6 +150,8 @@ class Executor {
     void check_shared(void const* address, int bytes, char const* operation, Site site);
     void check_no_mbarrier(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_add(void const* address, int bytes, Site site);
+    void check_place(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
     void check_race(Conflict conflict, void const* address, char const* operation, Site site);
     void check_redzones();
@@ -177,6 +180,7 @@ class Executor {
     Dice dice_;
     Shadow shadow_;
     Stores stores_;
+    Stores added_;  // what fetch_add has touched
     Stacks stacks_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
@@ -203,6 +207,7 @@ std::string Executor::execute(Launch const& launch) {
     if (launch.detect_races) {
         shadow_.reset(static_cast<size_t>(shared_bytes_));
         stores_.clear();
+        added_.clear();
     }
 
     // Blocks may run in any order, too.
@@ -405,6 +410,8 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
             return check_global(address, bytes, false, "load_global", site);
         case Access::kStoreGlobal:
             return check_global(address, bytes, true, "store_global", site);
+        case Access::kAddGlobal:
+            return check_add(address, bytes, site);
         case Access::kLoadShared:
         case Access::kStoreShared: {
             bool const store = access == Access::kStoreShared;
@@ -727,15 +734,40 @@ void Executor::check_shared(void const* address, int bytes, char const* operatio
     }
 }
 
-void Executor::check_global(void const* address, int bytes, bool store, char const* operation,
-                            Site site) {
+// That it is aligned, and in memory that the kernel may touch.
+void Executor::check_place(void const* address, int bytes, bool store, char const* operation,
+                           Site site) {
     auto const begin = reinterpret_cast<uintptr_t>(address);
     auto const size = static_cast<uintptr_t>(bytes);
     if (begin % size != 0) {
         fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
     }
     if (!launch_->ranges->empty()) check_range(begin, size, store, operation, site);
+}
+
+// Atomic operations are ordered among themselves, and not with what else touches the word.
+void Executor::check_add(void const* address, int bytes, Site site) {
+    check_place(address, bytes, true, "fetch_add", site);
     if (!launch_->detect_races) return;
+    auto const begin = reinterpret_cast<uintptr_t>(address);
+    if (stores_.any(begin, static_cast<size_t>(bytes))) {
+        fail(format("race between fetch_add at %p and a store of the same launch", address) +
+             at(site));
+    }
+    added_.add(begin, static_cast<size_t>(bytes));
+}
+
+void Executor::check_global(void const* address, int bytes, bool store, char const* operation,
+                            Site site) {
+    check_place(address, bytes, store, operation, site);
+    if (!launch_->detect_races) return;
+    auto const begin = reinterpret_cast<uintptr_t>(address);
+    auto const size = static_cast<uintptr_t>(bytes);
+    if (added_.any(begin, size)) {
+        fail(format("race between %s of %d bytes at %p and fetch_add of the same launch", operation,
+                    bytes, address) +
+             at(site));
+    }
     if (store) {
         stores_.add(begin, size);
     } else if (stores_.any(begin, size)) {
@@ -885,6 +917,7 @@ std::string execute(Launch const& launch) {
 Runtime const kRuntime = {
     [] { return running().thread_index(); },
     [] { return running().block_index(); },
+    [] { return running().grid_size(); },
     [] { return running().shared_memory(); },
     [](Site site) { running().barrier(site); },
     [](Access access, void const* address, int bytes, Site site) {

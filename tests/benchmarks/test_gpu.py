@@ -42,6 +42,7 @@ from benchmarks.gpu.device import Device, Result, target
 from benchmarks.gpu.guarded import GARBAGE, Fenced, attend, same_bits
 from benchmarks.gpu.matrix import Case, Subject, further_subjects, is_checked, make_call, subjects
 from benchmarks.gpu.publish import MISSING
+from benchmarks.gpu.serving import SERVING_CHECKS
 from benchmarks.gpu.trial import Plan, Trial, distance, uncut
 from benchmarks.measure import RESULTS
 from sage_compiler.errors import KernelUnavailableError, UsageError
@@ -797,7 +798,10 @@ def test_a_device_without_kernels_is_none(capsys):
 
 
 def test_what_is_checked_in_part_is_not_timed():
-    assert chosen(parse([])).grid == speed.Grid() and chosen(parse([])).checks == tuple(CHECKS)
+    assert chosen(parse([])).grid == speed.Grid() and chosen(parse([])).checks == (
+        *CHECKS,
+        *SERVING_CHECKS,
+    )
     assert chosen(parse(["--quick"])).grid == speed.QUICK
     for arguments in (["--no-speed"], ["--few"], ["--checks", "graph"]):
         assert chosen(parse(arguments)).grid is None

@@ -8,7 +8,7 @@ record a line, words separated by one space:
     arch NAME MAJOR MINOR RECIPES ROWS KEYS COUNTS SINKS
     kernel ARCH SYMBOL THREADS SHARED_BYTES PARAMS_BYTES IMAGE_BYTES SHA256
     attention ARCH DTYPE RECIPE LEAST MOST VALUE_LEAST VALUE_MOST WINDOW MASKED SOFTCAP
-        STATISTICS QUERY KEY VALUE ATTEND SMOOTHS PADDED PADDED_VALUE
+        STATISTICS QUERY KEY VALUE ATTEND SMOOTHS PERSISTENT PADDED PADDED_VALUE
         QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES                      (all in one line)
     end SHA256
 
@@ -18,10 +18,11 @@ the packs of those that it was built beside.
 An ``arch`` comes before what names it. RECIPES are separated by commas, the device's default first.
 ROWS to SINKS and STATISTICS to ATTEND are kernels, by their position among the ``kernel`` lines
 from 0 on; -1 is one that the pack does not have. An ``attention`` serves every head_dim from LEAST
-to MOST, of V from VALUE_LEAST to VALUE_MOST; WINDOW to SMOOTHS are 0 or 1, as of ``AttendSpec`` and
-whether Q is smoothed. PADDED are the channels of quantized operands, QUERY_BYTES the codes of a
-query block, the others are ``KeyValueTile``. The SHA256 in the last line is of all lines before it,
-that of a kernel of its image, both in hexadecimal.
+to MOST, of V from VALUE_LEAST to VALUE_MOST; WINDOW to PERSISTENT are 0 or 1, as of ``AttendSpec``,
+whether Q is smoothed, and whether ATTEND has at most one block for each multiprocessor. PADDED are
+the channels of quantized operands, QUERY_BYTES the codes of a query block, the others are
+``KeyValueTile``. The SHA256 in the last line is of all lines before it, that of a kernel of its
+image, both in hexadecimal.
 
 A kernel's image is ``ARCH/SYMBOL.cubin`` beside the table. FORMAT is raised whenever a kernel means
 something else by its parameters, or is launched otherwise.
@@ -47,7 +48,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 4
+FORMAT: Final = 5
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -120,6 +121,7 @@ def _layout(kernels: Variant) -> tuple[int, ...]:
     tile = attend.tile
     return (
         int(attend.qk is Format.INT4),
+        int(attend.persistent),
         padded_dim(attend.head_dim),
         padded_dim(attend.value_head_dim),
         attend.query_block_bytes,

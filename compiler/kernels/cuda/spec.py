@@ -115,6 +115,8 @@ _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
 _WARPGROUP: Final = 128  # threads
 _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
+_QUERIES: Final = 2  # query blocks in shared memory, each with the task that it belongs to
+_TASK_BYTES: Final = 4
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -391,6 +393,7 @@ class AttendSpec(OperandSpec):
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
+    persistent: ClassVar[bool] = False
 
     @property
     def threads(self) -> int:
@@ -457,6 +460,9 @@ class HopperAttendSpec(OperandSpec):
         tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
+
+    All but those of packed batches are persistent: a grid has no more blocks than there are
+    multiprocessors, and each goes on with another task until all are done.
     """
 
     value_head_dim: int
@@ -479,6 +485,11 @@ class HopperAttendSpec(OperandSpec):
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
 
     @property
+    def persistent(self) -> bool:
+        """Whether a grid is."""
+        return not self.varlen
+
+    @property
     def query_tile(self) -> QueryTile:
         """What a block does."""
         return QueryTile(self.tile_rows, self.packed_heads, self.split)
@@ -498,8 +509,9 @@ class HopperAttendSpec(OperandSpec):
         stage = self.keys * row + self.tiles * _KEY_SCALES
         if self.tile_scales:
             stage += self.value_head_dim * _FLOAT_BYTES
-        mbarriers = (1 + 4 * self.stages) * _MBARRIER_BYTES
-        return self.query_block_bytes + self.stages * stage + mbarriers
+        mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
+        queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
+        return queries + self.stages * stage + mbarriers
 
     @property
     def query_block_bytes(self) -> int:

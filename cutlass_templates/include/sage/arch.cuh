@@ -6,13 +6,16 @@
 // The layer, all in namespace sage::arch:
 //
 //   int thread_index()              Of 1-D blocks: 0 .. threads - 1.
-//   int64_t block_index()           Of a 1-D grid.
+//   int64_t block_index()           Of a 1-D grid,
+//   int64_t grid_size()             which has so many blocks.
 //   char* shared_memory()           The dynamic shared memory of the block, 1024-byte aligned.
 //   void barrier()                  All threads of the block.
 //
 //   T load_global(T const*)         sizeof(T) of 1, 2, 4, 8 or 16 bytes, naturally aligned; memory
 //   void store_global(T*, T)        is touched in no other way than by these and copy_async. What a
 //                                   launch stores, it does not load.
+//   uint32_t fetch_add(uint32_t*, uint32_t)     Of global memory, atomic: its value before. A
+//                                   launch touches that word in no other way.
 //   T load_shared(T const*)
 //   void store_shared(T*, T)
 //
@@ -20,6 +23,8 @@
 //   void copy_async_commit()                            Closes a group of the thread's copies.
 //   void copy_async_wait<N>()                           All but its newest N groups landed.
 //
+//   int warp_uniform(int)           A value that all active lanes of a warp have, so that the
+//                                   compiler knows.
 //   T shuffle_xor(T, int lane_mask)                     float, int32_t or uint32_t; all 32 lanes.
 //   void load_matrix_x4(uint32_t (&r)[4], void const* row)
 //                                   ldmatrix.x4: lane l gives the address of row l % 8 (16 bytes)
@@ -49,7 +54,8 @@
 //   float2 unpack_half(uint32_t), unpack_bfloat16(uint32_t)
 //   uint32_t to_tf32(float)         Nearest, ties away from zero.
 //
-// And two macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows.
+// And three macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows,
+// and SAGE_ROLLED keeps the compiler from it, which takes registers.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -14,6 +14,7 @@ constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
 
 // What serves a recipe, the nearest first: nothing that is less accurate.
@@ -161,6 +162,7 @@ bool Work::lay_out(const Attention& a, Error& error) {
     sizes_[kRowTerm] = needs_row_term ? a.batch * a.heads * a.query_length * 4 : 0;
     sizes_[kTiles] = heads * key_blocks_ * plan_->tile_bytes;
     sizes_[kValueScales] = heads * plan_->padded_value * 4;
+    sizes_[kTaken] = plan_->persistent != 0 ? 4 : 0;
     sizes_[kDelta] = smooths ? rows * key_blocks_ * sage::kKeyBlock * 4 : 0;
     if (a.mask.data != nullptr) {
         const int64_t heads_of_mask = mask_batches_ * mask_heads_;
@@ -226,19 +228,32 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     float* const row_term = as<float>(parts[kRowTerm]);
     float* const value_scales = as<float>(parts[kValueScales]);
     float* const delta = as<float>(parts[kDelta]);
+    uint32_t* const taken = as<uint32_t>(parts[kTaken]);
     char* const tiles = parts[kTiles];
 
     const sage::StatisticsParams statistics = {key,       value,         key_sums,   value_amax,
                                                mask.keys, a.kv_heads,    first_key_, end_key_,
                                                chunks_,   chunk_tokens_, key_tasks};
-    const sage::QueryParams quantize_query = {
-        query,        key_sums,       parts[kQueryCodes],
-        query_scales, means,          row_term,
-        mask.counts,  mask.live,      a.heads,
-        group_,       a.query_length, query_blocks_,
-        first_live_,  end_live_,      first_key_,
-        end_key_,     chunks_,        float(fabs(double(a.scale)) * to_log2),
-        a.scale};
+    const sage::QueryParams quantize_query = {query,
+                                              key_sums,
+                                              parts[kQueryCodes],
+                                              query_scales,
+                                              means,
+                                              row_term,
+                                              mask.counts,
+                                              taken,
+                                              mask.live,
+                                              a.heads,
+                                              group_,
+                                              a.query_length,
+                                              query_blocks_,
+                                              first_live_,
+                                              end_live_,
+                                              first_key_,
+                                              end_key_,
+                                              chunks_,
+                                              float(fabs(double(a.scale)) * to_log2),
+                                              a.scale};
     const sage::KeyParams quantize_key = {key,
                                           key_sums,
                                           means,
@@ -259,6 +274,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
         value_scales, mask.keys,   plan_->tile_bytes,
         a.kv_heads,   key_blocks_, first_key_,
         end_key_,     chunks_};
+    const int64_t cached_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));
     const sage::AttendParams attend = {parts[kQueryCodes],
                                        query_scales,
                                        tiles,
@@ -273,6 +289,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        mask.live,
                                        nullptr,
                                        nullptr,
+                                       taken,
                                        a.heads * a.query_length * a.value_head_dim,
                                        a.query_length * a.value_head_dim,
                                        a.value_head_dim,
@@ -289,6 +306,8 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        upper_,
                                        a.value_head_dim,
                                        key_blocks_,
+                                       rows,
+                                       least(a.batch * a.kv_heads, cached_heads) * group_,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {
@@ -298,7 +317,8 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
            start(plan_->query, rows, quantize_query) &&
            start(plan_->key, key_value_tiles, quantize_key) &&
            start(plan_->value, key_value_tiles, quantize_value) &&
-           start(plan_->attend, rows, attend);
+           start(plan_->attend,
+                 plan_->persistent != 0 ? least(rows, device.multiprocessors()) : rows, attend);
 }
 
 // All kernels before any is started: a call that fails has written nothing.

@@ -63,6 +63,7 @@ class Work {
         kTiles,
         kValueScales,
         kDelta,
+        kTaken,
         kMaskTiles,
         kMaskLive,
         kMaskDiscerning,

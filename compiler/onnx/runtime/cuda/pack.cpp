@@ -13,7 +13,7 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kTitle[] = "sage-launches 4 ";              // with FORMAT of launch_table.py
+constexpr char kTitle[] = "sage-launches 5 ";              // with FORMAT of launch_table.py
 constexpr char kTemplates[] = SAGE_TEMPLATES_DIGEST "\n";  // by setup.py
 constexpr char kEnd[] = "end ";
 constexpr char kWordCharacters[] =
@@ -232,7 +232,7 @@ bool Pack::parse_record(char** words, size_t count) {
         for (int64_t* kernel :
              {&plan.statistics, &plan.query, &plan.key, &plan.value, &plan.attend})
             record.number(*kernel, 0, kLargest);
-        record.number(plan.smooths_query, 0, 1);
+        for (int64_t* flag : {&plan.smooths_query, &plan.persistent}) record.number(*flag, 0, 1);
         for (int64_t* size : {&plan.padded, &plan.padded_value, &plan.query_tile_bytes,
                               &plan.value_offset, &plan.scales_offset, &plan.tile_bytes})
             record.number(*size, 1, kLargest);

@@ -54,6 +54,7 @@ struct Plan {
     int64_t window, masked, softcap;
     int64_t statistics, query, key, value, attend;  // kernels
     int64_t smooths_query;
+    int64_t persistent;            // attend has a block for each multiprocessor at most
     int64_t padded, padded_value;  // channels of quantized operands
     int64_t query_tile_bytes;
     int64_t value_offset, scales_offset, tile_bytes;

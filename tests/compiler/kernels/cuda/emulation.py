@@ -180,6 +180,7 @@ def attend(
     arch: str = ARCH,
     rotary: Rotary | None = None,
     launches: int | None = None,
+    multiprocessors: int | None = None,
 ) -> Result:
     """Run one attention.
 
@@ -192,6 +193,7 @@ def attend(
         arch: the one whose kernels run.
         rotary: how Q and K are rotated.
         launches: how many of its kernels to run, the first ones; by default all.
+        multiprocessors: of the device; by default those of the architecture's usual board.
 
     Raises:
         DriverError: a check failed.
@@ -223,7 +225,7 @@ def attend(
     for tensor in (output, lse):
         if tensor is not None:
             here.allow(tensor, writable=True)
-    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate)
+    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate, multiprocessors)
     dtype = str(call.query.dtype).removeprefix("torch.")
     kernels_of_call = variant(
         arch,

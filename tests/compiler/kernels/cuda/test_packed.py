@@ -737,7 +737,7 @@ def test_a_scale_of_the_wrong_values_is_noticed(kind: str, old: str, new: str) -
         ("attend_hopper", ": scales[i / 4].y", ": scales[i / 4].x"),
         ("attend_hopper", "of_part + atom * 8 + first_column()", "of_part + first_column()"),
         ("attend_hopper", "if constexpr (kTileScales) scale(product, scales);", ""),
-        ("attend_hopper/hopper_task", "kv_head() * p_.head_tiles", "kv_head() * p_.key_blocks"),
+        ("attend_hopper/hopper_task", "<int>(p_.head_tiles)", "<int>(p_.key_blocks)"),
         ("attend_hopper/hopper_memory", "stage * kValueScaleBytes", "0"),
         ("attend_hopper/hopper_memory", "ValueOfTile::kBytes + kValueScaleBytes;",
          "ValueOfTile::kBytes;"),
