@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final
 
 from sage_compiler import rates
@@ -23,7 +24,7 @@ from sage_compiler.kernels.cuda.loops import (
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import AttendSpec, padded_dim
+from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, padded_dim
 from sage_compiler.kernels.cuda.toolchain import Compiler
 from sage_compiler.precision import TILE_MMA, Accumulator, Format
 
@@ -50,9 +51,9 @@ _NAMES: Final[Mapping[Class, str]] = {
     Class.INTEGER: "BMSK BREV FLO IABS IADD IADD3 IDP IMAD IMNMX ISETP LEA LOP LOP3 PLOP3 POPC "
     "PRMT SEL SGXT SHF SHL SHR VABSDIFF VIADD VIADDMNMX VIMNMX VIMNMX3",
     Class.MOVE: "CS2R MOV P2R R2P R2UR S2R S2UR",
-    Class.MEMORY: "LD LDC LDCU LDG LDGSTS LDL LDS LDSM LDTM SHFL ST STG STL STS",
-    Class.CONTROL: "BAR BMOV BRA BREAK BRX BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT LDGDEPBAR "
-    "MEMBAR NOP RET VOTE WARPSYNC YIELD",
+    Class.MEMORY: "BLKCP LD LDC LDCU LDG LDGSTS LDL LDS LDSM LDTM SHFL ST STG STL STS",
+    Class.CONTROL: "BAR BMOV BRA BREAK BRX BSSY BSYNC CALL CCTL DEPBAR ELECT ERRBAR EXIT FENCE "
+    "LDGDEPBAR MEMBAR NOP RET SETMAXREG SYNCS VOTE VOTEU WARPGROUP WARPSYNC YIELD",
 }
 _CLASSES: Final[Mapping[str, Class]] = {
     name: kind for kind, names in _NAMES.items() for name in names.split()
@@ -62,13 +63,18 @@ _TO_FLOAT: Final = "HADD2.F32"  # how half becomes float
 # Of zeros and a constant: IMAD.MOV and what else ptxas moves by, to spread it over the pipes.
 _MOVES: Final = re.compile(r"\S+, -?RZ, RZ, |IMAD\.MOV")
 
-_INTEGER_PRODUCT: Final = "IMMA"
+_INTEGER_PRODUCTS: Final = ("IMMA", "IGMMA")
 _FEEDING: Final = ("LDSM", "LDGSTS")
+_FLOAT_LANES: Final = ("FADD", "FFMA", "FMUL")
+_MAXIMA: Final = ("FMNMX", "FMNMX3")
 _WARP: Final = 32
 _SCHEDULERS: Final = 4  # of a multiprocessor, each with a slot a clock
 _SHARED_BYTES: Final = 128  # that shared memory passes a clock
 _ACCESS_BYTES: Final = 16  # of a thread in LDSM and LDGSTS
 _STEP_BYTES: Final = 32  # of the contracted dim in one product, whatever the format
+_LARGEST_PRODUCT: Final = 256  # columns of one of wgmma
+# CUDA's programming guide, "Arithmetic Instructions": maxima, and conversions of 32 bits.
+_HALF_RATE: Final = 64
 # NVIDIA's whitepapers on Ada and RTX Blackwell: E4M3 products with accumulators of 16 bits.
 _HALF_ACCUMULATOR_GAIN: Final = 2
 
@@ -98,41 +104,82 @@ def classify(instruction: Instruction) -> Class:
     return found
 
 
-def minimum(spec: AttendSpec) -> dict[Class, int]:
-    """The instructions that a warp cannot do without for a tile of keys, by this algorithm.
+Attend = AttendSpec | HopperAttendSpec
+
+
+def minimum(spec: Attend) -> dict[Class, int]:
+    """The instructions that a warp cannot do without for a step of keys, by this algorithm.
 
     For each score: the bias of its integer, a maximum, an FMA, exp2, the row sum, half a packing;
-    another FMA where there is a delta. For each element of the output: its decay. Each operand is
-    read once. Addresses, branches and moves could all be had for nothing.
+    another multiplication where something is added to it before the maximum, a delta or a mask, or
+    it has a softcap. For each element of the output: its decay. Each operand is read once.
+    Addresses, branches and moves could all be had for nothing.
+
+    By wgmma an integer becomes a float by a conversion, not by a bias, and a tensor core reads
+    operands by itself, of up to 256 columns in one instruction; who copies them is another warp.
     """
-    bands, atoms = spec.warp_rows // 16, TILE_MMA.kv_block // 8
-    tile, value_padded = spec.tile, padded_dim(spec.value_head_dim)
-    key_row = tile.value_offset // TILE_MMA.kv_block * spec.head_dim // padded_dim(spec.head_dim)
-    value_row = (tile.scales_offset - tile.value_offset) // value_padded
-    qk_steps, pv_steps = -(-key_row // _STEP_BYTES), value_row // _STEP_BYTES
-    value_atoms = spec.value_head_dim // 8
+    bands, atoms = spec.warp_rows // 16, spec.keys // 8
     scores = bands * atoms * 4  # of a thread, as is all that follows
-    outputs = bands * value_atoms * 4
+    outputs = bands * spec.value_head_dim // 8 * 4
     rows = bands * 2
-    has_delta = spec.qk is Format.INT4
-    queries = 0 if spec.head_dim > 128 else bands * qk_steps  # a longer one stays in registers
-    copied = tile.bytes - value_row * (value_padded - spec.value_head_dim)
-    copies = -(-copied // (spec.threads * _ACCESS_BYTES)) + has_delta
+    is_scaled_first = spec.qk is Format.INT4 or spec.masked or spec.softcap
+    floats = scores * (4 if is_scaled_first else 3) + outputs
+    shuffles = 2 * rows
+    if isinstance(spec, HopperAttendSpec):
+        at_once = -(-spec.value_head_dim // _LARGEST_PRODUCT)
+        tensor = -(-spec.head_dim // _STEP_BYTES) + spec.keys // _STEP_BYTES * at_once
+        conversions = scores + scores // 2
+        memory = spec.tiles + shuffles
+    else:
+        tensor = bands * (atoms * _qk_steps(spec) + spec.value_head_dim // 8 * _pv_steps(spec))
+        is_half = spec.accumulator is Accumulator.FP16
+        conversions = scores // 2 + (outputs if is_half else 0)
+        floats += scores
+        memory = _operands(spec) + shuffles
     return {
-        Class.TENSOR: bands * (atoms * qk_steps + value_atoms * pv_steps),
+        Class.TENSOR: tensor,
         Class.EXP2: scores + rows,
-        Class.CONVERSION: scores // 2 + (outputs if spec.accumulator is Accumulator.FP16 else 0),
-        Class.FLOAT: scores * (5 if has_delta else 4) + outputs,
+        Class.CONVERSION: conversions,
+        Class.FLOAT: floats,
         Class.INTEGER: 0,
         Class.MOVE: 0,
-        Class.MEMORY: queries
-        + atoms // 2 * qk_steps
-        + value_atoms // 2 * pv_steps
-        + (1 + atoms if has_delta else 1)
-        + copies
-        + 2 * rows,  # shuffles
+        Class.MEMORY: memory,
         Class.CONTROL: 0,
     }
+
+
+def _operands(spec: AttendSpec) -> int:
+    """Accesses of a warp to shared memory, of mma.sync: Q, K, V, scales and delta; and copies."""
+    bands, atoms, tile = spec.warp_rows // 16, spec.keys // 8, spec.tile
+    has_delta = spec.qk is Format.INT4
+    queries = 0 if spec.head_dim > 128 else bands * _qk_steps(spec)  # a longer one is in registers
+    padding = padded_dim(spec.value_head_dim) - spec.value_head_dim
+    copied = tile.bytes - _value_row(spec) * padding
+    return (
+        queries
+        + atoms // 2 * _qk_steps(spec)
+        + spec.value_head_dim // 8 // 2 * _pv_steps(spec)
+        + (1 + atoms if has_delta else 1)
+        + -(-copied // (spec.threads * _ACCESS_BYTES))
+        + has_delta
+    )
+
+
+def _qk_steps(spec: AttendSpec) -> int:
+    """Products of Q K^T for 8 keys and 16 queries."""
+    padded_row = spec.tile.value_offset // spec.keys
+    return -(-padded_row * spec.head_dim // padded_dim(spec.head_dim) // _STEP_BYTES)
+
+
+def _pv_steps(spec: AttendSpec) -> int:
+    """Products of P V for 8 channels and 16 queries."""
+    return _value_row(spec) // _STEP_BYTES
+
+
+def _value_row(spec: AttendSpec) -> int:
+    """Bytes of a channel of V in a tile."""
+    value_bytes = spec.tile.scales_offset - spec.tile.value_offset
+    return value_bytes // padded_dim(spec.value_head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,26 +190,32 @@ class Clocks:
         tensor: of the tensor cores.
         issue: of the schedulers' slots, one for each instruction of each warp.
         exp2: of the units that have MUFU.
-        floats: of the FP32 lanes.
-        shared: of shared memory.
-        softmax: of the slots between the last product of Q K^T and the first of P V.
+        floats: of the FP32 lanes: FADD, FMUL, FFMA.
+        half_rate: of the lanes of maxima and conversions.
+        shared: of shared memory; None by wgmma, whose tensor cores read it by themselves.
+        softmax: of the slots between the last product of Q K^T and the first of P V; None by
+            wgmma, which has products in flight meanwhile.
     """
 
     tensor: float
     issue: float
     exp2: float
     floats: float
-    shared: float
-    softmax: float
+    half_rate: float
+    shared: float | None
+    softmax: float | None
 
     @property
     def bound(self) -> float:
         """The most of them: nothing is faster, however well the parts overlap."""
-        return max(self.tensor, self.issue, self.exp2, self.floats, self.shared)
+        parts = (self.tensor, self.issue, self.exp2, self.floats, self.half_rate)
+        return max(*parts, self.shared or 0.0)
 
     @property
-    def in_step(self) -> float:
+    def in_step(self) -> float | None:
         """The same where all warps do their softmax at once, and the tensor cores wait for it."""
+        if self.softmax is None:
+            return None
         return max(self.bound, self.tensor + max(self.softmax, self.exp2))
 
 
@@ -173,37 +226,47 @@ class Cost:
     Attributes:
         counts: instructions of a warp in a steady turn of its main loop, by class.
         names: the same, by their opcodes without modifiers.
-        minimum: as ``minimum``.
-        softmax: instructions between the last product of Q K^T and the first of P V.
-        registers: of a thread.
+        minimum: as ``minimum``, of all steps of a turn.
+        keys: of a turn.
+        softmax: instructions between the last product of Q K^T and the first of P V; None by
+            wgmma.
+        registers: of a thread; by wgmma, at launch.
     """
 
-    spec: AttendSpec
+    spec: Attend
     counts: Mapping[Class, int]
     names: Mapping[str, int]
     minimum: Mapping[Class, int]
-    softmax: int
+    keys: int
+    softmax: int | None
     registers: int
 
     @property
     def clocks(self) -> Clocks:
         """What the counts take at the rates of ``rates.per_clock``."""
-        spec, per_clock = self.spec, rates.per_clock(self.spec.arch)
+        spec, by_wgmma = self.spec, isinstance(self.spec, HopperAttendSpec)
+        per_clock = rates.per_clock(spec.arch, wgmma=by_wgmma)
         pairs = TILE_MMA.q_block * TILE_MMA.kv_block
         steps = -(-spec.head_dim // 64) * 64 if spec.qk is Format.INT4 else spec.head_dim
         gain = _HALF_ACCUMULATOR_GAIN if spec.accumulator is Accumulator.FP16 else 1
-        warps = spec.threads // _WARP
-        wide = self.names.get("LDSM", 0) + self.names.get("LDGSTS", 0)
+        # Warps that a turn is of, as often as it takes for a tile.
+        warps = spec.tile_rows / spec.warp_rows * TILE_MMA.kv_block / self.keys
+        lanes = warps * _WARP
+        named = self._named
+        wide = named("LDSM", "LDGSTS") * _WARP * _ACCESS_BYTES / _SHARED_BYTES
         return Clocks(
             tensor=pairs * steps / per_clock.products[spec.qk]
             + pairs * spec.value_head_dim / (gain * per_clock.products[spec.pv]),
             issue=warps * sum(self.counts.values()) / _SCHEDULERS,
-            exp2=warps * _WARP * self.counts[Class.EXP2] / per_clock.exp2,
-            floats=warps * _WARP * self.counts[Class.FLOAT] / per_clock.floats,
-            shared=warps
-            * (wide * _WARP * _ACCESS_BYTES / _SHARED_BYTES + self.names.get("LDS", 0)),
-            softmax=warps * self.softmax / _SCHEDULERS,
+            exp2=lanes * self.counts[Class.EXP2] / per_clock.exp2,
+            floats=lanes * named(*_FLOAT_LANES) / per_clock.floats,
+            half_rate=lanes * (self.counts[Class.CONVERSION] + named(*_MAXIMA)) / _HALF_RATE,
+            shared=None if by_wgmma else warps * (wide + named("LDS")),
+            softmax=None if self.softmax is None else warps * self.softmax / _SCHEDULERS,
         )
+
+    def _named(self, *names: str) -> int:
+        return sum(self.names.get(name, 0) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
         """Its members, as JSON has them."""
@@ -212,6 +275,7 @@ class Cost:
             "arch": self.spec.arch,
             "symbol": self.spec.symbol,
             "registers": self.registers,
+            "keys": self.keys,
             "instructions": dict(self.counts),
             "minimum": dict(self.minimum),
             "opcodes": dict(self.names),
@@ -222,7 +286,7 @@ class Cost:
 
 
 def costs(
-    specs: Sequence[AttendSpec], compiler: Compiler, disassembler: Disassembler, jobs: int
+    specs: Sequence[Attend], compiler: Compiler, disassembler: Disassembler, jobs: int
 ) -> Iterator[Cost]:
     """Compile and look at kernels, in ``jobs`` processes.
 
@@ -233,7 +297,7 @@ def costs(
     return each(partial(_examine, compiler, disassembler), specs, jobs)
 
 
-def of_listing(spec: AttendSpec, listing: str, registers: int) -> Cost:
+def of_listing(spec: Attend, listing: str, registers: int) -> Cost:
     """What a kernel costs, from its machine code.
 
     Raises:
@@ -244,22 +308,45 @@ def of_listing(spec: AttendSpec, listing: str, registers: int) -> Cost:
         counts = Counter(map(classify, path))
     except CodeError as error:
         raise CodeError(f"{spec.symbol}: {error}") from None
+    steps = _steps(spec, path)
     return Cost(
         spec,
         {kind: counts[kind] for kind in Class},
         Counter(instruction.name for instruction in path),
-        minimum(spec),
-        _between_products(path),
+        {kind: steps * least for kind, least in minimum(spec).items()},
+        steps * spec.keys,
+        None if isinstance(spec, HopperAttendSpec) else _between_products(path),
         registers,
     )
 
 
+def _steps(spec: Attend, path: Sequence[Instruction]) -> int:
+    """How many steps of keys a turn does: the compiler or the template may have unrolled it.
+
+    Raises:
+        CodeError: it does no whole number of them.
+    """
+    if isinstance(spec, HopperAttendSpec):
+        of_step = -(-spec.head_dim // _STEP_BYTES)
+    else:
+        of_step = spec.warp_rows // 16 * spec.keys // 8 * _qk_steps(spec)
+    found = sum(instruction.name in _INTEGER_PRODUCTS for instruction in path)
+    if not found or found % of_step:
+        raise CodeError(
+            f"{spec.symbol}: a turn of the main loop has {found} products of Q K^T; {of_step} are "
+            f"those of {spec.keys} keys"
+        )
+    return found // of_step
+
+
 def _between_products(path: Sequence[Instruction]) -> int:
-    """How many instructions are between the products of integers and those of floats."""
+    """How many instructions are between products of integers and the next ones of floats."""
     products = [at for at, each in enumerate(path) if is_product(each)]
-    of_scores = [at for at in products if path[at].name == _INTEGER_PRODUCT]
-    of_values = [at for at in products if path[at].name != _INTEGER_PRODUCT]
-    return max(0, min(of_values) - max(of_scores) - 1) if of_scores and of_values else 0
+    return sum(
+        after - before - 1
+        for before, after in pairwise(products)
+        if path[before].name in _INTEGER_PRODUCTS and path[after].name not in _INTEGER_PRODUCTS
+    )
 
 
 def _is_work(instruction: Instruction) -> bool:
@@ -267,6 +354,6 @@ def _is_work(instruction: Instruction) -> bool:
     return classify(instruction) in (Class.TENSOR, Class.EXP2) or instruction.name in _FEEDING
 
 
-def _examine(compiler: Compiler, disassembler: Disassembler, spec: AttendSpec) -> Cost:
+def _examine(compiler: Compiler, disassembler: Disassembler, spec: Attend) -> Cost:
     binary = compiler.compile(render(spec), spec.arch)
     return of_listing(spec, disassembler.listing(binary.image), binary.resources.registers)

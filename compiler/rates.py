@@ -279,7 +279,7 @@ class PerClock:
     """What a multiprocessor of a target's board does in a clock.
 
     Attributes:
-        products: multiply-adds of tensor cores by ``mma.sync``, of FP8 and FP16 into FP32.
+        products: multiply-adds of tensor cores, of FP8 and FP16 into FP32.
         floats: FP32 instructions of a thread.
         exp2: the same of exp2.
     """
@@ -289,8 +289,11 @@ class PerClock:
     exp2: int
 
 
-def per_clock(target: str) -> PerClock:
+def per_clock(target: str, *, wgmma: bool = False) -> PerClock:
     """The rates that times are predicted from, per clock and multiprocessor.
+
+    Args:
+        wgmma: of products by ``wgmma``; else by ``mma.sync``.
 
     Raises:
         InvalidOptionError: an unknown target, or the CPU.
@@ -300,7 +303,7 @@ def per_clock(target: str) -> PerClock:
         raise InvalidOptionError(f"{CPU} has no rates: its times are measured")
     board = _BOARDS[target]
     # A multiply-add counts as two operations.
-    share = board.mma_sync / (2 * board.multiprocessors * board.clock)
+    share = (1.0 if wgmma else board.mma_sync) / (2 * board.multiprocessors * board.clock)
     products = {format_: share * rate for format_, rate in board.products.items()}
     return PerClock(MappingProxyType(products), board.float_lanes, _EXP2_LANES)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.gpu import correctness, speed
-from benchmarks.gpu.checks import CHECKS
+from benchmarks.gpu.correctness import ALL_CHECKS
 from benchmarks.gpu.device import CudaDevice, Device
 from benchmarks.gpu.matrix import Subject, further_subjects, subjects, timed_subjects
 from benchmarks.gpu.presence import NO_DEVICE
@@ -42,7 +42,7 @@ class Work:
     Attributes:
         subjects: of an architecture; all must pass.
         further: the same, if they can be compiled here.
-        checks: keys of ``CHECKS``.
+        checks: keys of ``ALL_CHECKS``.
         grid: what is timed, None for nothing.
         minutes: no cell is begun later than so many after the start.
     """
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", type=int, default=0, metavar="N", help="which GPU, as PyTorch counts")
     add("--quick", action="store_true", help="time fewer lengths, for less long")
     add("--no-speed", action="store_true", help="check only")
-    add("--checks", nargs="+", choices=tuple(CHECKS), help="only these, and no timing")
+    add("--checks", nargs="+", choices=tuple(ALL_CHECKS), help="only these, and no timing")
     add("--few", action="store_true", help=f"{FEW_CALLS} random calls of each, and no timing")
     add("--seed", type=int, default=0, help="of the inputs that are checked")
     add("--sanitizer", action="store_true", help=f"check under {correctness.SANITIZER} too")
@@ -87,7 +87,7 @@ def chosen(arguments: argparse.Namespace) -> Work:
         subjects,
         lambda arch: (*further_subjects(arch), *timed_subjects(arch)),
         plan,
-        arguments.checks or tuple(CHECKS),
+        arguments.checks or tuple(ALL_CHECKS),
         arguments.sanitizer,
         None if no_speed else grid,
         arguments.minutes,

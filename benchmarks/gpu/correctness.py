@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.checks import CHECKS
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.matrix import Subject, dtype_name
+from benchmarks.gpu.serving import SERVING_CHECKS
 from benchmarks.gpu.trial import Plan, Trial
 from sage_compiler.errors import SageError, UsageError
 
@@ -26,6 +27,8 @@ SANITIZER_TOOLS: Final = ("memcheck", "racecheck", "synccheck")
 _SANITIZER_CHECKS: Final = ("random", "special")
 _TOLD_LINES: Final = 6
 _TOLD_FAILURES: Final = 5
+
+ALL_CHECKS: Final = {**CHECKS, **SERVING_CHECKS}
 
 Result = dict[str, Any]
 
@@ -58,7 +61,7 @@ def run(
     more afterwards, as after an access out of bounds, there are no further results than that.
     """
     for subject in subjects:
-        for name, check in CHECKS.items():
+        for name, check in ALL_CHECKS.items():
             if name not in chosen:
                 continue
             trial = Trial(device, subject, plan)

@@ -27,7 +27,7 @@ from sage_compiler.text import columns
 
 _CHECK: Final = """\
 Compile every variant of every kernel and look at its machine code: registers, spills, and the
-instructions it must and must not have. Fails where one is not as it must be.
+instructions it must and must not have; of PTX, at its text. Fails where one is not as it must be.
 
     sagec kernels check --arch sm_89
 
@@ -68,7 +68,7 @@ def add_command(commands: options.Commands) -> None:
         summary="compile every variant, look at its machine code",
         description=_CHECK,
     )
-    kernels_compiling.add_compiling(checking, "all by default")
+    kernels_compiling.add_compiling(checking, "all by default", _BUILT)
     which = checking.add_mutually_exclusive_group()
     _add_standalone(which)
     which.add_argument(
@@ -118,7 +118,8 @@ def _check(arguments: argparse.Namespace) -> int:
         specs_of = standalone_specs
     elif arguments.further:
         specs_of = partial(all_specs, further=True)
-    specs = [spec for arch in kernels_compiling.archs(arguments) for spec in specs_of(arch)]
+    archs = kernels_compiling.archs(arguments, _BUILT)
+    specs = [spec for arch in archs for spec in specs_of(arch)]
     disassembler = Disassembler.find()
     compiler, jobs = kernels_compiling.compiler(arguments), kernels_compiling.jobs(arguments)
     found = check(specs, compiler, disassembler, jobs)

@@ -83,7 +83,8 @@ def of_cache(question: Question, arch: Arch) -> OfCache:
         masked=question.attn_mask is not None,
         softcap=has_softcap(question.semantics),
     )
-    _, queries, keys, _, products, *merging = sizes.blocks(kernels, splits)
+    blocks_of = sizes.blocks(kernels, splits, target.processors)
+    _, queries, keys, _, products, *merging = blocks_of
     blocks = [queries, *([] if kernels.delta is None else [keys]), products, *merging]
     specs = kernels.specs()[-len(blocks) :]  # those of appending come first
     row_term = question.sinks is not None or kernels.attend.softcap

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from sage_compiler.commands import kernels_compiling, options
-from sage_compiler.costs import Class, Cost, costs
+from sage_compiler.costs import Attend, Class, Cost, costs
 from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import AttendSpec
-from sage_compiler.kernels.cuda.variants import accumulators, variant
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS
+from sage_compiler.kernels.cuda.variants import half_sums, variant, variants
 from sage_compiler.precision import Accumulator
 from sage_compiler.text import columns
 
@@ -25,7 +25,6 @@ numbers mean is in docs/cuda-costs.md.
 
     sagec kernels cost --arch sm_89"""
 _DTYPE: Final = "bfloat16"  # the loop does not see it: operands are quantized, output is after it
-_HEAD_DIMS: Final = (64, 128)
 _BEGIN: Final = "<!-- sagec kernels cost -->\n"
 _END: Final = "<!-- end -->\n"
 
@@ -49,15 +48,26 @@ def add_command(actions: options.Commands) -> None:
     options.add_json(parser)
 
 
-def attend_specs(arch: str) -> list[AttendSpec]:
-    """The plain kernels of mma.sync for every recipe, in one dtype, with FP16 sums too."""
-    found = (
-        variant(arch, _DTYPE, head_dim, recipe, accumulator).attend
-        for head_dim in _HEAD_DIMS
-        for recipe in ARCHS[arch].portable_recipes
-        for accumulator in accumulators(arch, recipe)
-    )
-    return [spec for spec in found if isinstance(spec, AttendSpec)]
+def attend_specs(arch: str) -> list[Attend]:
+    """The attention kernels whose cost is told, each once, in one dtype.
+
+    Those of a pack; of the recipe that ``auto`` means every head_dim, with an explicit mask and
+    without; and those of FP16 sums.
+    """
+    recipes = ARCHS[arch].recipes
+    found = [each.attend for each in variants(arch)]
+    found += [
+        variant(arch, _DTYPE, head_dim, recipes[0], masked=masked).attend
+        for head_dim in HEAD_DIMS
+        for masked in (False, True)
+    ]
+    found += [each.attend for recipe in recipes for each in half_sums(arch, recipe)]
+
+    def place(spec: Attend) -> tuple[bool, int, int, bool]:
+        recipe = recipes.index(f"{spec.qk}_{spec.pv}")
+        return spec.masked, spec.head_dim, recipe, spec.accumulator is Accumulator.FP16
+
+    return sorted((spec for spec in dict.fromkeys(found) if spec.dtype == _DTYPE), key=place)
 
 
 def _cost(arguments: argparse.Namespace) -> int:
@@ -81,25 +91,39 @@ def _cost(arguments: argparse.Namespace) -> int:
 
 def instructions(rows: Iterable[Cost]) -> list[Sequence[str]]:
     """A table with its heading: instructions by class, with the least where they are more."""
-    lines: list[Sequence[str]] = [("arch", "kernel", "registers", *Class, "all")]
+    lines: list[Sequence[str]] = [("arch", "kernel", "registers", "keys", *Class, "all")]
     for row in rows:
         pairs = [(row.counts[kind], row.minimum[kind]) for kind in Class]
         pairs.append((sum(row.counts.values()), sum(row.minimum.values())))
         cells = [str(got) if got == least else f"{got} ({least})" for got, least in pairs]
-        lines.append((row.spec.arch, _name(row.spec), str(row.registers), *cells))
+        own = (row.spec.arch, _name(row.spec), str(row.registers), str(row.keys))
+        lines.append((*own, *cells))
     return lines
 
 
 def clocks(rows: Iterable[Cost]) -> list[Sequence[str]]:
     """A table with its heading: clocks of a multiprocessor, and the ends over the tensor cores'."""
-    heading = ("tensor", "issue", "exp2", "float", "shared", "softmax", "overlapped", "in step")
-    lines: list[Sequence[str]] = [("arch", "kernel", *heading)]
+    parts = ("tensor", "issue", "exp2", "float", "half rate", "shared", "softmax")
+    lines: list[Sequence[str]] = [("arch", "kernel", *parts, "overlapped", "in step")]
     for row in rows:
         found = row.clocks
-        parts = (found.tensor, found.issue, found.exp2, found.floats, found.shared, found.softmax)
-        ends = (f"{each / found.tensor:.2f}" for each in (found.bound, found.in_step))
-        lines.append((row.spec.arch, _name(row.spec), *(f"{each:.0f}" for each in parts), *ends))
+        taken = (
+            found.tensor,
+            found.issue,
+            found.exp2,
+            found.floats,
+            found.half_rate,
+            found.shared,
+            found.softmax,
+        )
+        ends = (each and each / found.tensor for each in (found.bound, found.in_step))
+        cells = [*(_number(each, 0) for each in taken), *(_number(each, 2) for each in ends)]
+        lines.append((row.spec.arch, _name(row.spec), *cells))
     return lines
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def markdown(rows: Sequence[Cost], compiler: str) -> str:
@@ -113,7 +137,7 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]])
 
 
-def _name(spec: AttendSpec) -> str:
+def _name(spec: Attend) -> str:
     half = " (FP16 sums)" if spec.accumulator is Accumulator.FP16 else ""
     return f"{spec.qk}_{spec.pv}{half} {spec.head_dim}{', mask' if spec.masked else ''}"
 

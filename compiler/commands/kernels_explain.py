@@ -164,7 +164,8 @@ def answer(question: Question) -> Answer:
     scratch_bytes = moved = None
     launches: tuple[tuple[KernelSpec, int], ...] = ()
     if kernels is not None and cut is not None:
-        launches = tuple(zip(kernels.specs(), sizes.blocks(kernels, cut.splits), strict=True))
+        blocks = sizes.blocks(kernels, cut.splits, arch.multiprocessors)
+        launches = tuple(zip(kernels.specs(), blocks, strict=True))
         row_term = question.sinks is not None or kernels.attend.softcap
         if question.sequences is None and arch is not PORTABLE:
             moved = traffic(arch, kernels, sizes, row_term=row_term)
@@ -443,6 +444,8 @@ def _geometry_reason(arch: Arch, kernels: Variant | CacheVariant) -> str:
     attend = kernels.attend
     longest = max(attend.head_dim, attend.value_head_dim)
     if isinstance(attend, HopperAttendSpec):
+        if attend.tile_scales:
+            return "V has scales of its own in each tile, by which P V of a step is multiplied"
         return arch.ring(longest).reason
     if attend.packed_heads:
         return (

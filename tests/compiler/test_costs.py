@@ -1,5 +1,6 @@
 """What a tile of keys costs, from machine code: of listings, and of a real kernel."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,14 @@ import pytest
 
 from sage_compiler import cli, rates
 from sage_compiler.commands import kernels_compiling, kernels_cost
-from sage_compiler.costs import Class, Cost, classify, costs, minimum, of_listing
+from sage_compiler.costs import Attend, Class, Cost, classify, costs, minimum, of_listing
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.loops import CodeError, Instruction
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import AttendSpec
-from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, AttendSpec, HopperAttendSpec
+from sage_compiler.kernels.cuda.variants import variant, variants
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.test_loops import LISTING
 from tests.packaging.layout import ROOT
@@ -23,13 +24,16 @@ from tests.packaging.layout import ROOT
 DOCUMENT = ROOT / "docs" / "cuda-costs.md"
 
 
-def attend(arch: str, recipe: str, head_dim: int, half: bool = False) -> AttendSpec:
+def attend(
+    arch: str, recipe: str, head_dim: int, half: bool = False, masked: bool = False
+) -> Attend:
     accumulator = Accumulator.FP16 if half else Accumulator.FP32
-    return variant(arch, "bfloat16", head_dim, recipe, accumulator).attend
+    return variant(arch, "bfloat16", head_dim, recipe, accumulator, masked=masked).attend
 
 
 # Both products in the cheapest formats that there are, so that all else shows the most.
 ADA = attend("sm_89", "int4_fp8", 128)
+HOPPER = attend("sm_90a", "int8_fp8", 128)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,11 @@ ADA = attend("sm_89", "int4_fp8", 128)
         ("ULDC.64 UR4, c[0x0][0x118]", Class.MEMORY),
         ("SHFL.BFLY PT, R2, R3, 0x1, 0x1f", Class.MEMORY),
         ("BSSY.RECONVERGENT B0, `(.L_x_5)", Class.CONTROL),
+        ("QGMMA.64x128x32.F32.E4M3.E4M3 R88, R84, gdesc[UR4], !UPT", Class.TENSOR),
+        ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R3+URZ], R2", Class.CONTROL),
+        ("WARPGROUP.DEPBAR.LE gsb0, 0x1", Class.CONTROL),
+        ("USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0", Class.CONTROL),
+        ("UBLKCP.S.G [UR8], [UR4], UR10", Class.MEMORY),
     ],
 )
 def test_instructions_have_classes(text: str, kind: Class) -> None:
@@ -80,11 +89,18 @@ def test_an_unknown_instruction_is_said() -> None:
         (attend("sm_80", "int8_fp16", 128), 96, 34, 16, 192, 4 + 16 + 32 + 1 + 7 + 4),
         # Q in registers; V is not read beyond 192 of its 256 channels, and not copied.
         (attend("sm_89", "int8_fp8", 192), 96, 34, 16, 224, 24 + 24 + 1 + 8 + 4),
+        # A score with a mask is scaled first, where nothing else does that.
+        (attend("sm_89", "int8_fp8", 128, masked=True), 64, 34, 16, 224, 4 + 16 + 16 + 1 + 5 + 4),
+        # 64 x 128 x 32 each; 64 scores of a thread, integers that become floats.
+        (HOPPER, 8, 66, 64 + 32, 3 * 64 + 64, 2 + 4),
+        (attend("sm_90a", "int8_fp8", 64), 6, 66, 64 + 32, 3 * 64 + 32, 2 + 4),
+        (attend("sm_90a", "int8_fp8", 256), 10, 34, 32 + 16, 3 * 32 + 128, 1 + 4),
+        (attend("sm_90a", "int8_fp8", 128, masked=True), 6, 34, 32 + 16, 4 * 32 + 64, 1 + 4),
     ],
-    ids=lambda each: each.symbol if isinstance(each, AttendSpec) else "",
+    ids=lambda each: each.symbol if isinstance(each, AttendSpec | HopperAttendSpec) else "",
 )
 def test_the_least(
-    spec: AttendSpec, tensor: int, exp2: int, conversion: int, floats: int, memory: int
+    spec: Attend, tensor: int, exp2: int, conversion: int, floats: int, memory: int
 ) -> None:
     found = minimum(spec)
     assert found[Class.TENSOR] == tensor
@@ -98,26 +114,36 @@ def test_the_least(
 def test_clocks_are_those_of_the_ceilings() -> None:
     """The numbers by hand are those of docs/cuda-kernels.md, "Ceilings"."""
     plus_plus = attend("sm_89", "int8_fp8", 128, half=True)
-    counts = dict.fromkeys(Class, 0) | {Class.TENSOR: 64, Class.EXP2: 32, Class.FLOAT: 192}
-    names = {"LDSM": 32, "IMMA": 32, "QMMA": 32, "LDS": 1}
-    found = Cost(plus_plus, counts, names, minimum(plus_plus), softmax=300, registers=0).clocks
+    counts = dict.fromkeys(Class, 0) | {Class.TENSOR: 64, Class.EXP2: 32, Class.CONVERSION: 16}
+    names = {"LDSM": 32, "IMMA": 32, "QMMA": 32, "LDS": 1, "FADD": 90, "FFMA": 100, "FMUL": 2}
+    names |= {"FMNMX": 38, "FSEL": 9}
+
+    def cost(spec: Attend, keys: int = 64, softmax: int | None = 300) -> Cost:
+        return Cost(spec, counts, names, minimum(spec), keys, softmax, registers=0)
+
+    found = cost(plus_plus).clocks
     assert found.tensor == pytest.approx(2048, rel=1e-3)
-    assert found.issue == 8 * (64 + 32 + 192) / 4
+    assert found.issue == 8 * (64 + 32 + 16) / 4
     assert found.exp2 == 512
     assert found.floats == 8 * 32 * 192 / 128
+    assert found.half_rate == 8 * 32 * (16 + 38) / 64
     assert found.shared == 8 * (32 * 4 + 1)
     assert found.softmax == 8 * 300 / 4
     assert found.bound == found.tensor and found.in_step == found.tensor + 600
     short = replace(found, softmax=200.0)
     assert short.in_step == found.tensor + 512  # of exp2
-    full = Cost(replace(plus_plus, accumulator=Accumulator.FP32), counts, names, {}, 0, 0)
+    full = cost(replace(plus_plus, accumulator=Accumulator.FP32))
     assert full.clocks.tensor == pytest.approx(3072, rel=1e-3)
     for arch, recipe, clocks in (("sm_89", "int4_fp8", 512 + 2048), ("sm_80", "int8_fp16", 1536)):
-        spec = attend(arch, recipe, 128)
-        assert Cost(spec, counts, names, {}, 0, 0).clocks.tensor == pytest.approx(clocks, rel=1e-3)
+        assert cost(attend(arch, recipe, 128)).clocks.tensor == pytest.approx(clocks, rel=1e-3)
+    # A turn of two tiles takes twice what a tile does; wgmma has the full rate.
+    hopper = cost(HOPPER, keys=128, softmax=None).clocks
+    assert hopper.tensor == pytest.approx(512, rel=1e-3)
+    assert (hopper.issue, hopper.exp2, hopper.floats) == (112, 256, 192)
+    assert hopper.shared is None and hopper.in_step is None and hopper.bound == hopper.tensor
     # INT4 takes whole steps of 64 channels.
-    short = Cost(attend("sm_80", "int4_fp16", 32), counts, names, {}, 0, 0).clocks.tensor
-    assert short == pytest.approx(128 * 64 * (64 / 4096 + 32 / 1024), rel=1e-3)
+    narrow = cost(attend("sm_80", "int4_fp16", 32)).clocks.tensor
+    assert narrow == pytest.approx(128 * 64 * (64 / 4096 + 32 / 1024), rel=1e-3)
 
 
 def test_rates_are_per_clock() -> None:
@@ -127,6 +153,9 @@ def test_rates_are_per_clock() -> None:
     assert (ada.floats, ada.exp2) == (128, 16)
     assert rates.per_clock("sm_80").floats == 64
     assert rates.per_clock("sm_90").products[Format.FP16] == pytest.approx(0.62 * 2048, rel=1e-2)
+    assert rates.per_clock("sm_90", wgmma=True).products[Format.INT8] == pytest.approx(
+        4096, rel=1e-3
+    )
     with pytest.raises(InvalidOptionError, match="its times are measured"):
         rates.per_clock("cpu")
 
@@ -139,6 +168,17 @@ def real() -> tuple[Cost, str]:
     except KernelUnavailableError as error:
         pytest.skip(str(error))
     (found,) = costs([ADA], compiler, disassembler, jobs=1)
+    return found, compiler.identity
+
+
+@pytest.fixture(scope="module")
+def by_wgmma() -> tuple[Cost, str]:
+    """The same of a kernel of wgmma."""
+    try:
+        compiler, disassembler = toolchain.find("nvrtc"), Disassembler.find()
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+    (found,) = costs([HOPPER], compiler, disassembler, jobs=1)
     return found, compiler.identity
 
 
@@ -163,8 +203,23 @@ def test_the_loop_of_a_real_kernel_is_found(real: tuple[Cost, str]) -> None:
     assert sum(found.counts.values()) == sum(found.names.values()) < 2 * sum(found.minimum.values())
 
 
-def test_the_document_has_what_the_tool_finds(real: tuple[Cost, str]) -> None:
-    found, compiler = real
+def test_the_loop_of_a_kernel_of_wgmma_is_found(by_wgmma: tuple[Cost, str]) -> None:
+    found, _ = by_wgmma
+    assert found.keys % HOPPER.keys == 0
+    for kind in (Class.TENSOR, Class.EXP2, Class.CONVERSION):
+        assert found.counts[kind] == found.minimum[kind], kind
+    steps = found.keys // HOPPER.keys
+    expected = {"IGMMA": 4, "QGMMA": 4, "I2FP": 64, "F2FP": 32, "LDS": 2, "UBLKCP": 0, "LDL": 0}
+    assert {name: found.names.get(name, 0) for name in expected} == {
+        name: steps * times for name, times in expected.items()
+    }
+    assert 0 < found.counts[Class.FLOAT] - found.minimum[Class.FLOAT] < 64 * steps
+    assert sum(found.counts.values()) < 1.5 * sum(found.minimum.values())
+
+
+@pytest.mark.parametrize("kernel", ["real", "by_wgmma"])
+def test_the_document_has_what_the_tool_finds(kernel: str, request: pytest.FixtureRequest) -> None:
+    found, compiler = request.getfixturevalue(kernel)
     text = DOCUMENT.read_text(encoding="utf-8")
     if f"Compiled by {compiler}." not in text:
         pytest.skip(f"{DOCUMENT.name} is of another compiler than {compiler}")
@@ -175,12 +230,27 @@ def test_the_document_has_what_the_tool_finds(real: tuple[Cost, str]) -> None:
         )
 
 
-def test_the_document_has_every_recipe() -> None:
+def test_a_turn_has_whole_steps() -> None:
+    with pytest.raises(CodeError, match=r"has 1 products of Q K\^T; 16 are those of 64 keys"):
+        of_listing(ADA, LISTING, registers=99)
+
+
+def test_every_default_kernel_has_a_row() -> None:
+    """What a pack has and what `auto` means, at every head_dim; the loop does not see the dtype."""
+    for arch, offered in ARCHS.items():
+        wanted = {replace(each.attend, dtype="bfloat16") for each in variants(arch)}
+        for head_dim, masked in itertools.product(HEAD_DIMS, (False, True)):
+            wanted.add(attend(arch, offered.recipes[0], head_dim, masked=masked))
+        found = kernels_cost.attend_specs(arch)
+        assert wanted <= set(found) and len(set(found)) == len(found)
+
+
+def test_the_document_has_every_kernel() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     begin, end = text.index("<!-- sagec"), text.index("<!-- end")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("| sm_")]
     specs = [spec for arch in ARCHS for spec in kernels_cost.attend_specs(arch)]
-    fakes = [Cost(spec, dict.fromkeys(Class, 1), {}, minimum(spec), 0, 0) for spec in specs]
+    fakes = [Cost(spec, dict.fromkeys(Class, 1), {}, {}, 64, 0, 0) for spec in specs]
     wanted = [tuple(row[:2]) for row in kernels_cost.clocks(fakes)[1:]]
     assert len(set(wanted)) == len(wanted)
     named = [tuple(row.strip("| ").split(" | ")[:2]) for row in rows]
@@ -189,13 +259,14 @@ def test_the_document_has_every_recipe() -> None:
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kernel has the code of ``LISTING``."""
+    """Every kernel has the same ten instructions, in which there is no exp2."""
 
     class Compiler:
         identity = "fake 1.0"
 
-    def of(specs: list[AttendSpec], *_: object) -> list[Cost]:
-        return [of_listing(spec, LISTING, registers=99) for spec in specs]
+    def of(specs: list[Attend], *_: object) -> list[Cost]:
+        counts = dict.fromkeys(Class, 1) | {Class.EXP2: 0, Class.CONTROL: 4}
+        return [Cost(spec, counts, {"IMMA": 1}, minimum(spec), 64, 0, 99) for spec in specs]
 
     monkeypatch.setattr(kernels_compiling, "find", lambda *names: Compiler())
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
@@ -208,8 +279,8 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
     lines = capsys.readouterr().out.splitlines()
     first, second = lines[: lines.index("")], lines[lines.index("") + 1 :]
     assert len(first) == len(second) == 1 + len(kernels_cost.attend_specs("sm_120a"))
-    assert first[0].split() == ["arch", "kernel", "registers", *Class, "all"]
-    row = next(line for line in first if "int8_fp8 128" in line)
+    assert first[0].split() == ["arch", "kernel", "registers", "keys", *Class, "all"]
+    row = next(line for line in first if "int8_fp8 128 " in line)
     assert "1 (64)" in row and "0 (34)" in row and row.endswith("10 (352)")
     assert all(line.startswith("sm_120a") for line in second[1:])
     assert cli.main(["kernels", "cost", "--arch", "sm_120a", "--json"]) == 0
@@ -217,7 +288,7 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
     assert len(data) == len(first) - 1
     assert data[0]["instructions"]["tensor"] == 1 and data[0]["registers"] == 99
     assert data[0]["opcodes"]["IMMA"] == 1
-    assert data[0]["softmax"] == 0  # the listing has no P V
+    assert data[0]["softmax"] == 0 and data[0]["keys"] == 64
     assert data[0]["clocks"]["bound"] >= data[0]["clocks"]["tensor"] > 0
 
 
@@ -230,7 +301,7 @@ def test_the_command_writes_a_document(tmp_path: Path, capsys: pytest.CaptureFix
     once = document.read_text()
     assert once.startswith("Before.\n<!-- sagec") and once.endswith("<!-- end -->\nAfter.\n")
     assert "old" not in once and "Compiled by fake 1.0." in once
-    assert "| sm_90a | int8_fp16 64 | 99 | 1 (96) |" in once
+    assert "| sm_90a | int8_fp16 64 | 99 | 64 | 1 (96) |" in once
     assert cli.main(command) == 0
     assert document.read_text() == once
     document.write_text("no place")

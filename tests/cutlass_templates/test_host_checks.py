@@ -58,6 +58,8 @@ FAULTS = {
     "landed_without_barrier": f"asynchronous copy of {OTHER} that has landed: missing barrier",
     "refilled_while_read": "race between (copy_async|load_matrix_x4) at offset",
     "copied_twice": f"race between copy_async .* asynchronous copy of {OTHER}",
+    "loaded_after_add": r"race between load_global of 4 bytes at 0x\w+ and fetch_add of the same",
+    "added_after_store": r"race between fetch_add at 0x\w+ and a store of the same",
     "loaded_after_store": r"race between load_global of 4 bytes at 0x\w+ and a store of the same",
     "copied_after_store": "race between copy_async from global memory of 16 bytes .* and a store",
     "partial_barrier": f"waits .*at barrier|exits while {OTHER} waits for it at barrier",

@@ -41,6 +41,7 @@ class Operands:
         value_scales: of kernels whose tiles do not have them.
         part_outputs, part_sums: memory for what parts of the keys make of each query, of kernels
             that split keys; nobody writes it before.
+        taken: the counter of a persistent grid, which is 0 by then.
     """
 
     query_codes: int
@@ -51,6 +52,7 @@ class Operands:
     row_term: int
     part_outputs: int = 0
     part_sums: int = 0
+    taken: int = 0
     head_tiles: int | None = None
 
 
@@ -59,6 +61,7 @@ class Attending:
     """The launches of ``attend`` and ``merge`` of a variant.
 
     Attributes:
+        multiprocessors: of the device, of which a persistent grid has one block each.
         output: (B, H, Lq, Dv), the last stride 1.
         lse: float32 (B, H, Lq), dense, if it is wanted.
         sinks: float32 (H,), dense, if there are any.
@@ -71,6 +74,7 @@ class Attending:
     reach: Reach
     semantics: Semantics
     operands: Operands
+    multiprocessors: int
     output: Tensor
     lse: Tensor | None
     sinks: Tensor | None = None
@@ -85,6 +89,7 @@ class Attending:
         """Launch the products; the output is there, or the parts that ``merge`` joins."""
         sizes, operands, mask = self.sizes, self.operands, self.mask
         tile = self.kernels.attend.query_tile
+        tasks = sizes.tiles(tile) * self.splits
         packed = params.ATTEND.pack(
             operands.query_codes,
             operands.query_scales,
@@ -98,6 +103,7 @@ class Attending:
             *(NO_FLAGS if mask is None else flags(mask.live)),
             operands.part_outputs,
             operands.part_sums,
+            operands.taken,
             *self.output.stride()[:3],
             sizes.query_length,  # of the LSE, from head to head
             sizes.heads,
@@ -112,10 +118,13 @@ class Attending:
             self.reach.upper,
             self.output.shape[3],
             sizes.key_blocks if operands.head_tiles is None else operands.head_tiles,
+            tasks,
+            sizes.heads_at_once(self.kernels.attend),
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
-        self.target.launch(self.kernels.attend, sizes.tiles(tile) * self.splits, packed)
+        blocks = min(tasks, self.multiprocessors) if self.kernels.attend.persistent else tasks
+        self.target.launch(self.kernels.attend, blocks, packed)
 
     def merge(self) -> None:
         """Launch what joins the parts."""

@@ -1,7 +1,8 @@
 """Whether a kernel became the machine code that it must be, whatever GPU is here.
 
 An instruction that an architecture lacks does not fail to compile: CuTe makes a trap of it, and
-the compiler a call or a sequence of others. So the code itself is looked at.
+the compiler a call or a sequence of others. So the code itself is looked at. Of PTX it is the text,
+and what its compiler made of it for the least GPU that it is for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import partial
 from typing import Any, Final
 
 from sage_compiler.errors import KernelUnavailableError
-from sage_compiler.kernels.cuda.arch import named
+from sage_compiler.kernels.cuda import ptx
+from sage_compiler.kernels.cuda.arch import PORTABLE, named
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.dispatch import default_recipe
 from sage_compiler.kernels.cuda.parallel import each
@@ -63,6 +65,13 @@ _BULK_COPY: Final = "UBLKCP"
 _SET_REGISTERS: Final = "USETMAXREG"
 _LOCAL_MEMORY: Final = ("LDL", "STL")
 _SERIALIZED: Final = "(C75"  # ptxas waits for products of wgmma, one by one, and says so
+# The same in PTX: a multiplication that its GPUs lack cannot be named in it, a trap or a call can.
+_PTX_PRODUCTS: Final[Mapping[Format, str]] = {
+    Format.INT8: "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+    Format.FP16: "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+}
+_PTX_COPIES: Final = ("cp.async.cg.shared.global", "ldmatrix.sync.aligned")
+_PTX_FORBIDDEN: Final = ("trap", "brkpt", "call")
 _SHOWN: Final = (
     *_QK_PRODUCTS.values(),
     *_PV_PRODUCTS.values(),
@@ -73,6 +82,9 @@ _SHOWN: Final = (
     _LOAD_MATRIX,
     _CALL,
     _TRAP,
+    *_PTX_PRODUCTS.values(),
+    *_PTX_COPIES,
+    *_PTX_FORBIDDEN,
 )
 
 
@@ -144,8 +156,22 @@ def problems(
     return tuple(found)
 
 
+def problems_of_ptx(spec: KernelSpec, text: str) -> Iterator[str]:
+    """What is wrong with the text of a kernel in PTX besides ``problems``, one sentence each."""
+    least = PORTABLE.name.replace("compute_", "sm_")
+    if ptx.target(text) != least:
+        yield f"it is for {ptx.target(text) or 'no target'}, and must be for {least}"
+    local, budget = ptx.local_bytes(text), spill_budget(spec)
+    if local > budget:
+        yield f"{local} bytes of variables in local memory; at most {budget}"
+
+
 def required(spec: KernelSpec) -> tuple[str, ...]:
     """The opcodes that a kernel must have, with whatever modifiers after them."""
+    if spec.arch == PORTABLE.name:
+        if not isinstance(spec, AttendSpec):
+            return ()
+        return (_PTX_PRODUCTS[spec.qk], _PTX_PRODUCTS[spec.pv], *_PTX_COPIES)
     if isinstance(spec, HopperAttendSpec):
         return (*_WGMMA_PRODUCTS, _BULK_COPY, _SET_REGISTERS)
     if not isinstance(spec, AttendSpec):
@@ -161,10 +187,15 @@ def required(spec: KernelSpec) -> tuple[str, ...]:
 
 def forbidden(spec: KernelSpec) -> tuple[str, ...]:
     """The opcodes that a kernel must not have."""
+    if spec.arch == PORTABLE.name:
+        return _PTX_FORBIDDEN
     if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
         return (_TRAP, _CALL, _HALF_PRODUCT)  # an emulation converts to half
     if isinstance(spec, HopperAttendSpec):
-        return (_TRAP, _CALL, _HALF_PRODUCT, *_LOCAL_MEMORY)
+        # A cache of long heads has scales of V beside the output: it has the budget alone.
+        longest = max(spec.head_dim, spec.value_head_dim)
+        may_spill = spec.tile_scales and longest > _LARGEST_WITHOUT_SPILLS
+        return (_TRAP, _CALL, _HALF_PRODUCT, *(() if may_spill else _LOCAL_MEMORY))
     return (_TRAP, _CALL)
 
 
@@ -223,16 +254,20 @@ def table(rows: Iterable[Row]) -> str:
 def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -> Row:
     try:
         binary = compiler.compile(render(spec), spec.arch)
-        opcodes = disassembler.opcodes(binary.image)
+        text = binary.image.decode() if spec.arch == PORTABLE.name else None
+        opcodes = disassembler.opcodes(binary.image) if text is None else ptx.count(text)
     except KernelUnavailableError as error:
         return Row(spec.arch, spec.symbol, None, spec.shared_bytes, {}, (str(error),), "")
     counts = {name: occurrences(opcodes, name) for name in _SHOWN}
+    found = problems(spec, opcodes, binary.resources, binary.warnings)
+    if text is not None:
+        found = (*found, *problems_of_ptx(spec, text))
     return Row(
         arch=spec.arch,
         symbol=spec.symbol,
         resources=binary.resources,
         shared_bytes=spec.shared_bytes + binary.resources.static_shared,
         opcodes={name: times for name, times in counts.items() if times},
-        problems=problems(spec, opcodes, binary.resources, binary.warnings),
+        problems=found,
         warnings=binary.warnings,
     )

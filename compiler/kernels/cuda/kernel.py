@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import dispatch, params
-from sage_compiler.kernels.cuda.arch import ARCHS, arch_of
+from sage_compiler.kernels.cuda.arch import ARCHS, arch_of, named
 from sage_compiler.kernels.cuda.attending import Attending, Operands
 from sage_compiler.kernels.cuda.driver import Driver
 from sage_compiler.kernels.cuda.images import default_images
@@ -80,6 +80,11 @@ class Target:
     multiprocessors: int | None = None
     sequences: bytes = b""
     obtainable: Callable[[Variant], bool] = _everything
+
+    @property
+    def processors(self) -> int:
+        """How many multiprocessors there are to fill."""
+        return self.multiprocessors or named(self.arch).multiprocessors
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         """Start one kernel."""
@@ -396,7 +401,7 @@ class Call:
             self.first_live,
             self.end_live,
         ) = self.reach
-        self._blocks = sizes.blocks(kernels, splits)
+        self._blocks = sizes.blocks(kernels, splits, target.processors)
 
         self.tile: KeyValueTile = kernels.attend.tile
         row_term = lse is not None or sinks is not None or kernels.attend.softcap
@@ -418,8 +423,9 @@ class Call:
             self.counters,
             self.key_totals,
             self.value_totals,
+            self.taken,
         ) = present
-        self._counter_bytes = parts[-3]
+        self._counter_bytes = parts[-4]
 
     def run(self) -> None:
         """Start the kernels."""
@@ -488,6 +494,7 @@ class Call:
             self.means,
             self.row_term,
             self._counts(),
+            self.taken,
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             self.heads,
             self.group,
@@ -548,6 +555,7 @@ class Call:
             self.row_term,
             self.part_outputs,
             self.part_sums,
+            self.taken,
         )
         return Attending(
             self.target,
@@ -556,6 +564,7 @@ class Call:
             self.reach,
             self.semantics,
             operands,
+            self.target.processors,
             self.output,
             self.lse,
             self.sinks,

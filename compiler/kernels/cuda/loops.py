@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -91,8 +91,10 @@ def steady_path(
 ) -> list[Instruction]:
     """What one turn of a kernel's main loop executes where nothing is special.
 
-    The loop is the one with all of the kernel's tensor products. Of all ways through it that do
-    the most work, the steady one is the shortest: it goes around what only some turns need.
+    The main loop is the innermost one that has the most tensor products; there may be some before
+    and behind it, as where a loop is entered in its middle. Of all ways through it that do the
+    most work, the steady one is the shortest: it goes around what only some turns need, and once
+    through loops that only wait.
 
     Args:
         is_work: what every turn does that is not special: products, and what feeds them.
@@ -102,39 +104,62 @@ def steady_path(
         is false is among them: it takes its slot all the same.
 
     Raises:
-        CodeError: no loop has all products, or it has two entries, or a loop inside.
+        CodeError: the products are in no loop, or it has two entries, or work in a loop inside.
     """
     graph = _Graph(instructions)
-    products = [at for at, each in enumerate(instructions) if is_product(each)]
+    products = {at for at, each in enumerate(instructions) if is_product(each)}
     if not products:
         raise CodeError("the kernel has no tensor products")
-    body = graph.reached(products[:1], graph.after) & graph.reached(products[:1], graph.before)
-    outside = [at for at in products if at not in body]
-    if outside:
-        raise CodeError(f"{len(outside)} of {len(products)} tensor products are in no loop of all")
-    entries = [at for at in body if any(each not in body for each in graph.before[at])]
-    if len(entries) != 1:
-        raise CodeError(f"the main loop is entered at {len(entries)} places")
-    if not any(entries[0] in graph.after[at] for at in body):
-        raise CodeError("the tensor products are in no loop")
-    order = graph.order(body, entries[0])
+    body, entry = _main_loop(graph, products)
+    work = {at for at in body if is_work(instructions[at])}
+    _open_loops(graph, body, entry, work)
 
     # Backwards: from each instruction to the end of the turn, the most work, then the fewest steps.
     best: dict[int, tuple[int, int]] = {}
     following: dict[int, int] = {}
-    for at in reversed(order):
-        ways = [each for each in graph.after[at] if each in best and each != entries[0]]
-        done, left = is_work(instructions[at]), (0, 0)
-        if entries[0] not in graph.after[at]:
-            if not ways:
-                continue  # it leaves the loop
-            following[at] = max(ways, key=best.__getitem__)
-            left = best[following[at]]
-        best[at] = (left[0] + done, left[1] - 1)
-    path = [entries[0]]
+    for at in reversed(graph.order(body, entry)):
+        ways = [way for way in graph.after[at] if way in best]
+        onwards = max(ways, key=best.__getitem__, default=None)
+        ends = entry in graph.after[at]
+        if onwards is None and not ends:
+            continue  # it leaves the loop
+        left = (0, 0)
+        if onwards is not None and (not ends or best[onwards] > left):
+            following[at] = onwards
+            left = best[onwards]
+        best[at] = (left[0] + (at in work), left[1] - 1)
+    path = [entry]
     while path[-1] in following:
         path.append(following[path[-1]])
     return [instructions[at] for at in path]
+
+
+def _main_loop(graph: _Graph, products: set[int]) -> tuple[set[int], int]:
+    """The instructions of the innermost loop with the most products, and its first one."""
+    places = set(range(len(graph.after)))
+    found: tuple[set[int], int] | None = None
+    while True:
+        loops = [loop for loop in graph.loops(places) if loop & products]
+        if not loops:
+            break
+        body = max(loops, key=lambda loop: len(loop & products))
+        found = body, graph.entry(body)
+        places = body - {found[1]}  # without the way back to it, which makes the loop
+    if found is None:
+        raise CodeError("the tensor products are in no loop")
+    return found
+
+
+def _open_loops(graph: _Graph, body: set[int], entry: int, work: set[int]) -> None:
+    """Take the ways back out of the loops within a loop, so that each is gone through once."""
+    for loop in graph.loops(body - {entry}):
+        if loop & work:
+            raise CodeError("the main loop has another one inside, with work in it")
+        first = graph.entry(loop)
+        for at in loop & set(graph.before[first]):
+            graph.after[at] = tuple(way for way in graph.after[at] if way != first)
+            graph.before[first].remove(at)
+        _open_loops(graph, loop, first, work)
 
 
 def is_product(instruction: Instruction) -> bool:
@@ -159,22 +184,36 @@ class _Graph:
             for way in self.after[-1]:
                 self.before[way].append(position)
 
-    def reached(self, start: Iterable[int], ways: Sequence[Iterable[int]]) -> set[int]:
-        """All that ``start`` leads to, itself included."""
-        found, waiting = set(start), list(start)
-        while waiting:
-            for way in ways[waiting.pop()]:
-                if way not in found:
-                    found.add(way)
-                    waiting.append(way)
+    def loops(self, places: set[int]) -> list[set[int]]:
+        """Those among some places that are in no greater one, by Kosaraju's algorithm."""
+        # What is done with first is reached from what is done with last, or in a loop with it.
+        done: list[int] = []
+        seen = set[int]()
+        for start in places:
+            self._walk(start, self.after, places, seen, done)
+        found = []
+        left = set(places)
+        for start in reversed(done):
+            loop: list[int] = []
+            self._walk(start, self.before, left, set(), loop)
+            left.difference_update(loop)
+            if len(loop) > 1 or start in self.after[start]:
+                found.append(set(loop))
         return found
 
-    def order(self, body: set[int], entry: int) -> list[int]:
-        """The instructions of a loop so that none comes before what leads to it in one turn.
+    def entry(self, loop: set[int]) -> int:
+        """Where a loop is entered.
 
         Raises:
-            CodeError: there is a loop inside.
+            CodeError: at several places.
         """
+        entries = [at for at in loop if not at or any(b not in loop for b in self.before[at])]
+        if len(entries) != 1:
+            raise CodeError(f"a loop is entered at {len(entries)} places")
+        return entries[0]
+
+    def order(self, body: set[int], entry: int) -> list[int]:
+        """The instructions of a loop so that none comes before what leads to it in one turn."""
         missing = {at: sum(each in body for each in self.before[at]) for at in body}
         missing[entry] = 0
         ready, order = [entry], []
@@ -185,6 +224,26 @@ class _Graph:
                     missing[way] -= 1
                     if not missing[way]:
                         ready.append(way)
-        if len(order) != len(body):
-            raise CodeError("the main loop has another one inside")
+        assert len(order) == len(body), "a loop inside is still closed"
         return order
+
+    @staticmethod
+    def _walk(
+        start: int, ways: Sequence[Sequence[int]], places: set[int], seen: set[int], done: list[int]
+    ) -> None:
+        """Add to ``done`` what ``start`` leads to and was not seen, each behind what it leads to.
+
+        Only among ``places``; depth first.
+        """
+        waiting = [(start, iter(ways[start]))] if start in places and start not in seen else []
+        seen.add(start)
+        while waiting:
+            at, further = waiting[-1]
+            for way in further:
+                if way in places and way not in seen:
+                    seen.add(way)
+                    waiting.append((way, iter(ways[way])))
+                    break
+            else:
+                done.append(at)
+                waiting.pop()

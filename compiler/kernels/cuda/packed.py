@@ -61,7 +61,7 @@ class CudaStore:
         self.shape, self._device, self._on = shape, device, on
         with on(device) as target:
             arch = target.arch
-        recipes = named(arch).portable_recipes
+        recipes = named(arch).recipes
         self.precision = recipes[0] if precision is None else precision
         if self.precision not in recipes:
             known = ", ".join(recipes)
@@ -213,7 +213,7 @@ class CudaStore:
             shape.value_head_dim,
             sizes,
             reach.key_tiles,
-            target.multiprocessors or named(target.arch).multiprocessors,
+            target.processors,
             masked=masked,
         )
         kernels = cache_variant(
@@ -271,7 +271,7 @@ class _Call:
         parts = self.sizes.query_scratch(attend, row_term=row_term, splits=splits)
         addresses, self._scratch = target.allocate(parts, query.device)
         present = [address if size else 0 for address, size in zip(addresses, parts, strict=True)]
-        codes, scales, self.means, self.row_term, delta, part_outputs, part_sums = present
+        codes, scales, self.means, self.row_term, delta, part_outputs, part_sums, taken = present
         self.operands = Operands(
             codes,
             scales,
@@ -281,6 +281,7 @@ class _Call:
             self.row_term,
             part_outputs,
             part_sums,
+            taken,
             store.head_tiles,
         )
         self.attending = Attending(
@@ -290,6 +291,7 @@ class _Call:
             self.reach,
             semantics,
             self.operands,
+            target.processors,
             output,
             lse,
             sinks,
@@ -315,6 +317,7 @@ class _Call:
             self.means,
             self.row_term,
             0,
+            self.operands.taken,
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             sizes.heads,
             sizes.group,

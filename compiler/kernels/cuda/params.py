@@ -15,11 +15,11 @@ _MASK: Final = "P5q"
 _STAGED: Final = "P3q"
 
 STATISTICS: Final = struct.Struct(f"@{_TENSOR}{_TENSOR}2P{_FLAGS}6q")
-QUERY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}9q2f")
+QUERY: Final = struct.Struct(f"@{_TENSOR}7P{_FLAGS}9q2f")
 KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
 SCHEDULE: Final = struct.Struct("@3P2q")
-ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}2P16q2f")
+ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}3P18q2f")
 MERGE: Final = struct.Struct("@7P10q2f")
 
 # Of a cache.

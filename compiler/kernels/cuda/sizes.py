@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from sage_compiler.errors import InvalidAttentionError
-from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, QueryTile, padded_dim
+from sage_compiler.kernels.cuda.spec import (
+    AttendSpec,
+    HopperAttendSpec,
+    QueryTile,
+    padded_dim,
+)
 from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.precision import TILE_MMA, Format
 from sage_compiler.semantics import Band, Semantics
@@ -21,7 +26,10 @@ _LEAST_CHUNK: Final = 256
 _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _FLOAT_BYTES: Final = 4
 _COUNTER_BYTES: Final = 32  # of a head: kCounters of params.cuh
+_TAKEN_BYTES: Final = 4
 _AHEAD_BYTES: Final = 3 << 20  # of K and V that are read before the first is read again
+# Of an L2 cache of 50 MB in two halves, as H100's, which both keep what both read.
+_CACHED_BYTES: Final = 16 << 20
 
 
 class Reach(NamedTuple):
@@ -157,16 +165,31 @@ class Sizes(NamedTuple):
         heads = self.kv_heads if tile.packed_heads else self.heads
         return self.batch * heads * self.row_blocks(tile)
 
-    def blocks(self, kernels: Variant | CacheVariant, splits: int = 1) -> tuple[int, ...]:
+    def heads_at_once(self, attend: AttendSpec | HopperAttendSpec) -> int:
+        """Heads whose keys and values stay in a cache together; at least one of K and V.
+
+        The heads of a persistent grid are worked on so many at a time: those of Q in whole groups,
+        or where they are packed those of K and V.
+        """
+        kv_heads = max(1, _CACHED_BYTES // (self.key_blocks * attend.tile.bytes))
+        group = 1 if attend.packed_heads else self.group
+        return min(self.batch * self.kv_heads, kv_heads) * group
+
+    def blocks(
+        self, kernels: Variant | CacheVariant, splits: int, multiprocessors: int
+    ) -> tuple[int, ...]:
         """Of each launch, in the order of ``Variant.specs``, also where K and V are in a cache.
 
         Args:
-            splits: parts that the keys are divided into, of kernels that do.
+            splits: parts that the keys are divided into, of kernels that do; else 1.
+            multiprocessors: of the device, of which a persistent grid has one block each.
         """
         kv_heads = self.batch * self.kv_heads
         keys = kv_heads * self.key_blocks
         queries = self.batch * self.heads * self.query_blocks
         products = self.tiles(kernels.attend.query_tile) * splits
+        if kernels.attend.persistent:
+            products = min(products, multiprocessors)
         statistics = kv_heads * self.chunks
         quantize = kernels.quantize if isinstance(kernels, Variant) else None
         if quantize is None:
@@ -183,7 +206,7 @@ class Sizes(NamedTuple):
         The parts: sums of K, amax of V, codes of Q, scales of Q, means of Q, the row term, packed
         tiles of K and V, scales of V, delta; of split keys, what each part makes of a query: sums
         of P V, and two numbers; of quantizers in one launch, counters, sums of K and amax of V of
-        all chunks.
+        all chunks; the counter of a persistent grid.
 
         Args:
             row_term: whether a float for each query is needed: for an LSE, sinks or a softcap.
@@ -192,7 +215,7 @@ class Sizes(NamedTuple):
         attend = kernels.attend
         padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
         kv_heads = self.batch * self.kv_heads
-        *of_query, delta, part_outputs, part_sums = self.query_scratch(
+        *of_query, delta, part_outputs, part_sums, taken = self.query_scratch(
             attend, row_term=row_term, splits=splits
         )
         totals = kv_heads if kernels.quantize is not None else 0
@@ -208,6 +231,7 @@ class Sizes(NamedTuple):
             (1 + totals) * _COUNTER_BYTES if totals else 0,
             totals * padded * _FLOAT_BYTES,
             totals * padded_value * _FLOAT_BYTES,
+            taken,
         )
 
     def ahead(self, kernels: Variant, *, row_term: bool) -> int:
@@ -227,8 +251,9 @@ class Sizes(NamedTuple):
 
     def query_scratch(
         self, attend: AttendSpec | HopperAttendSpec, *, row_term: bool, splits: int = 1
-    ) -> tuple[int, int, int, int, int, int, int]:
-        """What ``scratch`` has for queries: codes, scales, means, row term, delta, both of parts.
+    ) -> tuple[int, int, int, int, int, int, int, int]:
+        """What ``scratch`` has for queries: codes, scales, means, row term, delta, both of parts,
+        the counter.
 
         It is all that an attention needs whose K and V are packed already.
         """
@@ -248,6 +273,7 @@ class Sizes(NamedTuple):
             delta if smooths_query else 0,
             parts * padded_value * _FLOAT_BYTES,
             parts * 2 * _FLOAT_BYTES,
+            _TAKEN_BYTES if attend.persistent else 0,
         )
 
 

@@ -117,6 +117,8 @@ _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
 _SLICE_CHANNELS: Final = 32
 _SLOT_BYTES: Final = 16  # for what one thread tells all
+_QUERIES: Final = 2  # query blocks in shared memory, each with the task that it belongs to
+_TASK_BYTES: Final = 4
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -415,6 +417,7 @@ class AppendSpec(_QuantizerSpec):
     value_head_dim: int
     qk: Format
     pv: Format
+    panels: bool = field(default=False, kw_only=True)
 
     kind: ClassVar[str] = "append"
     template: ClassVar[str] = "Append"
@@ -434,6 +437,7 @@ class AppendSpec(_QuantizerSpec):
             _CPP_FORMATS[self.pv],
             str(self.head_dim),
             str(self.value_head_dim),
+            _cpp(self.panels),
         )
 
 
@@ -473,6 +477,7 @@ class AttendSpec(OperandSpec):
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
+    persistent: ClassVar[bool] = False
 
     @property
     def threads(self) -> int:
@@ -535,10 +540,13 @@ class HopperAttendSpec(OperandSpec):
     """The fused attention by wgmma, of INT8 and E4M3, over operands whose codes are in panels.
 
     Attributes:
-        value_head_dim, window, masked, softcap: as of ``AttendSpec``.
-        tiles: of keys that a step takes.
+        value_head_dim, window, masked, softcap, tile_scales: as of ``AttendSpec``.
+        tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
+
+    All but those of packed batches are persistent: a grid has no more blocks than there are
+    multiprocessors, and each goes on with another task until all are done.
     """
 
     value_head_dim: int
@@ -549,6 +557,7 @@ class HopperAttendSpec(OperandSpec):
     stages: int
     packed_heads: bool = QUERY_BLOCK.packed_heads
     split: bool = QUERY_BLOCK.split
+    tile_scales: bool = False
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -556,9 +565,13 @@ class HopperAttendSpec(OperandSpec):
     qk: ClassVar[Format] = Format.INT8
     pv: ClassVar[Format] = Format.FP8
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
-    tile_scales: ClassVar[bool] = False
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a grid is."""
+        return not self.varlen
 
     @property
     def query_tile(self) -> QueryTile:
@@ -578,8 +591,11 @@ class HopperAttendSpec(OperandSpec):
     def shared_bytes(self) -> int:
         row = padded_dim(self.head_dim) + self.value_head_dim
         stage = self.keys * row + self.tiles * _KEY_SCALES
-        mbarriers = (1 + 4 * self.stages) * _MBARRIER_BYTES
-        return self.query_block_bytes + self.stages * stage + mbarriers
+        if self.tile_scales:
+            stage += self.value_head_dim * _FLOAT_BYTES
+        mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
+        queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
+        return queries + self.stages * stage + mbarriers
 
     @property
     def query_block_bytes(self) -> int:
@@ -589,7 +605,9 @@ class HopperAttendSpec(OperandSpec):
     @property
     def tile(self) -> KeyValueTile:
         """How a tile of keys and values is packed."""
-        return KeyValueTile.of(self.head_dim, self.value_head_dim, self.qk, self.pv)
+        return KeyValueTile.of(
+            self.head_dim, self.value_head_dim, self.qk, self.pv, self.tile_scales
+        )
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -600,6 +618,7 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.window),
             _cpp(self.masked),
             _cpp(self.softcap),
+            _cpp(self.tile_scales),
             _cpp(self.packed_heads),
             _cpp(self.split),
             str(self.tiles),

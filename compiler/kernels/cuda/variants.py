@@ -289,7 +289,7 @@ class CacheVariant:
     append: AppendSpec
     query: QuerySpec
     delta: DeltaSpec | None
-    attend: AttendSpec
+    attend: AttendSpec | HopperAttendSpec
     merge: MergeSpec | None = None
 
     def specs(self) -> tuple[KernelSpec, ...]:
@@ -324,12 +324,18 @@ def cache_variant(
         softcap=softcap,
         tile=tile,
     )
-    assert isinstance(found.attend, AttendSpec)
-    attend = replace(found.attend, tile_scales=True)
+    attend: AttendSpec | HopperAttendSpec
+    if isinstance(found.attend, HopperAttendSpec):
+        # The scales of V are of a tile, and what is multiplied by them is P V of a step.
+        attend = replace(found.attend, tile_scales=True, tiles=1)
+    else:
+        attend = replace(found.attend, tile_scales=True)
     padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
     return CacheVariant(
         key_mean=KeyMeanSpec(arch, dtype, padded),
-        append=AppendSpec(arch, dtype, padded, padded_value, attend.qk, attend.pv),
+        append=AppendSpec(
+            arch, dtype, padded, padded_value, attend.qk, attend.pv, panels=found.key.panels
+        ),
         query=found.query,
         delta=DeltaSpec(arch, padded) if attend.qk is Format.INT4 else None,
         attend=attend,
@@ -424,7 +430,7 @@ def half_sums(arch: str, recipe: str) -> Iterator[Variant]:
 
 def cache_variants(arch: str) -> Iterator[CacheVariant]:
     """The kernels of caches, which are compiled on first use: all dims, and one of each kind."""
-    for recipe in named(arch).portable_recipes:
+    for recipe in named(arch).recipes:
         for head_dim in HEAD_DIMS:
             yield cache_variant(arch, "bfloat16", head_dim, recipe)
         yield cache_variant(arch, "float16", 128, recipe)
@@ -436,7 +442,7 @@ def cache_variants(arch: str) -> Iterator[CacheVariant]:
         yield cache_variant(arch, "bfloat16", 128, recipe, softcap=True)
         for head_dim in PACKED_HEAD_DIMS:
             for split in (False, True):
-                tile = QueryTile(PACKED_ROWS[0], packed_heads=True, split=split)
+                tile = QueryTile(_least_rows(arch, recipe), packed_heads=True, split=split)
                 yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 

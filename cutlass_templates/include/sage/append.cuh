@@ -1,6 +1,7 @@
 // New tokens of a cache, packed into the tiles that change, as key.cuh and value.cuh pack those of
 // one attention; but the mean of K is that of the first tokens, see kMeanTokens, and V has a scale
-// for each channel of each tile, so that no tile depends on a later one.
+// for each channel of each tile, so that no tile depends on a later one. With kPanels, codes are in
+// the order that wgmma reads.
 #pragma once
 
 #include <sage/key.cuh>
@@ -10,11 +11,11 @@
 
 namespace sage {
 
-template <class Input, class Qk, class Pv, int kKeyDim, int kValueDim>
+template <class Input, class Qk, class Pv, int kKeyDim, int kValueDim, bool kPanels>
 struct Append {
     using Params = AppendParams;
-    using Key = QuantizeKey<Input, Qk, kKeyDim>;
-    using Value = QuantizeValue<Input, Pv, kValueDim, false>;
+    using Key = QuantizeKey<Input, Qk, kKeyDim, kPanels>;
+    using Value = QuantizeValue<Input, Pv, kValueDim, false, kPanels>;
     using Packed = KeyValueTile<Qk, Pv, kKeyDim, kValueDim, Value::kScaled>;
     static constexpr int kValueBytes = Value::kSharedBytes + kValueDim * sizeof(float);
 

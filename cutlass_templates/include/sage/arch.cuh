@@ -6,7 +6,8 @@
 // The layer, all in namespace sage::arch:
 //
 //   int thread_index()              Of 1-D blocks: 0 .. threads - 1.
-//   int64_t block_index()           Of a 1-D grid.
+//   int64_t block_index()           Of a 1-D grid,
+//   int64_t grid_size()             which has so many blocks.
 //   char* shared_memory()           The dynamic shared memory of the block, 1024-byte aligned.
 //   void barrier()                  All threads of the block.
 //
@@ -14,9 +15,10 @@
 //   void store_global(T*, T)        is touched in no other way than by these, copy_async and what
 //                                   follows. What a launch stores, these do not load.
 //   T load_written(T const*)        As load_global, of what the same launch may have stored: by
-//   this
-//                                   block before a barrier, or by another one before it arrived at
-//                                   a counter that this one has awaited.
+//                                   this block before a barrier, or by another one before it
+//                                   arrived at a counter that this one has awaited.
+//   uint32_t fetch_add(uint32_t*, uint32_t)     Of global memory, atomic: its value before. A
+//                                   launch touches that word in no other way.
 //
 //   Blocks order themselves by counters in global memory, zero before the launch:
 //   uint32_t take_ticket(uint32_t*)         How many tickets were taken before. Blocks that take
@@ -35,6 +37,8 @@
 //   void copy_async_commit()                            Closes a group of the thread's copies.
 //   void copy_async_wait<N>()                           All but its newest N groups landed.
 //
+//   int warp_uniform(int)           A value that all active lanes of a warp have, so that the
+//                                   compiler knows.
 //   T shuffle_xor(T, int lane_mask)                     float, int32_t or uint32_t; all 32 lanes.
 //   void load_matrix_x4(uint32_t (&r)[4], void const* row)
 //                                   ldmatrix.x4: lane l gives the address of row l % 8 (16 bytes)
@@ -64,7 +68,8 @@
 //   float2 unpack_half(uint32_t), unpack_bfloat16(uint32_t)
 //   uint32_t to_tf32(float)         Nearest, ties away from zero.
 //
-// And two macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows.
+// And three macros: SAGE_DEVICE qualifies a function; SAGE_UNROLL unrolls the loop that follows,
+// and SAGE_ROLLED keeps the compiler from it, which takes registers.
 #pragma once
 
 #include <cute/tensor.hpp>

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
+#include <sage/hopper_deal.cuh>
 #include <sage/hopper_memory.cuh>
 #include <sage/hopper_task.cuh>
 #include <sage/mask.cuh>
@@ -28,35 +29,23 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
-          bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
+          bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
 class AttendHopper {
  public:
     using Params = AttendParams;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTiles, kStages>;
+    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages>;
     using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
     using Rows = typename Task::Rows;
+    using Deal = HopperDeal<Task>;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = Memory::kBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+    // Of a persistent grid.
+    SAGE_DEVICE static void run(Params const& p) { run<true>(p, 0); }
 
-    SAGE_DEVICE static void run(Params const& p, int64_t index) {
-        Task const task(p, index);
-        int const thread = arch::thread_index();
-        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
-        arch::barrier();
-        // 65536 registers: 168 for each thread at first.
-        if (thread >= kConsumers) {
-            arch::registers_decrease<24>();
-            if (thread == kConsumers) produce(p, task);
-        } else {
-            arch::registers_increase<240>();
-            AttendHopper(p, task).consume();
-        }
-    }
-
-    // As Varlen wants it.
+    // As Varlen wants it: of one block for each task.
+    SAGE_DEVICE static void run(Params const& p, int64_t task) { run<false>(p, task); }
     SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
         static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
         return narrow_attend<Output, Memory::Query::kBytes, Memory::kPackedBytes,
@@ -64,6 +53,8 @@ class AttendHopper {
     }
 
  private:
+    using Stages = RingPlace<kStages>;
+    using Queries = RingPlace<Memory::kQueries>;
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
     static constexpr int kStep = 32;                 // bytes of a product
@@ -72,35 +63,95 @@ class AttendHopper {
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
+                                   : kTileScales      ? 32
                                    : kValueDim == 192 ? 96
                                    : kMasked          ? 32
                                                       : 64;
     static constexpr int kParts = kValueDim / kAtOnce;
     static_assert(kParts * kAtOnce == kValueDim);
 
+    // Of a thread. A launch gives each 168, 504 for three in different warpgroups: what the
+    // producer gives away, the consumers share. Their scores, P V, output and P take most of
+    // theirs; where anything takes more beside these, the producer has to do with the least
+    // there is.
+    static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
+    static constexpr bool kTight =
+        kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads);
+    static constexpr int kProducerRegisters = kTight ? 24 : 40;
+    static constexpr int kConsumerRegisters = kTight ? 240 : 232;
+
+    template <bool kPersistent>
+    SAGE_DEVICE static void run(Params const& p, int64_t task) {
+        int const thread = arch::thread_index();
+        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
+        arch::barrier();
+        if (thread >= kConsumers) {
+            arch::registers_decrease<kProducerRegisters>();
+            if (thread == kConsumers) produce<kPersistent>(p, task);
+        } else {
+            arch::registers_increase<kConsumerRegisters>();
+            consume(p);
+        }
+    }
+
     // --- the producer: one thread
 
-    SAGE_DEVICE static void produce(Params const& p, Task const& task) {
-        RingPlace<kStages> place;
-        int tile = task.first_step();
-        if (!task.is_step(tile)) return;
-        arch::mbarrier_arrive_expect(Memory::query_full(), Memory::Query::kBytes);
-        arch::copy_bulk(
-            Memory::query(),
-            static_cast<char const*>(p.query_codes) + task.rows().tile() * Memory::Query::kBytes,
-            Memory::Query::kBytes, Memory::query_full());
-        for (; task.is_step(tile); tile = task.step_after(tile)) {
-            arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity ^ 1);
-            arch::mbarrier_arrive_expect(Memory::key_full(place.stage), Memory::kKeyBytes);
-            SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) copy_key(packed(p, task, tile + i), place.stage, i);
-            arch::mbarrier_wait(Memory::value_empty(place.stage), place.parity ^ 1);
-            arch::mbarrier_arrive_expect(Memory::value_full(place.stage), Memory::kValueBytes);
-            SAGE_UNROLL
+    // It is ahead of the consumers by what the rings hold, so also in their next task.
+    template <bool kPersistent>
+    SAGE_DEVICE static void produce(Params const& p, int64_t task) {
+        Stages stages;
+        Queries queries;
+        int index = kPersistent ? Deal::first(p) : static_cast<int>(task);
+        for (; index != Deal::kNone; index = kPersistent ? Deal::next(p) : Deal::kNone) {
+            index = arch::warp_uniform(index);
+            stages.turn = arch::warp_uniform(stages.turn);
+            Task const task(p, index);
+            give(index, queries);
+            if (task.is_step(task.first_step())) {
+                copy_query(p, task, queries.stage());
+            } else {
+                arch::mbarrier_arrive(Memory::query_full(queries.stage()));
+            }
+            queries.advance();
+            copy_steps(p, task, stages);
+        }
+        give(index, queries);
+        arch::mbarrier_arrive(Memory::query_full(queries.stage()));
+    }
+
+    // Writes the next task, or that there is none, where the consumers look for it.
+    SAGE_DEVICE static void give(int index, Queries const& place) {
+        arch::mbarrier_wait(Memory::query_empty(place.stage()), place.parity() ^ 1);
+        arch::store_shared(Memory::task(place.stage()), index);
+    }
+
+    SAGE_DEVICE static void copy_query(Params const& p, Task const& task, int place) {
+        constexpr int kBytes = Memory::Query::kBytes;
+        arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes);
+        arch::copy_bulk(Memory::query(place),
+                        static_cast<char const*>(p.query_codes) + task.rows().tile() * kBytes,
+                        kBytes, Memory::query_full(place));
+    }
+
+    SAGE_DEVICE static void copy_steps(Params const& p, Task const& task, Stages& place) {
+        SAGE_ROLLED
+        for (int tile = task.first_step(); task.is_step(tile); tile = task.step_after(tile)) {
+            arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity() ^ 1);
+            arch::mbarrier_arrive_expect(Memory::key_full(place.stage()), Memory::kKeyBytes);
+            SAGE_ROLLED
+            for (int i = 0; i < kTiles; ++i) copy_key(packed(p, task, tile + i), place.stage(), i);
+            arch::mbarrier_wait(Memory::value_empty(place.stage()), place.parity() ^ 1);
+            arch::mbarrier_arrive_expect(Memory::value_full(place.stage()), Memory::kValueBytes);
+            SAGE_ROLLED
             for (int i = 0; i < kTiles; ++i) {
-                arch::copy_bulk(Memory::value(place.stage, i),
+                arch::copy_bulk(Memory::value(place.stage(), i),
                                 packed(p, task, tile + i) + Memory::kPackedValue,
-                                Memory::ValueOfTile::kBytes, Memory::value_full(place.stage));
+                                Memory::ValueOfTile::kBytes, Memory::value_full(place.stage()));
+            }
+            if constexpr (kTileScales) {
+                arch::copy_bulk(Memory::value_scales(place.stage()),
+                                packed(p, task, tile) + Memory::kPackedValueScales,
+                                Memory::kValueScaleBytes, Memory::value_full(place.stage()));
             }
             place.advance();
         }
@@ -108,17 +159,15 @@ class AttendHopper {
 
     SAGE_DEVICE static char const* packed(Params const& p, Task const& task, int tile) {
         return static_cast<char const*>(p.key_value_tiles) +
-               task.copied(tile) * Memory::kPackedBytes;
+               int64_t{task.copied(tile)} * Memory::kPackedBytes;
     }
 
     SAGE_DEVICE static void copy_key(char const* packed, int stage, int index) {
         using OfTile = typename Memory::KeyOfTile;
-        SAGE_UNROLL
-        for (int panel = 0; panel < OfTile::kCount; ++panel) {
-            arch::copy_bulk(
-                Memory::key(stage) + panel * Memory::Key::kPanelBytes + index * OfTile::kPanelBytes,
-                packed + panel * OfTile::kPanelBytes, OfTile::kPanelBytes, Memory::key_full(stage));
-        }
+        // So that the panels of the stage's tiles are what those of each are, behind one another.
+        static_assert(kTiles == 1 || OfTile::kCount == 1);
+        arch::copy_bulk(Memory::key(stage) + index * OfTile::kBytes, packed, OfTile::kBytes,
+                        Memory::key_full(stage));
         arch::copy_bulk(Memory::scales(stage, index), packed + Memory::kPackedScales,
                         Memory::kScaleBytes, Memory::key_full(stage));
     }
@@ -126,7 +175,9 @@ class AttendHopper {
     // --- the consumers
 
     Params const& p_;
-    Task const& task_;
+    Task const* task_;
+    int warpgroup_;
+    int begin_of_whole_, end_of_whole_;  // keys that all queries of the warpgroup see
     float query_scales_[Rows::kScales];
     float row_term_[kHalves];  // under a softcap
 
@@ -137,7 +188,27 @@ class AttendHopper {
     uint32_t weights_[kValueSteps][4];
     float output_[kParts][kAtOnce / 2];
 
-    SAGE_DEVICE AttendHopper(Params const& p, Task const& task) : p_(p), task_(task) {
+    SAGE_DEVICE static void consume(Params const& p) {
+        int const warpgroup = arch::warp_uniform(arch::thread_index() / kWarpgroup);
+        Stages stages;
+        Queries queries;
+        for (;; queries.advance()) {
+            arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
+            int const place = arch::warp_uniform(queries.stage());
+            int const index = arch::warp_uniform(arch::load_shared(Memory::task(place)));
+            if (index == Deal::kNone) return;
+            Task const task(p, index);
+            AttendHopper state(p, task, warpgroup);
+            stages.turn = arch::warp_uniform(stages.turn);
+            state.attend(place, stages);
+            state.end(place);
+        }
+    }
+
+    SAGE_DEVICE AttendHopper(Params const& p, Task const& task, int warpgroup)
+        : p_(p), task_(&task), warpgroup_(warpgroup) {
+        begin_of_whole_ = arch::warp_uniform(task.first_key(task.last_query(warpgroup)));
+        end_of_whole_ = arch::warp_uniform(task.end_key(task.first_query(warpgroup)));
         task.rows().load_scales(query_scales_);
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
@@ -152,53 +223,62 @@ class AttendHopper {
         }
     }
 
-    SAGE_DEVICE int query(int half) const { return task_.rows().query(0, half); }
-    SAGE_DEVICE int head(int half) const { return task_.rows().head(0, half); }
-    SAGE_DEVICE bool exists(int half) const { return task_.rows().exists(0, half); }
+    SAGE_DEVICE int query(int half) const { return task_->rows().query(0, half); }
+    SAGE_DEVICE int head(int half) const { return task_->rows().head(0, half); }
+    SAGE_DEVICE bool exists(int half) const { return task_->rows().exists(0, half); }
     // Of a row in (B, H, Lq).
     SAGE_DEVICE int64_t index_of(int half) const {
         return head(half) * p_.query_length + query(half);
     }
     // The first column, of every eight, that it holds.
-    SAGE_DEVICE static int first_column() { return arch::thread_index() % 4 * 2; }
-    SAGE_DEVICE static int warpgroup() {
-        return arch::warp_uniform(arch::thread_index() / kWarpgroup);
-    }
+    SAGE_DEVICE static int first_column() { return (arch::thread_index() & 3) * 2; }
 
-    SAGE_DEVICE void consume() {
-        RingPlace<kStages> place, last;
-        int tile = task_.first_step();
-        if (task_.is_step(tile)) {
-            arch::mbarrier_wait(Memory::query_full(), 0);
+    // Q is at `query`, K and V of the first step at `place`, which becomes that of the next task.
+    SAGE_DEVICE void attend(int query, Stages& place) {
+        int tile = task_->first_step();
+        if (task_->is_step(tile)) {
             uint32_t scores[kKeys / 2];
             float product[kAtOnce / 2];
             float key_scales[kTiles];
 
-            begin_scores(scores, key_scales, place);
+            begin_scores(scores, key_scales, query, place);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(scores);
-            arch::mbarrier_arrive_warp(Memory::key_empty(place.stage));
-            softmax(scores, key_scales, tile);
-            pack(scores);
-            last = place;
+            arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
+            float remaining[Rows::kScales][kTiles];
+            scale(scores, remaining, key_scales, tile);
+            SAGE_UNROLL
+            for (int half = 0; half < kHalves; ++half) {
+                softmax(scores, half, remaining);
+                pack(scores, half);
+            }
             place.advance();
-            for (tile = task_.step_after(tile); task_.is_step(tile);
-                 tile = task_.step_after(tile)) {
-                begin_scores(scores, key_scales, place);
-                begin_product(product, 0, last);
+            for (tile = task_->step_after(tile); task_->is_step(tile);
+                 tile = task_->step_after(tile)) {
+                begin_scores(scores, key_scales, query, place);
+                begin_product(product, 0, place.before());
                 arch::wgmma_wait<1>();
                 arch::wgmma_hold(scores);
-                arch::mbarrier_arrive_warp(Memory::key_empty(place.stage));
-                float decay[kHalves] = {decay_[0], decay_[1]};
-                softmax(scores, key_scales, tile);
-                end_product(product, decay, last);
-                pack(scores);
-                last = place;
+                arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
+                float const decay[kHalves] = {decay_[0], decay_[1]};
+                scale(scores, remaining, key_scales, tile);
+                softmax(scores, 0, remaining);
+                end_product(product, decay, place.before());
+                pack(scores, 0);
+                softmax(scores, 1, remaining);
+                pack(scores, 1);
                 place.advance();
             }
-            begin_product(product, 0, last);
-            end_product(product, decay_, last);
+            begin_product(product, 0, place.before());
+            end_product(product, decay_, place.before());
         }
+    }
+
+    // What the task is, is read again: registers are full while it is worked on.
+    SAGE_DEVICE void end(int query) {
+        Task const task(p_, arch::load_shared(Memory::task(query)));
+        arch::mbarrier_arrive_warp(Memory::query_empty(query));
+        task_ = &task;
         sum_up_totals();
         if constexpr (kSplitKeys) {
             store_part();
@@ -209,19 +289,20 @@ class AttendHopper {
 
     // Begins Q K^T of a stage, when K is there.
     SAGE_DEVICE void begin_scores(uint32_t (&scores)[kKeys / 2], float (&key_scales)[kTiles],
-                                  RingPlace<kStages> const& place) const {
-        arch::mbarrier_wait(Memory::key_full(place.stage), place.parity);
+                                  int query_place, Stages const& place) const {
+        arch::mbarrier_wait(Memory::key_full(place.stage()), place.parity());
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
             key_scales[i] =
-                arch::load_shared(reinterpret_cast<float const*>(Memory::scales(place.stage, i)) +
+                arch::load_shared(reinterpret_cast<float const*>(Memory::scales(place.stage(), i)) +
                                   first_column() / 2);
         }
         using Query = typename Memory::Query;
         using Key = typename Memory::Key;
-        uint64_t const query = arch::matrix_rows<Query::kWidth>(
-            Memory::query() + warpgroup() * (kQueryBlock / 2 * Query::kWidth));
-        uint64_t const key = arch::matrix_rows<Key::kWidth>(Memory::key(place.stage));
+        uint64_t const query = arch::rows_further(
+            arch::matrix_rows<Query::kWidth>(Memory::query(0)),
+            query_place * Query::kBytes + warpgroup_ * (kQueryBlock / 2 * Query::kWidth));
+        uint64_t const key = arch::matrix_rows<Key::kWidth>(Memory::key(place.stage()));
         arch::wgmma_hold(scores);
         arch::wgmma_fence();
         SAGE_UNROLL
@@ -235,10 +316,9 @@ class AttendHopper {
     }
 
     // Begins P V of a stage, when V is there, for one part of the channels.
-    SAGE_DEVICE void begin_product(float (&product)[kAtOnce / 2], int part,
-                                   RingPlace<kStages> const& place) {
-        if (part == 0) arch::mbarrier_wait(Memory::value_full(place.stage), place.parity);
-        uint64_t const value = arch::matrix_rows<kKeyBlock>(Memory::value(place.stage, 0));
+    SAGE_DEVICE void begin_product(float (&product)[kAtOnce / 2], int part, Stages const& place) {
+        if (part == 0) arch::mbarrier_wait(Memory::value_full(place.stage()), place.parity());
+        uint64_t const value = arch::matrix_rows<kKeyBlock>(Memory::value(place.stage(), 0));
         arch::wgmma_hold(product);
         arch::wgmma_fence();
         SAGE_UNROLL
@@ -255,18 +335,41 @@ class AttendHopper {
     // output = output * decay + P V, of all parts; the first one is in flight. E4M3 tensor cores
     // keep fewer bits of an accumulator than a float has, so each tile's product has its own.
     SAGE_DEVICE void end_product(float (&product)[kAtOnce / 2], float const (&decay)[kHalves],
-                                 RingPlace<kStages> const& place) {
+                                 Stages const& place) {
         SAGE_UNROLL
         for (int part = 0; part < kParts; ++part) {
             if (part > 0) begin_product(product, part, place);
+            float2 scales[kAtOnce / 8];  // asked for while the product is on its way
+            if constexpr (kTileScales) load_scales(scales, part, place);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(product);
+            if constexpr (kTileScales) scale(product, scales);
             SAGE_UNROLL
             for (int i = 0; i < kAtOnce / 2; ++i) {
                 output_[part][i] = arch::fma(output_[part][i], decay[i / 2 % 2], product[i]);
             }
         }
-        arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));
+        arch::mbarrier_arrive_warp(Memory::value_empty(place.stage()));
+    }
+
+    // The scales that V has in its tile, for the thread's two channels of every eight; and P V by
+    // them.
+    SAGE_DEVICE static void load_scales(float2 (&scales)[kAtOnce / 8], int part,
+                                        Stages const& place) {
+        float const* const of_part =
+            reinterpret_cast<float const*>(Memory::value_scales(place.stage())) + part * kAtOnce;
+        SAGE_UNROLL
+        for (int atom = 0; atom < kAtOnce / 8; ++atom) {
+            scales[atom] = arch::load_shared(
+                reinterpret_cast<float2 const*>(of_part + atom * 8 + first_column()));
+        }
+    }
+    SAGE_DEVICE static void scale(float (&product)[kAtOnce / 2],
+                                  float2 const (&scales)[kAtOnce / 8]) {
+        SAGE_UNROLL
+        for (int i = 0; i < kAtOnce / 2; ++i) {
+            product[i] *= i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
+        }
     }
 
     static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
@@ -276,19 +379,16 @@ class AttendHopper {
         return (tile * kKeyAtoms + atom) * 4 + half * 2 + i;
     }
 
-    // P of the keys from `tile` on, as bits of floats in the place of the scores, and by what the
-    // sums so far decay.
-    SAGE_DEVICE void softmax(uint32_t (&scores)[kKeys / 2], float const (&key_scales)[kTiles],
-                             int tile) {
+    // Scores of the keys from `tile` on, as bits of floats in the place of integers, which are
+    // still to be multiplied by `remaining`.
+    SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[Rows::kScales][kTiles],
+                           float const (&key_scales)[kTiles], int tile) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
-        int const group = warpgroup();
-        bool const masked = first + kKeys > task_.end_key(task_.first_query(group)) ||
-                            first < task_.first_key(task_.last_query(group));
+        bool const masked = first + kKeys > end_of_whole_ || first < begin_of_whole_;
         // With a softcap or mask the scale must come first; else it can wait, and then it
         // multiplies -inf too, so it may not be zero.
         constexpr bool kScaled = kSoftcap || kMasked;
-        float remaining[Rows::kScales][kTiles];
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
             float scale[Rows::kScales];
@@ -310,53 +410,55 @@ class AttendHopper {
             for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i);
         }
         if (masked) hide(scores, first);
+    }
 
+    // P of a row half, as bits of floats in the place of the scores, and by what its sums so far
+    // decay.
+    SAGE_DEVICE void softmax(uint32_t (&scores)[kKeys / 2], int half,
+                             float const (&remaining)[Rows::kScales][kTiles]) {
+        float const(&of_row)[kTiles] = remaining[Rows::scale_of(0, half)];
+        float highest = -infinity();
         SAGE_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-            float const(&of_row)[kTiles] = remaining[Rows::scale_of(0, half)];
-            float highest = -infinity();
+        for (int i = 0; i < kTiles; ++i) {
+            float of_tile = -infinity();
             SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
-                float of_tile = -infinity();
-                SAGE_UNROLL
-                for (int atom = 0; atom < kKeyAtoms; ++atom) {
-                    float const low = arch::from_bits(scores[at(i, half, atom, 0)]);
-                    float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
-                    of_tile = arch::maximum(of_tile, arch::maximum(low, high));
-                }
-                highest = arch::maximum(highest, arch::multiply(of_tile, of_row[i]));
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                float const low = arch::from_bits(scores[at(i, half, atom, 0)]);
+                float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
+                of_tile = arch::maximum(of_tile, arch::maximum(low, high));
             }
-            highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
-            highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
-            highest = arch::maximum(highest, maximum_[half]);
-            // Nothing seen yet: -inf - -inf must not arise.
-            float const origin = highest == -infinity() ? 0.0f : highest;
-            decay_[half] = arch::exp2(maximum_[half] - origin);
-            maximum_[half] = highest;
-
-            // The factor of P costs nothing: it is part of what is subtracted. But where a score's
-            // last bit is worth much, it would be lost there, and the rounding of the maximum would
-            // show against unrounded scores: then first subtract, in the same rounding.
-            bool const large = origin > kLargeScore || origin < -kLargeScore;
-            float const shift = E4m3::kLog2WeightFactor - (large ? 0.0f : origin);
-            if (large) subtract(scores, half, of_row, origin);
-            float total = 0.0f;
-            SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) {
-                float const factor = large ? 1.0f : of_row[i];
-                SAGE_UNROLL
-                for (int atom = 0; atom < kKeyAtoms; ++atom) {
-                    SAGE_UNROLL
-                    for (int j = 0; j < 2; ++j) {
-                        uint32_t& word = scores[at(i, half, atom, j)];
-                        float const x = arch::exp2(arch::fma(arch::from_bits(word), factor, shift));
-                        total += x;
-                        word = arch::bits(x);
-                    }
-                }
-            }
-            total_[half] = arch::fma(total_[half], decay_[half], total);
+            highest = arch::maximum(highest, arch::multiply(of_tile, of_row[i]));
         }
+        highest = arch::maximum(highest, arch::shuffle_xor(highest, 1));
+        highest = arch::maximum(highest, arch::shuffle_xor(highest, 2));
+        highest = arch::maximum(highest, maximum_[half]);
+        // Nothing seen yet: -inf - -inf must not arise.
+        float const origin = highest == -infinity() ? 0.0f : highest;
+        decay_[half] = arch::exp2(maximum_[half] - origin);
+        maximum_[half] = highest;
+
+        // The factor of P costs nothing: it is part of what is subtracted. But where a score's
+        // last bit is worth much, it would be lost there, and the rounding of the maximum would
+        // show against unrounded scores: then first subtract, in the same rounding.
+        bool const large = origin > kLargeScore || origin < -kLargeScore;
+        float const shift = E4m3::kLog2WeightFactor - (large ? 0.0f : origin);
+        if (large) subtract(scores, half, of_row, origin);
+        float total = 0.0f;
+        SAGE_UNROLL
+        for (int i = 0; i < kTiles; ++i) {
+            float const factor = large ? 1.0f : of_row[i];
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                SAGE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t& word = scores[at(i, half, atom, j)];
+                    float const x = arch::exp2(arch::fma(arch::from_bits(word), factor, shift));
+                    total += x;
+                    word = arch::bits(x);
+                }
+            }
+        }
+        total_[half] = arch::fma(total_[half], decay_[half], total);
     }
 
     SAGE_DEVICE static void subtract(uint32_t (&scores)[kKeys / 2], int half,
@@ -379,8 +481,8 @@ class AttendHopper {
     SAGE_DEVICE void hide(uint32_t (&scores)[kKeys / 2], int first) const {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
-            int const begin = task_.first_key(query(half)) - first - first_column();
-            int const end = task_.end_key(query(half)) - first - first_column();
+            int const begin = task_->first_key(query(half)) - first - first_column();
+            int const end = task_->end_key(query(half)) - first - first_column();
             SAGE_UNROLL
             for (int atom = 0; atom < kKeys / 8; ++atom) {
                 SAGE_UNROLL
@@ -397,7 +499,7 @@ class AttendHopper {
     // Hides what a bool mask hides of a tile, the step's i-th, and adds a float one, to scores in
     // units of log 2.
     SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
-        uint8_t const shown = task_.shown_of(tile);
+        uint8_t const shown = task_->shown_of(tile);
         if (shown == kShowsAll) return;
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
@@ -434,12 +536,12 @@ class AttendHopper {
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
     // the step's 32 tokens the first 16 for r < 2, in the order of value.cuh.
-    SAGE_DEVICE void pack(uint32_t const (&scores)[kKeys / 2]) {
+    SAGE_DEVICE void pack(uint32_t const (&scores)[kKeys / 2], int half) {
         SAGE_UNROLL
         for (int step = 0; step < kValueSteps; ++step) {
             SAGE_UNROLL
-            for (int r = 0; r < 4; ++r) {
-                int const half = r % 2, atom = 4 * step + r / 2 * 2;
+            for (int r = half; r < 4; r += kHalves) {
+                int const atom = 4 * step + r / 2 * 2;
                 weights_[step][r] =
                     arch::pack_e4m3(arch::from_bits(scores[at(0, half, atom, 0)]),
                                     arch::from_bits(scores[at(0, half, atom, 1)]),
@@ -470,7 +572,7 @@ class AttendHopper {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             if (!exists(half)) continue;
-            int64_t const part = index_of(half) * p_.parts + task_.part();
+            int64_t const part = index_of(half) * p_.parts + task_->part();
             // Scales that are not finite leave NaN in a row without keys.
             bool const dead = !sees_a_key(half);
             float const total = dead ? 0.0f : total_[half];
@@ -491,7 +593,12 @@ class AttendHopper {
 
     SAGE_DEVICE void store() const {
         float const* const value_scales =
-            p_.value_scales + int64_t{task_.rows().kv_head()} * padded_dim(kValueDim);
+            kTileScales
+                ? nullptr
+                : p_.value_scales + int64_t{task_->rows().kv_head()} * padded_dim(kValueDim);
+        // With the scales of tiles a sum has the size of V itself, whose type the output has too.
+        constexpr bool kHalfOutput = cutlass::platform::is_same<Output, cutlass::half_t>::value;
+        float const limit = !kTileScales ? E4m3::kLimit : kHalfOutput ? Half::kLimit : infinity();
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             if (!exists(half)) continue;
@@ -511,11 +618,14 @@ class AttendHopper {
             for (int atom = 0; atom < kValueDim / 8; ++atom) {
                 int const channel = atom * 8 + first_column();
                 if (channel >= p_.channels) continue;
-                float2 const scale =
-                    arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                float2 scale = make_float2(1.0f, 1.0f);
+                if constexpr (!kTileScales) {
+                    scale =
+                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                }
                 float2 const sums = sums_of(half, atom);
-                float const low = end.value(sums.x, E4m3::kLimit, scale.x);
-                float const high = end.value(sums.y, E4m3::kLimit, scale.y);
+                float const low = end.value(sums.x, limit, scale.x);
+                float const high = end.value(sums.y, limit, scale.y);
                 if (pairs) {
                     store_pair(of_row + channel, low, high);
                 } else {
@@ -531,7 +641,7 @@ class AttendHopper {
     }
 
     SAGE_DEVICE bool sees_a_key(int half) const {
-        if (task_.end_key(query(half)) <= task_.first_key(query(half))) return false;
+        if (task_->end_key(query(half)) <= task_->first_key(query(half))) return false;
         if constexpr (!kMasked) return true;
         Split const head(this->head(half), p_.heads);
         return Seen(p_.live, head, 0, p_.query_length).of(query(half)) != 0;

@@ -7,9 +7,11 @@
 
 namespace sage {
 
-// The shared memory of a block: Q, a ring of stages, scales of K, mbarriers.
-template <int kHeadDim, int kValueDim, int kTiles, int kStages>
+// The shared memory of a block: a ring of tasks with their Q, one of stages, scales of K, with
+// kTileScales those of V, and mbarriers.
+template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages>
 struct HopperMemory {
+    static constexpr int kQueries = 2;  // Q of the next task comes while this one is worked on
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kRowBytes = padded_dim(kHeadDim);
     using Query = Panels<kQueryBlock, kRowBytes>;
@@ -17,24 +19,36 @@ struct HopperMemory {
     using KeyOfTile = Panels<kKeyBlock, kRowBytes>;
     using ValueOfTile = Panels<kValueDim, kKeyBlock>;  // V transposed
     static constexpr int kScaleBytes = kKeyGroups * sizeof(float);
+    static constexpr int kValueScaleBytes = kTileScales ? kValueDim * sizeof(float) : 0;
+    static_assert(!kTileScales || kTiles == 1, "P V of a step is scaled as one");
 
     // A packed tile as the quantizers write it.
     static constexpr int kPackedValue = KeyOfTile::kBytes;
     static constexpr int kPackedScales = kPackedValue + padded_dim(kValueDim) * kKeyBlock;
-    static constexpr int kPackedBytes = kPackedScales + 128;
+    static constexpr int kPackedValueScales = kPackedScales + 128;
+    static constexpr int kPackedBytes =
+        kPackedValueScales + (kTileScales ? padded_dim(kValueDim) * sizeof(float) : 0);
 
     static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
-    static constexpr int kRing = Query::kBytes;
+    static constexpr int kRing = kQueries * Query::kBytes;
     static constexpr int kScales = kRing + kStages * kStageBytes;
-    static constexpr int kMbarriers = kScales + kStages * kTiles * kScaleBytes;
-    static constexpr int kBytes = kMbarriers + (1 + 4 * kStages) * sizeof(uint64_t);
+    static constexpr int kValueScales = kScales + kStages * kTiles * kScaleBytes;
+    static constexpr int kMbarriers = kValueScales + kStages * kValueScaleBytes;
+    static constexpr int kTasks = kMbarriers + (2 * kQueries + 4 * kStages) * sizeof(uint64_t);
+    static constexpr int kBytes = kTasks + kQueries * sizeof(int);
     static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
 
     // Bytes that a stage's mbarriers expect.
     static constexpr int kKeyBytes = Key::kBytes + kTiles * kScaleBytes;
-    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes;
+    static constexpr int kValueBytes = kTiles * ValueOfTile::kBytes + kValueScaleBytes;
 
-    SAGE_DEVICE static char* query() { return arch::shared_memory(); }
+    SAGE_DEVICE static char* query(int place) {
+        return arch::shared_memory() + place * Query::kBytes;
+    }
+    // The index of the task whose Q it is.
+    SAGE_DEVICE static int* task(int place) {
+        return reinterpret_cast<int*>(arch::shared_memory() + kTasks) + place;
+    }
     SAGE_DEVICE static char* key(int stage) {
         return arch::shared_memory() + kRing + stage * kStageBytes;
     }
@@ -44,17 +58,26 @@ struct HopperMemory {
     SAGE_DEVICE static char* scales(int stage, int tile) {
         return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
     }
-    // Of a stage: what it is full of has come; nobody reads it any more.
-    SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(1 + stage); }
-    SAGE_DEVICE static uint64_t* key_empty(int stage) { return mbarrier(1 + kStages + stage); }
-    SAGE_DEVICE static uint64_t* value_full(int stage) { return mbarrier(1 + 2 * kStages + stage); }
-    SAGE_DEVICE static uint64_t* value_empty(int stage) {
-        return mbarrier(1 + 3 * kStages + stage);
+    SAGE_DEVICE static char* value_scales(int stage) {
+        return arch::shared_memory() + kValueScales + stage * kValueScaleBytes;
     }
-    SAGE_DEVICE static uint64_t* query_full() { return mbarrier(0); }
+    // Of a stage: what it is full of has come; nobody reads it any more.
+    SAGE_DEVICE static uint64_t* key_full(int stage) { return mbarrier(stage); }
+    SAGE_DEVICE static uint64_t* key_empty(int stage) { return mbarrier(kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_full(int stage) { return mbarrier(2 * kStages + stage); }
+    SAGE_DEVICE static uint64_t* value_empty(int stage) { return mbarrier(3 * kStages + stage); }
+    // The same of a task and its Q.
+    SAGE_DEVICE static uint64_t* query_full(int place) { return mbarrier(4 * kStages + place); }
+    SAGE_DEVICE static uint64_t* query_empty(int place) {
+        return mbarrier(4 * kStages + kQueries + place);
+    }
 
     SAGE_DEVICE static void make_mbarriers(int consumer_warps) {
-        arch::mbarrier_init(query_full(), 1);
+        SAGE_UNROLL
+        for (int place = 0; place < kQueries; ++place) {
+            arch::mbarrier_init(query_full(place), 1);
+            arch::mbarrier_init(query_empty(place), consumer_warps);
+        }
         SAGE_UNROLL
         for (int stage = 0; stage < kStages; ++stage) {
             arch::mbarrier_init(key_full(stage), 1);
@@ -71,17 +94,17 @@ struct HopperMemory {
     }
 };
 
-// A place in the ring, and the parity of the phases that its mbarriers are in.
-template <int kStages>
+// A place in a ring: how many turns came before. Of its mbarriers, `parity` is that of the phase
+// that is then complete.
+template <int kPlaces>
 struct RingPlace {
-    int stage = 0, parity = 0;
+    static_assert((kPlaces & (kPlaces - 1)) == 0, "places are found by masking");
+    unsigned turn = 0;
 
-    SAGE_DEVICE void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
+    SAGE_DEVICE int stage() const { return static_cast<int>(turn % kPlaces); }
+    SAGE_DEVICE int parity() const { return static_cast<int>(turn / kPlaces % 2); }
+    SAGE_DEVICE RingPlace before() const { return {turn - 1}; }
+    SAGE_DEVICE void advance() { ++turn; }
 };
 
 }  // namespace sage

@@ -15,8 +15,15 @@ class HopperTask {
     static constexpr int kWarpRows = 16;
 
  public:
-    using Rows = cute::conditional_t<kPackedHeads, PackedRows<kQueryBlock, kWarpRows>,
-                                     HeadRows<kQueryBlock, kWarpRows>>;
+    using Rows = cute::conditional_t<kPackedHeads, PackedRows<kQueryBlock, kWarpRows, true>,
+                                     HeadRows<kQueryBlock, kWarpRows, true>>;
+
+    // How many tasks a head makes, or where heads are packed a head of K and V; they are behind one
+    // another, the longest first.
+    SAGE_DEVICE static int of_head(AttendParams const& p) {
+        return static_cast<int>((kPackedHeads ? p.row_blocks : p.query_blocks) *
+                                (kSplitKeys ? p.parts : 1));
+    }
 
     SAGE_DEVICE HopperTask(AttendParams const& p, int64_t index)
         : HopperTask(p, Split(index, kSplitKeys ? p.parts : 1)) {}
@@ -59,9 +66,9 @@ class HopperTask {
 
     // The tile that is copied for `tile`: where a step has fewer than kTiles, the last one again,
     // because hidden V must be finite.
-    SAGE_DEVICE int64_t copied(int tile) const {
+    SAGE_DEVICE int copied(int tile) const {
         int const last = end_tile_ - 1;
-        return rows_.kv_head() * p_.head_tiles + (tile < last ? tile : last);
+        return rows_.kv_head() * static_cast<int>(p_.head_tiles) + (tile < last ? tile : last);
     }
 
  private:
@@ -71,6 +78,8 @@ class HopperTask {
         end_tile_ = (end_key(last_query(1)) + kKeyBlock - 1) / kKeyBlock;
         if (first_tile_ > end_tile_) first_tile_ = end_tile_;
         if constexpr (kSplitKeys) take_part();
+        first_tile_ = arch::warp_uniform(first_tile_);
+        end_tile_ = arch::warp_uniform(end_tile_);
     }
 
     // Whole steps, the first parts one more than the last ones where they do not come out even;

@@ -96,6 +96,7 @@ struct QueryParams {
     float* means;           // (B, H, M, D), times score_factor; null without Q smoothing
     float* row_term;        // (B, H, Lq): scale * q . mean K, natural units; may be null
     float const* counts;    // as of KeyParams
+    uint32_t* taken;        // as of AttendParams, which becomes 0; may be null
     Flags flags;            // of queries
     int64_t heads, group;   // H, G
     int64_t query_length, query_blocks;
@@ -157,7 +158,8 @@ struct QuantizeParams {
 };
 
 // One block per (query block, head); with packed heads one per (tile of rows, key/value head);
-// where keys are split, one per part of these.
+// where keys are split, one per part of these. A persistent grid has fewer blocks, which take these
+// as tasks.
 struct AttendParams {
     void const* query_codes;
     float const* query_scales;
@@ -173,16 +175,19 @@ struct AttendParams {
     Flags live;           // queries that see a key through it
     float* part_outputs;  // (B, H, Lq, parts, D of V): sums of P V; of a kernel that splits keys
     float* part_sums;     // (B, H, Lq, parts, 2): maximum in units of log 2, sum of P; likewise
+    uint32_t* taken;      // tasks that blocks of a persistent grid took besides their first; 0
     int64_t output_batch_stride, output_head_stride, output_token_stride;
     int64_t lse_head_stride;  // Lq, or more
     int64_t heads, group;     // H, G
     int64_t query_length, key_length;
     int64_t query_blocks, key_blocks;
-    int64_t row_blocks;    // tiles that G * Lq rows make, of a kernel that packs heads
-    int64_t parts;         // of the keys, of a kernel that splits them
-    int64_t lower, upper;  // query i sees the keys i + lower <= j <= i + upper
-    int64_t channels;      // of V and the output
-    int64_t head_tiles;    // tiles from one head to the next: N, or those of a cache
+    int64_t row_blocks;     // tiles that G * Lq rows make, of a kernel that packs heads
+    int64_t parts;          // of the keys, of a kernel that splits them
+    int64_t lower, upper;   // query i sees the keys i + lower <= j <= i + upper
+    int64_t channels;       // of V and the output
+    int64_t head_tiles;     // tiles from one head to the next: N, or those of a cache
+    int64_t tasks;          // what a grid of one block for each would have; of a persistent one
+    int64_t heads_at_once;  // which such a grid works on, so that their keys and values stay cached
     float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
 };

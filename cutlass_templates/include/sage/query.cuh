@@ -46,6 +46,9 @@ struct QuantizeQuery {
             if (p.scale < 0.0f) query[t].negate();
         }
         if (p.row_term != nullptr) store_row_terms(p, place, query);
+        if (p.taken != nullptr && task == 0 && arch::thread_index() == 0) {
+            arch::store_global(p.taken, 0u);
+        }
 
         float mean[kChunk] = {};
         if constexpr (kSmooth) mean_of_block(p, place, query, mean);

@@ -25,8 +25,14 @@ SAGE_DEVICE float query_scale(AttendParams const& p, int64_t head, int query) {
     return arch::load_global(p.query_scales + head * p.query_blocks * kGroups + group);
 }
 
-// A query block of one head: what is best where the queries fill it.
-template <int kTileRows, int kWarpRows>
+template <bool kUniform>
+SAGE_DEVICE int uniform(int value) {
+    return kUniform ? arch::warp_uniform(value) : value;
+}
+
+// A query block of one head: what is best where the queries fill it. With kUniform the compiler is
+// told what all threads of a warp have in common.
+template <int kTileRows, int kWarpRows, bool kUniform = false>
 class HeadRows {
     static_assert(kTileRows == kQueryBlock);
 
@@ -37,9 +43,9 @@ class HeadRows {
     // Of B * H * M tiles, the last one of a head first: under a causal mask it has the most to do.
     SAGE_DEVICE HeadRows(AttendParams const& p, int64_t tile) : p_(p) {
         Split const task(tile, p.query_blocks);
-        block_ = static_cast<int>(p.query_blocks) - 1 - task.inner;
-        head_ = task.outer;
-        kv_head_ = Split(head_, p.group).outer;  // G divides H
+        block_ = uniform<kUniform>(static_cast<int>(p.query_blocks) - 1 - task.inner);
+        head_ = uniform<kUniform>(task.outer);
+        kv_head_ = uniform<kUniform>(Split(head_, p.group).outer);  // G divides H
     }
 
     SAGE_DEVICE int64_t tile() const { return head_ * p_.query_blocks + block_; }  // of memory
@@ -90,7 +96,7 @@ class HeadRows {
 // Query heads packed into the tile: (query, head) pairs of all G heads of one key/value head, the
 // heads of a query behind one another. So a few queries fill a tile, K and V are read once for all
 // heads, and the rows of one tile are few queries, near each other under a diagonal.
-template <int kTileRows, int kWarpRows>
+template <int kTileRows, int kWarpRows, bool kUniform = false>
 class PackedRows {
     static constexpr int kBands = kWarpRows / 16;
 
@@ -101,8 +107,9 @@ class PackedRows {
     // Of B * Hkv * row_blocks tiles.
     SAGE_DEVICE PackedRows(AttendParams const& p, int64_t tile) : p_(p) {
         Split const task(tile, p.row_blocks);
-        kv_head_ = task.outer;
-        first_row_ = (static_cast<int>(p.row_blocks) - 1 - task.inner) * kTileRows;
+        kv_head_ = uniform<kUniform>(task.outer);
+        int const row_block = static_cast<int>(p.row_blocks) - 1 - task.inner;
+        first_row_ = uniform<kUniform>(row_block) * kTileRows;
         SAGE_UNROLL
         for (int band = 0; band < kBands; ++band) {
             SAGE_UNROLL

@@ -15,6 +15,7 @@ constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
 constexpr int64_t kAheadBytes = 3 << 20;
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
 
 // What serves a recipe, the nearest first: nothing that is less accurate.
@@ -180,6 +181,7 @@ bool Work::lay_out(const Attention& a, Error& error) {
     sizes_[kCounters] = (1 + heads) * sage::kCounters * 4;
     sizes_[kKeyTotals] = heads * plan_->padded * 4;
     sizes_[kValueTotals] = heads * plan_->padded_value * 4;
+    sizes_[kTaken] = plan_->persistent != 0 ? 4 : 0;
     sizes_[kDelta] = smooths ? rows * key_blocks_ * sage::kKeyBlock * 4 : 0;
     if (a.mask.data != nullptr) {
         const int64_t heads_of_mask = mask_batches_ * mask_heads_;
@@ -247,6 +249,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     float* const row_term = as<float>(parts[kRowTerm]);
     float* const value_scales = as<float>(parts[kValueScales]);
     float* const delta = as<float>(parts[kDelta]);
+    uint32_t* const taken = as<uint32_t>(parts[kTaken]);
     char* const tiles = parts[kTiles];
 
     const sage::StatisticsParams statistics = {key,       value,         key_sums,   value_amax,
@@ -259,6 +262,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                               means,
                                               row_term,
                                               mask.counts,
+                                              taken,
                                               mask.live,
                                               a.heads,
                                               group_,
@@ -301,6 +305,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                            units_ahead(a)};
     const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
                                              quantize_value, schedule};
+    const int64_t cached_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));
     const sage::AttendParams attend = {parts[kQueryCodes],
                                        query_scales,
                                        tiles,
@@ -315,6 +320,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        mask.live,
                                        nullptr,
                                        nullptr,
+                                       taken,
                                        a.heads * a.query_length * a.value_head_dim,
                                        a.query_length * a.value_head_dim,
                                        a.value_head_dim,
@@ -331,16 +337,19 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        upper_,
                                        a.value_head_dim,
                                        key_blocks_,
+                                       rows,
+                                       least(a.batch * a.kv_heads, cached_heads) * group_,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {
         return device.launch(kernel, blocks, &params, sizeof params, stream, error);
     };
+    const int64_t blocks = plan_->persistent != 0 ? least(rows, device.multiprocessors()) : rows;
     return SAGE_CUDA_CHECK(device.driver(), error, cuMemsetD8Async,
                            CUdeviceptr(reinterpret_cast<uintptr_t>(counters)), 0,
                            size_t(sizes_[kCounters]), stream) &&
            start(plan_->quantize, quantizing_blocks(a), quantize) &&
-           start(plan_->attend, rows, attend);
+           start(plan_->attend, blocks, attend);
 }
 
 // All kernels before any is started: a call that fails has written nothing.

@@ -66,6 +66,7 @@ class Work {
         kCounters,
         kKeyTotals,
         kValueTotals,
+        kTaken,
         kMaskTiles,
         kMaskLive,
         kMaskDiscerning,

@@ -108,7 +108,9 @@ bool Device::open(int ordinal, Error& error) {
         !SAGE_CUDA_CHECK(driver_, error, cuDeviceGetAttribute, &major,
                          CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device_) ||
         !SAGE_CUDA_CHECK(driver_, error, cuDeviceGetAttribute, &minor,
-                         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device_))
+                         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device_) ||
+        !SAGE_CUDA_CHECK(driver_, error, cuDeviceGetAttribute, &multiprocessors_,
+                         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device_))
         return false;
     arch_ = pack_.find_arch(major, minor);
     if (arch_ == nullptr) {

@@ -22,6 +22,7 @@ class Device {
 
     const Pack& pack() const { return pack_; }
     const Arch& arch() const { return *arch_; }
+    int multiprocessors() const { return multiprocessors_; }
     const Driver& driver() const { return driver_; }
     CUcontext context() const { return context_; }
 
@@ -45,6 +46,7 @@ class Device {
     const Pack& pack_;
     const Arch* arch_ = nullptr;
     CUdevice device_ = 0;
+    int multiprocessors_ = 0;
     CUcontext context_ = nullptr;
     Array<Loaded> loaded_;  // by kernel
     pthread_mutex_t lock_ = PTHREAD_MUTEX_INITIALIZER;

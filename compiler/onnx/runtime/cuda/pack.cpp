@@ -229,7 +229,8 @@ bool Pack::parse_record(char** words, size_t count) {
         for (int64_t* flag : {&plan.window, &plan.masked, &plan.softcap})
             record.number(*flag, 0, 1);
         for (int64_t* kernel : {&plan.quantize, &plan.attend}) record.number(*kernel, 0, kLargest);
-        record.number(plan.smooths_query, 0, 1).number(plan.scales_value, 0, 1);
+        for (int64_t* flag : {&plan.smooths_query, &plan.scales_value, &plan.persistent})
+            record.number(*flag, 0, 1);
         record.number(plan.query_tasks, 1, 1 << 16).number(plan.slices, 1, 1 << 16);
         for (int64_t* size : {&plan.padded, &plan.padded_value, &plan.query_tile_bytes,
                               &plan.value_offset, &plan.scales_offset, &plan.tile_bytes})

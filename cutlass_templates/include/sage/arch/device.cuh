@@ -8,6 +8,7 @@
 
 #define SAGE_DEVICE __device__ __forceinline__
 #define SAGE_UNROLL _Pragma("unroll")
+#define SAGE_ROLLED _Pragma("unroll 1")
 #define SAGE_ENTRY(name, ...)                                                                    \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, __VA_ARGS__::kMinBlocks) \
         name(const __grid_constant__ __VA_ARGS__::Params params) {                               \
@@ -22,6 +23,7 @@ SAGE_DEVICE int thread_index() {
     return index;
 }
 SAGE_DEVICE int64_t block_index() { return blockIdx.x; }
+SAGE_DEVICE int64_t grid_size() { return gridDim.x; }
 
 SAGE_DEVICE char* shared_memory() {
     extern __shared__ __align__(1024) char memory[];
@@ -42,6 +44,9 @@ SAGE_DEVICE T load_written(T const* address) {
 template <class T>
 SAGE_DEVICE void store_global(T* address, T value) {
     *address = value;
+}
+SAGE_DEVICE uint32_t fetch_add(uint32_t* address, uint32_t value) {
+    return atomicAdd(address, value);
 }
 template <class T>
 SAGE_DEVICE T load_shared(T const* address) {
@@ -88,6 +93,10 @@ SAGE_DEVICE void copy_async_commit() { cute::cp_async_fence(); }
 template <int kNewest>
 SAGE_DEVICE void copy_async_wait() {
     cute::cp_async_wait<kNewest>();
+}
+
+SAGE_DEVICE int warp_uniform(int value) {
+    return static_cast<int>(__reduce_or_sync(__activemask(), static_cast<unsigned>(value)));
 }
 
 template <class T>

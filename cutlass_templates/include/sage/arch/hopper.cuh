@@ -22,8 +22,6 @@
 //   void named_barrier_arrive<Threads>(int id)     all Threads; is one of them, without waiting.
 //   void registers_decrease<N>(), registers_increase<N>()    setmaxnreg, by whole warpgroups.
 //   float from_int(uint32_t)        Of an int32.
-//   int warp_uniform(int)           The value of lane 0, for conditions that are the same in a
-//   warp.
 //
 //   uint64_t matrix_rows<RowBytes>(void const*)
 //                                   Rows of an operand, K-major and swizzled: see Panels of
@@ -66,9 +64,9 @@ SAGE_DEVICE uint64_t matrix_rows(void const* start) {
     return kMode << 62 | kStride << 32 | kLeading << 16 | (shared_offset(start) & 0x3ffff) >> 4;
 }
 
-// The rows so many bytes after others, within a block's shared memory.
-SAGE_DEVICE uint64_t rows_further(uint64_t descriptor, int bytes) {
-    return descriptor + static_cast<uint32_t>(bytes / 16);
+// The rows so many bytes after others, a multiple of 16, within a block's shared memory.
+SAGE_DEVICE uint64_t rows_further(uint64_t descriptor, uint32_t bytes) {
+    return descriptor + bytes / 16;
 }
 
 }  // namespace sage::arch

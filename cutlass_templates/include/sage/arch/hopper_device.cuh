@@ -71,7 +71,6 @@ SAGE_DEVICE void registers_increase() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 SAGE_DEVICE float from_int(uint32_t x) { return __int2float_rn(static_cast<int>(x)); }
-SAGE_DEVICE int warp_uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 template <int kN>
 struct WgmmaAtoms;

@@ -191,6 +191,7 @@ def attend(
     rotary: Rotary | None = None,
     launches: int | None = None,
     count_bytes: bool = False,
+    multiprocessors: int | None = None,
 ) -> Result:
     """Run one attention.
 
@@ -204,6 +205,7 @@ def attend(
         rotary: how Q and K are rotated.
         launches: how many of its kernels to run, the first ones; by default all.
         count_bytes: of global memory, for the log of launches.
+        multiprocessors: of the device; by default those of the architecture's usual board.
 
     Raises:
         DriverError: a check failed.
@@ -236,7 +238,7 @@ def attend(
     for tensor in (output, lse):
         if tensor is not None:
             here.allow(tensor, writable=True)
-    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate)
+    target = kernel.Target(arch, 0, 0, kernels or loader(), allocate, multiprocessors)
     dtype = str(call.query.dtype).removeprefix("torch.")
     kernels_of_call = variant(
         arch,

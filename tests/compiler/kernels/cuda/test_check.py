@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 
 from sage_compiler.errors import KernelUnavailableError
-from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda import ptx, toolchain
+from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE
 from sage_compiler.kernels.cuda.binary import Binary, Resources
 from sage_compiler.kernels.cuda.check import (
     Row,
     check,
     is_default,
     problems,
+    problems_of_ptx,
     required,
     spill_budget,
     table,
@@ -26,7 +28,7 @@ from sage_compiler.kernels.cuda.spec import (
     StatisticsSpec,
     ValueSpec,
 )
-from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.kernels.cuda.variants import all_specs, cache_variant, variant
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
 
@@ -108,6 +110,14 @@ def test_products_of_warpgroups_may_neither_be_serialized_nor_spill() -> None:
     assert spilled == tuple(
         f"{name}, which it must not have" for name in ("LDL 2 times", "STL 1 times")
     )
+
+
+def test_a_cache_of_long_heads_by_wgmma_has_the_budget_alone() -> None:
+    (opcodes,) = (code for spec, code in CODE if spec is WGMMA)
+    for head_dim in (128, 192):
+        spec = cache_variant("sm_90a", "float16", head_dim, "int8_fp8").attend
+        found = problems(spec, opcodes + Counter({"LDL.64": 2}), LEAN)
+        assert bool(found) == (head_dim == 128)
 
 
 def test_the_accumulator_is_looked_at() -> None:
@@ -197,6 +207,104 @@ def test_rows_are_of_all_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None
     data = rows[0].to_dict()
     assert (data["registers"], data["spill_stores"], data["arch"]) == (200, 8, "sm_80")
     assert rows[2].to_dict()["registers"] is None
+
+
+# --- PTX
+
+PTX = """\
+.version 9.0
+.target sm_80
+.address_size 64
+.extern .shared .align 128 .b8 shared[];
+.visible .entry sage_attend(.param .align 8 .b8 sage_attend_param_0[216])
+.maxntid 128
+{
+\t.reg .pred %p<2>;
+\tld.param.u64 %rd1, [sage_attend_param_0+8];
+\t// begin inline asm
+\tcp.async.cg.shared.global.L2::128B [%r1], [%rd1], 16, %r2;
+
+\t// end inline asm
+$L__BB0_2:
+\tldmatrix.sync.aligned.x4.m8n8.shared.b16 {%r3, %r4, %r5, %r6}, [%r1];
+\tmma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%r3}, {%r4}, {%r5}, {%r6};
+\t@%p1 bra $L__BB0_2;
+\tmma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f3}, {%r4}, {%r5}, {%f6};
+\t{ setp.ne.b32 p, %r1, 0; @p st.global.u32 [%rd1], %r3; }
+\tret;
+}
+"""
+OF_PTX = variant(PORTABLE.name, "float16", 128, "int8_fp16").attend
+
+
+def problems_in(text: str) -> list[str]:
+    return [*problems(OF_PTX, ptx.count(text), LEAN), *problems_of_ptx(OF_PTX, text)]
+
+
+def test_ptx_is_counted() -> None:
+    assert ptx.count(PTX) == {
+        "ld.param.u64": 1,
+        "cp.async.cg.shared.global.L2::128B": 1,
+        "ldmatrix.sync.aligned.x4.m8n8.shared.b16": 1,
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": 1,
+        "bra": 1,
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": 1,
+        "setp.ne.b32": 1,
+        "st.global.u32": 1,
+        "ret": 1,
+    }
+    assert ptx.target(PTX) == "sm_80" and ptx.target("") == ""
+    assert ptx.local_bytes(PTX) == 0
+
+
+def test_ptx_as_it_must_be_has_no_problem() -> None:
+    assert problems_in(PTX) == []
+    for name in ptx.count(PTX):
+        found = problems_in(PTX.replace(name, "mov.u32"))
+        told = name.startswith(("cp", "ldm", "mma"))
+        assert len(found) == told and all("which it must have" in each for each in found), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("ret;", "trap;", "trap 1 times, which it must not have"),
+        ("ret;", "@%p1 trap; ret;", "trap 1 times, which it must not have"),
+        ("ret;", "{ call.uni (r), vprintf, (a, b);\n}", "call 1 times, which it must not have"),
+        (".target sm_80", ".target sm_90a", "it is for sm_90a, and must be for sm_80"),
+        (".target sm_80", "", "it is for no target, and must be for sm_80"),
+        (
+            "\t.reg .pred",
+            "\t.local .align 16 .b8 __local_depot0[48];\n\t.reg .pred",
+            "48 bytes of variables in local memory; at most 0",
+        ),
+    ],
+)
+def test_what_is_wrong_with_ptx_is_said(old: str, new: str, said: str) -> None:
+    assert problems_in(PTX.replace(old, new)) == [said]
+
+
+def test_ptx_of_a_real_kernel() -> None:
+    """Of a pack; in machine code it is the kernel of sm_80 that is looked at there."""
+    try:
+        compiler = toolchain.find("nvrtc")
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+    packed = all_specs(PORTABLE.name)
+    assert OF_PTX in packed
+    assert {replace(spec, arch="sm_80") for spec in packed} <= set(all_specs("sm_80"))
+    (row,) = check([OF_PTX], compiler, Disassembler(()), jobs=1)
+    assert row.problems == () and row.opcodes["mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*ARCHS, PORTABLE.name])
+def test_what_a_pack_has_is_as_it_must_be_and_spills_nothing(arch: str) -> None:
+    found = list(check(all_specs(arch), toolchain.find("nvrtc"), Disassembler.find(), jobs=2))
+    assert [row.symbol for row in found if row.problems] == []
+    for row in found:
+        assert row.resources is not None
+        assert (row.resources.spill_stores, row.resources.spill_loads) == (0, 0), row.symbol
 
 
 def test_code_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

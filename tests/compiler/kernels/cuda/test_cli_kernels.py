@@ -11,7 +11,7 @@ import pytest
 
 from sage_compiler import cli
 from sage_compiler.commands import kernels, kernels_compiling
-from sage_compiler.kernels.cuda import headers
+from sage_compiler.kernels.cuda import headers, ptx
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.cache import Cache
 from sage_compiler.kernels.cuda.preparation import preparation_specs
@@ -33,6 +33,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels_compiling, "find", lambda *names: FakeCompiler(" or ".join(names)))
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
     monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
+    monkeypatch.setattr(ptx, "target", lambda text: "sm_80")
     monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
 
@@ -40,7 +41,8 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_check_compiles_every_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["kernels", "check", "--jobs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 * len(ARCHS)
+    assert len(lines) == 1 + 2 * (len(ARCHS) + 1)
+    assert sum(line.startswith("compute_80 ") for line in lines) == 2
     assert all(line.endswith("ok") for line in lines[1:])
 
 
@@ -146,7 +148,7 @@ def test_standalone_kernels_are_others(
         (["check", "--arch", "sm_8"], "unknown architecture 'sm_8'; known: sm_80, sm_86"),
         (["build", "--out", "x"], "--arch is missing; known: sm_80"),
         (["build", "--out", "x", "--release", "--standalone"], "a pack is one of them"),
-        (["check", "--arch", "compute_80"], "unknown architecture 'compute_80'; known: sm_80"),
+        (["cost", "--arch", "compute_80"], "unknown architecture 'compute_80'; known: sm_80"),
         (["check", "--jobs", "0"], "--jobs 0; it must be at least 1"),
     ],
     ids=str,

@@ -89,7 +89,7 @@ def random_words_of_cache(rng: random.Random, arch: str) -> list[str]:
     words = [f"{batch}x{kv_heads * rng.choice((1, 4))}{shape}", "--arch", arch, "--cache"]
     words += ["--kv", f"{batch}x{kv_heads}x{tokens}x{head_dim}"]
     words += ["--dtype", rng.choice(tuple(DTYPES))]
-    words += ["--recipe", rng.choice((AUTO, *ARCHS[arch].portable_recipes))]
+    words += ["--recipe", rng.choice((AUTO, *ARCHS[arch].recipes))]
     band = rng.choice((None, "causal_bottom_right", "window_bottom_right:70,0"))
     for mask in (band, rng.choice((None, None, "bool"))):
         words += [] if mask is None else ["--mask", mask]

@@ -16,6 +16,8 @@ from sage_compiler.kernels import reference
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import DriverError
+from sage_compiler.kernels.cuda.loader import Loader
+from sage_compiler.kernels.cuda.sizes import Sizes
 from sage_compiler.kernels.cuda.spec import HopperAttendSpec
 from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.precision import Accumulator
@@ -239,6 +241,48 @@ def test_the_order_of_threads_does_not_matter() -> None:
         assert torch.equal(first.lse, again.lse)
 
 
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_a_persistent_grid(head_dim: int) -> None:
+    """Blocks that have several tasks, or one; bit by bit what a block for each task makes."""
+    dtype = torch.bfloat16
+    call = make_call(
+        400, 700, head_dim, dtype, group=3, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT, batch=2
+    )
+    alone = assert_close_to_reference(call)
+    assert alone.lse is not None
+    for blocks in (1, 2, 5):
+        result = attend(call, seed=blocks, multiprocessors=blocks)
+        assert emulation.the_host().launches()[-1]["grid"] == blocks
+        assert torch.equal(result.output, alone.output)
+        assert result.lse is not None and torch.equal(result.lse, alone.lse)
+
+
+def test_tasks_without_steps() -> None:
+    """Query blocks that see nothing, before, between and behind those that do."""
+    call = make_call(500, 300, 64, torch.float16, kv_heads=2, sinks=True)
+    shown = torch.ones(500, 300, dtype=torch.bool)
+    shown[128:256], shown[384:] = False, False
+    masked = dataclasses.replace(call, attn_mask=shown)
+    first_rows = make_call(
+        500, 200, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT, kv_heads=2
+    )
+    for each in (masked, first_rows):
+        assert_right(each, multiprocessors=1)
+
+
+def test_heads_are_worked_on_together() -> None:
+    """As many as fit into a cache, whole groups, at least one; a table of cases."""
+    attend = variant(ARCH, "bfloat16", 128, RECIPE).attend
+    for batch, kv_heads, group, keys, expected in (
+        (1, 2, 1, 64, 2),
+        (1, 8, 4, 1024, 32),
+        (4, 8, 4, 16384, 3 * 4),  # of 4 MB and some
+        (1, 8, 4, 1 << 20, 4),
+    ):
+        sizes = Sizes.of(batch, group * kv_heads, kv_heads, 100, keys)
+        assert sizes.heads_at_once(attend) == expected
+
+
 def test_extreme_scores() -> None:
     """Scores of thousands, whose last bit is worth much; zeros; what is not finite."""
     call = make_call(130, 300, 64, torch.float16, scale=400.0)
@@ -268,44 +312,51 @@ def test_a_head_dim_has_the_tiles_that_were_proved() -> None:
 # Each is a change of the kernel, what finds it (a check of the executor, or None where the numbers
 # are wrong), and the header that is changed.
 TEMPLATE, TASK, MEMORY = "attend_hopper", "hopper_task", "hopper_memory"
+DEAL = "hopper_deal"
 FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     "a stage is never given back": (
         replacing(
-            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));",
+            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage()));",
             "if (arch::thread_index() != 32) "
-            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage));",
+            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage()));",
         ),
         "deadlock|divergent",
         TEMPLATE,
     ),
     "the producer waits for the wrong phase": (
         replacing(
-            "arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity ^ 1);",
-            "arch::mbarrier_wait(Memory::key_empty(place.stage), place.parity);",
+            "arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity() ^ 1);",
+            "arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity());",
         ),
         "deadlock",
         TEMPLATE,
     ),
     "the producer does not wait": (
-        replacing("arch::mbarrier_wait(Memory::value_empty(place.stage), place.parity ^ 1);", ""),
+        replacing(
+            "arch::mbarrier_wait(Memory::value_empty(place.stage()), place.parity() ^ 1);", ""
+        ),
         "race between copy_bulk|all 1 arrivals|mbarrier_arrive",
         TEMPLATE,
     ),
     "consumers do not wait for K": (
-        replacing("arch::mbarrier_wait(Memory::key_full(place.stage), place.parity);", ""),
+        replacing("arch::mbarrier_wait(Memory::key_full(place.stage()), place.parity());", ""),
         "race between (load_shared|wgmma|copy_bulk)",
         TEMPLATE,
     ),
     "consumers do not wait for V": (
         replacing(
-            "if (part == 0) arch::mbarrier_wait(Memory::value_full(place.stage), place.parity);", ""
+            "if (part == 0) "
+            "arch::mbarrier_wait(Memory::value_full(place.stage()), place.parity());",
+            "",
         ),
         "race between (wgmma|copy_bulk)",
         TEMPLATE,
     ),
     "consumers do not wait for Q": (
-        replacing("arch::mbarrier_wait(Memory::query_full(), 0);", ""),
-        "race between (wgmma|copy_bulk)|ends while a bulk copy",
+        replacing(
+            "arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());", ""
+        ),
+        "race between (load_shared|store_shared)|outside of the memory",  # a task that is garbage
         TEMPLATE,
     ),
     "fewer bytes are expected than come": (
@@ -320,9 +371,9 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     ),
     "V is given back before it was read": (
         replacing(
-            "RingPlace<kStages> const& place) { SAGE_UNROLL for (int part = 0;",
-            "RingPlace<kStages> const& place) { "
-            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage)); "
+            "Stages const& place) { SAGE_UNROLL for (int part = 0;",
+            "Stages const& place) { "
+            "arch::mbarrier_arrive_warp(Memory::value_empty(place.stage())); "
             "SAGE_UNROLL for (int part = 0;",
         ),
         "a product of wgmma|race between copy_bulk|all 8 arrivals|lands in phase|mbarrier_arrive",
@@ -330,8 +381,8 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     ),
     "P is packed while it is read": (
         replacing(
-            "end_product(product, decay, last); pack(scores);",
-            "pack(scores); end_product(product, decay, last);",
+            "end_product(product, decay, place.before()); pack(scores, 0);",
+            "pack(scores, 0); end_product(product, decay, place.before());",
         ),
         "operand A's registers were written",
         TEMPLATE,
@@ -348,8 +399,8 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     ),
     "another thread's scale": (
         replacing(
-            "(Memory::scales(place.stage, i)) + first_column() / 2",
-            "(Memory::scales(place.stage, i))",
+            "(Memory::scales(place.stage(), i)) + first_column() / 2",
+            "(Memory::scales(place.stage(), i))",
         ),
         None,
         TEMPLATE,
@@ -360,14 +411,17 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
         TEMPLATE,
     ),
     "decay of another tile": (
-        replacing("end_product(product, decay, last);", "end_product(product, decay_, last);"),
+        replacing(
+            "end_product(product, decay, place.before());",
+            "end_product(product, decay_, place.before());",
+        ),
         None,
         TEMPLATE,
     ),
     "a key too many": (
         replacing(
-            "task_.end_key(query(half)) - first - first_column();",
-            "task_.end_key(query(half)) + 1 - first - first_column();",
+            "task_->end_key(query(half)) - first - first_column();",
+            "task_->end_key(query(half)) + 1 - first - first_column();",
         ),
         None,
         TEMPLATE,
@@ -378,12 +432,12 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
         TASK,
     ),
     "queries of the other warpgroup": (
-        replacing("warpgroup() * (kQueryBlock / 2 * Query::kWidth)", "0"),
+        replacing("warpgroup_ * (kQueryBlock / 2 * Query::kWidth)", "0"),
         None,
         TEMPLATE,
     ),
     "too many registers": (
-        replacing("arch::registers_increase<240>();", "arch::registers_increase<256>();"),
+        replacing("kConsumerRegisters>();", "kConsumerRegisters + 24>();"),
         "setmaxnreg asks for",
         TEMPLATE,
     ),
@@ -396,11 +450,130 @@ def test_a_broken_kernel_is_found(fault: str) -> None:
     call = make_call(130, 1030, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
     # The scales of a tile differ from those of the next.
     call.key[:, :, 64:128] *= 3
-    kernels = broken(TEMPLATE, change, header)
+    assert_found(call, broken(TEMPLATE, change, header), found_by)
+
+
+# The same of what blocks do between tasks.
+FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
+    "the place of Q is taken before it is free": (
+        replacing(
+            "arch::mbarrier_wait(Memory::query_empty(place.stage()), place.parity() ^ 1);", ""
+        ),
+        "race between (store_shared|copy_bulk)|mbarrier_arrive",
+        TEMPLATE,
+    ),
+    "Q is given back before it was read": (
+        replacing(
+            "AttendHopper state(p, task, warpgroup);",
+            "AttendHopper state(p, task, warpgroup); "
+            "arch::mbarrier_arrive_warp(Memory::query_empty(place));",
+        ),
+        "race between|a product of wgmma|all 8 arrivals|mbarrier_arrive|deadlock",
+        TEMPLATE,
+    ),
+    "a task is read after it was given back": (
+        replacing(
+            "Task const task(p_, arch::load_shared(Memory::task(query))); "
+            "arch::mbarrier_arrive_warp(Memory::query_empty(query));",
+            "arch::mbarrier_arrive_warp(Memory::query_empty(query)); "
+            "Task const task(p_, arch::load_shared(Memory::task(query)));",
+        ),
+        "race between (load_shared|store_shared)",
+        TEMPLATE,
+    ),
+    "a warp does not give a task back": (
+        replacing(
+            "arch::mbarrier_arrive_warp(Memory::query_empty(query));",
+            "if (arch::thread_index() / 32 != 3) "
+            "arch::mbarrier_arrive_warp(Memory::query_empty(query));",
+        ),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "consumers look for a task in the wrong phase": (
+        replacing(
+            "Memory::query_full(queries.stage()), queries.parity()",
+            "Memory::query_full(queries.stage()), queries.parity() ^ 1",
+        ),
+        "race between (load_shared|store_shared)|outside of the memory",
+        TEMPLATE,
+    ),
+    "Q has another number of bytes": (
+        replacing(
+            "arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes);",
+            "arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes - 16);",
+        ),
+        "bytes",
+        TEMPLATE,
+    ),
+    "nobody says that there is no task": (
+        replacing(
+            "give(index, queries); arch::mbarrier_arrive(Memory::query_full(queries.stage())); }",
+            "}",
+        ),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "a task without steps is not announced": (
+        replacing("} else { arch::mbarrier_arrive(Memory::query_full(queries.stage())); }", "}"),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "the ring begins again with each task": (
+        replacing("stages.turn = arch::warp_uniform(stages.turn); state", "stages.turn = 0; state"),
+        "race between|deadlock|all 8 arrivals|mbarrier_arrive",
+        TEMPLATE,
+    ),
+    "a task is left out": (
+        replacing("arch::fetch_add(p.taken, 1)", "arch::fetch_add(p.taken, 2)"),
+        None,
+        DEAL,
+    ),
+    "the last group has as many heads as all": (
+        replacing(
+            "Split const task(group.inner, left < heads ? left : heads);",
+            "Split const task(group.inner, heads);",
+        ),
+        "outside of the memory",
+        DEAL,
+    ),
+}
+
+
+def call_of_several_tasks(monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Of five heads, of which two are worked on at the same time; some tasks have no steps."""
+    tile = variant(ARCH, "float16", 64, RECIPE).attend.tile
+    monkeypatch.setattr("sage_compiler.kernels.cuda.sizes._CACHED_BYTES", 2 * 4 * tile.bytes)
+    return make_call(
+        400, 240, 64, torch.float16, kv_heads=5, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT
+    )
+
+
+def test_heads_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of_several_tasks(monkeypatch)
+    results = [assert_close_to_reference(call, multiprocessors=n, seed=n) for n in (1, 4)]
+    assert torch.equal(results[0].output, results[1].output)
+
+
+@pytest.mark.parametrize("fault", FAULTS_BETWEEN_TASKS)
+def test_a_fault_between_tasks_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, found_by, header = FAULTS_BETWEEN_TASKS[fault]
+    call = call_of_several_tasks(monkeypatch)
+    assert_found(call, broken(TEMPLATE, change, header), found_by, multiprocessors=1)
+
+
+def test_a_counter_that_does_not_begin_at_zero_is_found() -> None:
+    call = make_call(300, 200, 64, torch.float16)
+    kernels = broken("query", replacing("arch::store_global(p.taken, 0u);", ""))
+    assert_found(call, kernels, None, multiprocessors=1)
+
+
+def assert_found(call: Call, kernels: Loader, found_by: str | None, **options: object) -> None:
+    """A check of the executor fails, or where none can, the result is wrong."""
     if found_by is None:
         with pytest.raises(AssertionError):
-            assert_right(call, kernels=kernels)
+            assert_close_to_reference(call, kernels=kernels, **options)
     else:
         with pytest.raises(DriverError):
-            attend(call, kernels=kernels)
+            attend(call, kernels=kernels, **options)
         assert re.search(found_by, emulation.the_host().message())

@@ -98,10 +98,8 @@ def test_targets_may_be_addresses() -> None:
     ("old", "new", "said"),
     [
         ("IMMA.16832.S8.S8 R80", "IADD3 R80", "no tensor products"),
-        ("MOV R1, c", "HMMA.1688.F32 R1, c", "1 of 2 tensor products are in no loop"),
         ("BRA `(.L_x_1) ;", "EXIT ;", "products are in no loop"),
         ("@P0 BRA `(.L_x_2)", "@P0 BRA `(.L_x_4)", "is entered at 2 places"),
-        ("@!PT LDS RZ, [RZ]", "@P3 BRA `(.L_x_4)", "has another one inside"),
         ("BRA `(.L_x_6)", "BRA `(.L_x_9)", "names no place in this kernel"),
         ("BRA `(.L_x_6)", "BRA 0x8888", "jumps to where no instruction is"),
         ("/*0130*/", "/*0000*/", "more than one kernel"),
@@ -111,6 +109,35 @@ def test_code_of_another_form_is_refused(old: str, new: str, said: str) -> None:
     assert old in LISTING
     with pytest.raises(CodeError, match=said):
         steady_path(parse(LISTING.replace(old, new)), is_work)
+
+
+def test_products_before_the_loop_are_none_of_it() -> None:
+    begun = LISTING.replace("MOV R1, c", "IMMA R1, c")
+    assert steady_path(parse(begun), is_work) == steady_path(parse(LISTING), is_work)
+
+
+def test_a_loop_around_the_main_loop_is_left_out() -> None:
+    again = LISTING.replace("EXIT ;", "BRA `(.L_x_0) ;")
+    again = again.replace("        /*0000*/", ".L_x_0:\n        /*0000*/")
+    again = again.replace("MOV R1, c", "IMMA R1, c")  # and it has a product of its own
+    assert steady_path(parse(again), is_work) == steady_path(parse(LISTING), is_work)
+
+
+def test_a_loop_that_waits_is_gone_through_once() -> None:
+    waiting = LISTING.replace("@!PT LDS RZ, [RZ]", " @P3 BRA `(.L_x_4)")
+    path, usual = (steady_path(parse(text), is_work) for text in (waiting, LISTING))
+    assert [each.address for each in path] == [each.address for each in usual]
+    working = waiting.replace("SHFL.BFLY PT, R2, R3, 0x1, 0x1f ;\n.L_x_6", "LDGSTS [R2] ;\n.L_x_6")
+    assert working != waiting
+    with pytest.raises(CodeError, match="another one inside, with work in it"):
+        steady_path(parse(working), is_work)
+
+
+def test_of_two_loops_the_one_with_more_products_is_the_main_one() -> None:
+    first = ["/*0000*/ HMMA R1 ;", "/*0010*/ @P0 BRA 0x0 ;"]
+    second = ["/*0020*/ IMMA R1 ;", "/*0030*/ IMMA R2 ;", "/*0040*/ @P0 BRA 0x20 ;"]
+    code = parse("\n".join([*first, *second, "/*0050*/ EXIT ;"]))
+    assert opcodes(steady_path(code, is_work)) == ["IMMA", "IMMA", "BRA"]
 
 
 def test_products_are_those_of_tensor_cores() -> None:
@@ -124,7 +151,7 @@ def test_products_are_those_of_tensor_cores() -> None:
 
 
 def ways(code: list[Instruction], entry: int) -> Iterator[list[int]]:
-    """All turns from the entry of a loop back to it, by trying each."""
+    """All turns from the entry of a loop back to it, by trying each; none waits for anything."""
     at = {each.address: position for position, each in enumerate(code)}
     waiting = [[entry]]
     while waiting:
@@ -136,26 +163,34 @@ def ways(code: list[Instruction], entry: int) -> Iterator[list[int]]:
         for position in following:
             if position == entry:
                 yield way
-            elif position < len(code):
+            elif position < len(code) and position not in way:
                 waiting.append([*way, position])
 
 
 def test_random_loops_have_the_path_that_trying_all_finds() -> None:
-    different = 0
+    different = waited = 0
     for seed in range(300):
         draw = random.Random(seed)
         length = draw.randrange(4, 14)
         product = draw.randrange(1, length)
+        # Two instructions each, of which nothing but the first one leads to the second.
+        waits = {at for at in range(1, length - 1) if draw.random() < 0.15}
+        waits = {at for at in waits if at - 1 not in waits and product not in (at, at + 1)}
         code = [Instruction(0, "", "MOV", "", None)]
         for position in range(1, length):
             target = None
             name = draw.choice(["FADD", "LDGSTS", "IADD3"])
             if position == product:
                 name = "IMMA"
+            elif position in waits:
+                name = "SYNCS"
+            elif position - 1 in waits:
+                name, target = "BRA", 16 * (position - 1)
             elif draw.random() < 0.4:
                 # Only forwards, and not over the product, which all turns pass.
                 least, most = position + 1, product if position < product else length
-                name, target = "BRA", 16 * draw.randint(least, most)
+                to = draw.randint(least, most)
+                name, target = "BRA", 16 * (to + (to - 1 in waits))
             code.append(Instruction(16 * position, "P0" if target else "", name, "", target))
         code.append(Instruction(16 * length, "", "BRA", "", 16))
         code.append(Instruction(16 * length + 16, "", "EXIT", "", None))
@@ -165,4 +200,5 @@ def test_random_loops_have_the_path_that_trying_all_finds() -> None:
         assert (sum(map(is_work, path)), -len(path)) == best
         assert [each.address // 16 for each in path] in turns
         different += len(turns) > 1
-    assert different > 100
+        waited += any(each.name == "SYNCS" for each in path)
+    assert different > 100 and waited > 100

@@ -221,7 +221,7 @@ def test_one_launch_counts_its_blocks() -> None:
         assert isinstance(spec, QuantizeSpec)
         arrivals, heads = 3 * spec.slices, 4
         assert counters.shape[0] >= 1 + heads
-        assert counters[0, 0] == running.sizes.blocks(running.kernels)[0]
+        assert counters[0, 0] == running.sizes.blocks(running.kernels, 1, 1)[0]
         assert (counters[1 : 1 + heads, 0] == arrivals + 1).all()
         assert (counters[1 : 1 + heads, 1] == (arrivals + 1 if spec.scales_value else 0)).all()
         smooths = RECIPES[recipe].qk is Format.INT4

@@ -360,7 +360,7 @@ DECODE = make_call(5, 514, 64, torch.float16, kv_heads=2, group=3, seed=1, mask_
         (ROWS, "static_cast<int>(p_.group) + pair.inner", "static_cast<int>(p_.group)"),
         (ROWS, "existing(kTileRows - 1).outer", "existing(0).outer"),
         (WHOLE, "remaining[Rows::scale_of(0, half)]", "remaining[0]"),
-        (WHOLE, "index_of(half) * p_.parts + task_.part()", "index_of(half) * p_.parts"),
+        (WHOLE, "index_of(half) * p_.parts + task_->part()", "index_of(half) * p_.parts"),
     ],
 )  # fmt: skip
 def test_broken_parts_and_rows_are_noticed(where: str, old: str, new: str) -> None:

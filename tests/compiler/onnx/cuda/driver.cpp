@@ -111,7 +111,8 @@ API int cuDeviceGet(int* device, int ordinal) {
 }
 
 API int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    *value = attribute == 75 ? state().major : state().minor;
+    constexpr int kMultiprocessors = 20;  // as test_choice.py has it
+    *value = attribute == 16 ? kMultiprocessors : attribute == 75 ? state().major : state().minor;
     FORWARD(cuDeviceGetAttribute, (int*, int, int), value, attribute, device);
     return result;
 }

@@ -22,6 +22,7 @@ from tests.compiler.onnx.cuda.native import AUTO, RECIPES, STREAM, Launch, Nativ
 from tests.compiler.onnx.cuda.packs import pack_of_names
 
 PROBLEMS = 600  # for each architecture
+MULTIPROCESSORS = 20  # of the device of driver.cpp
 SCRATCH = 0x7F12_3456_7801  # nobody touches it
 SINKS, LSE, MASK = 0x1000, 0x2000, 0x3000
 SOFTCAPS = (1e-35, 20.0, 50.5, 1e29, 1e31)
@@ -201,7 +202,8 @@ def python_launches(
         return addresses, None
 
     batch, heads, kv_heads, query_length, key_length, head_dim, value_dim = problem.sizes
-    target = kernel.Target(arch, 0, STREAM, recorder, allocate)  # type: ignore[arg-type]
+    place = (arch, 0, STREAM, recorder, allocate, MULTIPROCESSORS)
+    target = kernel.Target(*place)  # type: ignore[arg-type]
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=problem.dtype, device="meta")

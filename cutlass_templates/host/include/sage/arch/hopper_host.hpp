@@ -53,7 +53,6 @@ inline void registers_increase(Site site = SAGE_CALL_SITE) {
     runtime().set_registers(kRegisters, site);
 }
 inline float from_int(uint32_t x) { return static_cast<float>(static_cast<int32_t>(x)); }
-inline int warp_uniform(int value) { return value; }
 
 template <int kN>
 inline void wgmma_s8(uint32_t (&c)[kN / 2], uint64_t a, uint64_t b, bool accumulate,

@@ -15,6 +15,7 @@
 
 #define SAGE_DEVICE inline
 #define SAGE_UNROLL
+#define SAGE_ROLLED
 
 extern "C" {
 // Weak, so that every file of an image may define it.
@@ -33,6 +34,7 @@ inline host::Runtime const& runtime() { return *sage_host_image.runtime; }
 
 inline int thread_index() { return runtime().thread_index(); }
 inline int64_t block_index() { return runtime().block_index(); }
+inline int64_t grid_size() { return runtime().grid_size(); }
 inline char* shared_memory() { return runtime().shared_memory(); }
 inline void barrier(Site site = SAGE_CALL_SITE) { runtime().barrier(site); }
 
@@ -74,6 +76,13 @@ inline void store_global(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreGlobal, to, value, site);
 }
 
+inline uint32_t fetch_add(uint32_t* address, uint32_t value, Site site = SAGE_CALL_SITE) {
+    runtime().access(host::Access::kAddGlobal, address, sizeof *address, site);
+    uint32_t const before = *address;
+    *address += value;
+    return before;
+}
+
 template <class T>
 inline void store_shared(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreShared, to, value, site);
@@ -99,6 +108,7 @@ inline void copy_async_wait() {
     runtime().copy_async_wait(N);
 }
 
+inline int warp_uniform(int value) { return value; }
 template <class T>
 inline T shuffle_xor(T value, int lane_mask, Site site = SAGE_CALL_SITE) {
     static_assert(
