@@ -58,8 +58,8 @@ class PackedKV:
         value_head_dim: of values and outputs; the same range; None: head_dim.
         capacity: the most tokens it can hold; their memory is reserved at once.
         dtype: of keys, values, queries and outputs: float32, bfloat16 or float16.
-        precision: on a CPU "int8_int8", or "int8_int16" for P in 16 bits; on a GPU a recipe that
-            its architecture has by ``mma.sync``, see docs/cuda-kernels.md. None: the first of them.
+        precision: on a CPU "int8_int8", or "int8_int16" for P in 16 bits; on a GPU a recipe of its
+            architecture, see docs/cuda-kernels.md. None: the first of them.
         device: where the cache is, and all tensors have to be: "cpu", or a GPU.
 
     Raises:

@@ -1,7 +1,8 @@
 """How fast the kernels are, beside the attention of others in 16 bits, on the same inputs.
 
 The total is the call with everything that it needs: memory, statistics, quantization, attention,
-started from Python; the kernel is what comes after the operands are quantized, alone.
+started from Python; the kernel is what comes after the operands are quantized, alone. Of a cache
+the total is a step of decoding, and the kernel that without the append: see ``decoding``.
 Inputs rotate through sets that together are larger than the device's cache. How times are taken:
 see ``timing``.
 """
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.gpu.decoding import Decoding, length_of
 from benchmarks.gpu.device import Device, target
 from benchmarks.gpu.guarded import plan, same_bits
 from benchmarks.gpu.matrix import Subject, dtype_name
@@ -29,6 +31,7 @@ from benchmarks.measure import Spread, ratio
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, KernelSpec
 from sage_compiler.kernels.layout import empty_output
+from sage_compiler.precision import Accumulator
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.dense import Call
 from tests.tolerances import TOLERANCES, cosine, rel_l1
@@ -58,7 +61,8 @@ class Grid:
     Attributes:
         head_dims, lengths: all combinations, causal or not.
         masked_lengths: with each explicit mask, at the first head_dim.
-        decode_lengths: of one query to so many keys, at the first head_dim.
+        decode_lengths: of one query to so many keys, at the first head_dim: quantized in the call,
+            and in a cache.
         heads: as many for K and V as for Q, but a ``decode_group`` th part in decoding.
         batch: up to ``batch_until`` tokens, and 1 beyond.
         seconds: how long each cell is measured, about.
@@ -87,6 +91,7 @@ class Cell:
     Attributes:
         queries: of each head; None: self-attention.
         group: heads of Q for one of K and V.
+        cached: whether keys and values are in a cache, which is appended to.
     """
 
     head_dim: int
@@ -97,6 +102,7 @@ class Cell:
     queries: int | None = None
     group: int = 1
     mask: Mask = Mask.NONE
+    cached: bool = False
 
     @property
     def query_length(self) -> int:
@@ -112,6 +118,8 @@ class Cell:
         spec = subject.kernels.attend
         has_dims = set(subject.head_dims) == {self.head_dim}
         has_form = spec.masked == (self.mask is not Mask.NONE) and not (spec.window or spec.softcap)
+        if self.cached and subject.accumulator is not Accumulator.FP32:
+            return False
         return has_dims and has_form and subject.dtype is DTYPE
 
     def elements(self) -> int:
@@ -127,7 +135,8 @@ class Cell:
         heads = f"{self.heads}" if self.group == 1 else f"{self.heads}/{self.heads // self.group}"
         lengths = "" if self.queries is None else f"{self.queries}x"
         lengths += str(self.seq_len)
-        return f"B={self.batch} H={heads} L={lengths} D={self.head_dim} {self.mask_name}"
+        cache = " cache" * self.cached
+        return f"B={self.batch} H={heads} L={lengths} D={self.head_dim} {self.mask_name}{cache}"
 
     @property
     def mask_name(self) -> str:
@@ -165,8 +174,11 @@ def _wanted(grid: Grid) -> Iterator[Cell]:
     for length, causal in itertools.product(grid.lengths, (False, True)):
         yield Cell(first, length, causal, batch(length), grid.heads)
     for length in grid.decode_lengths:
-        group = grid.decode_group
-        yield Cell(first, length, False, grid.batch, grid.heads, queries=1, group=group)
+        cell = Cell(
+            first, length, False, grid.batch, grid.heads, queries=1, group=grid.decode_group
+        )
+        yield cell
+        yield replace(cell, seq_len=length_of(length), cached=True)
     for length, mask in itertools.product(grid.masked_lengths, (Mask.PADDING, Mask.BIAS)):
         yield Cell(first, length, False, batch(length), grid.heads, mask=mask)
     for head_dim, length, causal in itertools.product(others, grid.lengths, (False, True)):
@@ -213,6 +225,7 @@ class Prepared:
         )
         self.output = empty_output(call.query, call.value)
         planned = plan(recorder, subject, call)
+        self._whole = lambda: total(device, subject, call)
         # Kept: it owns the operands.
         self._call = kernel.Call(
             recorder,
@@ -241,6 +254,10 @@ class Prepared:
         """Launch the fused attention, and what may follow it."""
         for launch, blocks, packed in self._launches:
             launch(blocks, self._stream, packed)
+
+    def total(self) -> Tensor:
+        """The whole call."""
+        return self._whole()
 
 
 def make_calls(device: Device, cell: Cell) -> list[Call]:
@@ -333,8 +350,9 @@ class Measured:
 def measure(device: Device, subject: Subject, cell: Cell, seconds: float) -> Measured:
     """Time one cell; nothing whose output is wrong."""
     calls = make_calls(device, cell)
-    prepared = [Prepared(device, subject, call) for call in calls]
-    output = total(device, subject, calls[0])
+    kind = Decoding if cell.cached else Prepared
+    prepared = [kind(device, subject, call) for call in calls]
+    output = prepared[0].total().clone()
     ours = accuracy(calls[0], output)
     least = TOLERANCES[subject.recipe].cosine
     if not ours.cosine >= least:
@@ -343,7 +361,7 @@ def measure(device: Device, subject: Subject, cell: Cell, seconds: float) -> Mea
     theirs = {name: _accuracy_of(other, calls[0]) for name, other in others.items()}
     timed = {
         "kernel": Candidate(lambda number: prepared[number].attend()),
-        "total": Candidate(lambda number: total(device, subject, calls[number])),
+        "total": Candidate(lambda number: prepared[number].total()),
         **others,
     }
     prepared[0].output.fill_(torch.nan)
@@ -381,7 +399,7 @@ def _row(
 
     against = ratio(samples, peer, "total").fields("ratio_total") if peer else {"ratio_total": None}
     return {
-        "kernel": subject.kernel,
+        "kernel": subject.kernel + "_cache" * cell.cached,
         "peer": peer,
         "head_dim": cell.head_dim,
         "seq_len": cell.seq_len,
@@ -444,6 +462,9 @@ def run(
             continue
         for subject in subjects:
             if not cell.is_of(subject):
+                continue
+            if cell.cached and (reason := device.no_compiler()) is not None:
+                results.left_out.append(f"{subject.kernel} {cell.label}: {reason}")
                 continue
             if time.monotonic() > deadline:
                 results.left_out.append(f"{subject.kernel} {cell.label}: out of time")

@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.gpu import (
     checks,
     correctness,
+    decoding,
     environment,
     matrix,
     peers,
@@ -52,6 +53,7 @@ from sage_compiler.kernels.cuda.driver import Driver, DriverError, Launch
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import further_variants, variant, variants
+from sage_compiler.precision import Accumulator
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
 from tests.compiler.kernels.dense import Call
@@ -596,12 +598,13 @@ def test_what_matters_most_is_timed_first():
     for head_dim in (64, 128, 256):
         lengths = {cell.seq_len for cell in cells if cell.head_dim == head_dim}
         assert lengths >= {1024 << i for i in range(6)}
-    kinds = {(cell.mask, cell.query_length == 1) for cell in cells}
+    kinds = {(cell.mask, cell.query_length == 1, cell.cached) for cell in cells}
     assert kinds == {
-        (speed.Mask.NONE, False),
-        (speed.Mask.NONE, True),
-        (speed.Mask.PADDING, False),
-        (speed.Mask.BIAS, False),
+        (speed.Mask.NONE, False, False),
+        (speed.Mask.NONE, True, False),
+        (speed.Mask.NONE, True, True),
+        (speed.Mask.PADDING, False, False),
+        (speed.Mask.BIAS, False, False),
     }
     assert speed.Cell(64, 1000, False, 2, 8, queries=1, group=4).flops() == 4 * 2 * 8 * 1000 * 64
 
@@ -619,7 +622,8 @@ def test_decoding_and_masks_are_timed(monkeypatch):
     sdpa = {"sdpa": peers.Peer(None, lambda call: None, peers._sdpa)}
     monkeypatch.setattr(speed, "PEERS", sdpa)
     cells = further_cells()
-    assert [cell.mask_name for cell in cells] == ["no mask", "padding", "bias"]
+    assert [cell.mask_name for cell in cells] == ["no mask", "no mask", "padding", "bias"]
+    assert [cell.cached for cell in cells] == [False, True, False, False]
     for cell in cells:
         masked = cell.mask is not speed.Mask.NONE
         subject = Subject(variant(emulation.ARCH, "float16", 64, "int8_fp16", masked=masked))
@@ -630,7 +634,40 @@ def test_decoding_and_masks_are_timed(monkeypatch):
         assert row["mask"] == cell.mask_name and row["peer"] == "sdpa"
         # 16 bits are nearer to float32 than 8 are.
         assert row["rel_l1_peer"] < row["rel_l1"] < 0.02 and row["cosine_peer"] > row["cosine"]
+        assert row["kernel"].endswith("_cache") == cell.cached
         assert publish.texts(row)[2] == ("1x90" if cell.query_length == 1 else "70")
+
+
+@needs_kernels
+@pytest.mark.parametrize("keys", [90, 128])
+def test_a_step_of_decoding_can_be_repeated(keys):
+    length = decoding.length_of(keys)
+    calls = [make_call(SUBJECT, 1, length, seed=seed, kv_heads=2, group=2) for seed in range(2)]
+    step, other = (decoding.Decoding(LookAlike(), SUBJECT, call) for call in calls)
+    first = step.total().clone()
+    assert speed.accuracy(calls[0], first).cosine > 0.999
+    step.output.fill_(torch.nan)
+    assert same_bits(step.total(), first)
+    step.output.fill_(torch.nan)
+    step.attend()
+    assert same_bits(step.output, first) and not same_bits(other.output, first)
+
+
+def test_a_cache_is_not_timed_where_nothing_compiles_its_kernels():
+    class WithoutCompiler(LookAlike):
+        def no_compiler(self):
+            return "no compiler for kernels"
+
+    grid = dataclasses.replace(GRID, lengths=(), decode_lengths=(90,), decode_group=2)
+    cell = further_cells()[1]
+    assert cell.cached and cell.is_of(SUBJECT)
+    halved = Subject(
+        variant(emulation.ARCH, "float16", 64, "int8_fp8", accumulator=Accumulator.FP16)
+    )
+    assert not cell.is_of(halved) and dataclasses.replace(cell, cached=False).is_of(halved)
+    found = speed.run(WithoutCompiler(), [halved, SUBJECT], grid, 0.0, lambda row: None)
+    assert found.left_out[-1].endswith("no mask cache: no compiler for kernels")
+    assert found.rows == []
 
 
 def a_call(**changes: Any) -> Call:

@@ -116,11 +116,6 @@ class Arch:
         """Whether the products of a recipe are those of warpgroups."""
         return bool(self.rings) and recipe == _INT8_FP8.recipe
 
-    @property
-    def portable_recipes(self) -> tuple[str, ...]:
-        """Those by mma.sync."""
-        return tuple(recipe for recipe in self.recipes if not self.uses_wgmma(recipe))
-
     def ring(self, longest: int) -> Ring:
         """As ``geometry``, of an architecture with rings."""
         return next(each for each in self.rings if longest <= each.longest)
