@@ -758,6 +758,13 @@ void Executor::check_end_of_block() {
         return end("it ends while a bulk copy is in flight" + at(bulk_copies_.front().site) +
                    ": the kernel must wait for all of its copies");
     }
+    for (int id = 1; id < kNamedBarriers; ++id) {
+        if (named_[id].arrived == 0) continue;
+        return end(
+            format("it ends with %d of %d threads at named_barrier %d: whoever arrives must "
+                   "be waited for",
+                   named_[id].arrived, named_[id].threads, id));
+    }
     int64_t registers = 0;
     for (size_t warp = 0; warp < warps_.size(); ++warp) {
         Warp const& of_group = warps_[warp - warp % kWarpgroup];

@@ -192,17 +192,28 @@ class AttendHopper {
         int const warpgroup = arch::warp_uniform(arch::thread_index() / kWarpgroup);
         Stages stages;
         Queries queries;
+        if (warpgroup == 1) pass_turn(warpgroup);  // the other one is first
         for (;; queries.advance()) {
             arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
             int const place = arch::warp_uniform(queries.stage());
             int const index = arch::warp_uniform(arch::load_shared(Memory::task(place)));
-            if (index == Deal::kNone) return;
+            if (index == Deal::kNone) break;
             Task const task(p, index);
             AttendHopper state(p, task, warpgroup);
             stages.turn = arch::warp_uniform(stages.turn);
             state.attend(place, stages);
             state.end(place);
         }
+        if (warpgroup == 0) take_turn(warpgroup);  // so that no turn is left over
+    }
+
+    // Both warpgroups issue their products in turns, one's softmax beside the other's products:
+    // they have as many steps as each other, of every task.
+    SAGE_DEVICE static void take_turn(int warpgroup) {
+        arch::named_barrier_sync<kConsumers>(1 + warpgroup);
+    }
+    SAGE_DEVICE static void pass_turn(int warpgroup) {
+        arch::named_barrier_arrive<kConsumers>(2 - warpgroup);
     }
 
     SAGE_DEVICE AttendHopper(Params const& p, Task const& task, int warpgroup)
@@ -242,6 +253,7 @@ class AttendHopper {
             float key_scales[kTiles];
 
             begin_scores(scores, key_scales, query, place);
+            pass_turn(warpgroup_);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(scores);
             arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
@@ -257,6 +269,7 @@ class AttendHopper {
                  tile = task_->step_after(tile)) {
                 begin_scores(scores, key_scales, query, place);
                 begin_product(product, 0, place.before());
+                pass_turn(warpgroup_);
                 arch::wgmma_wait<1>();
                 arch::wgmma_hold(scores);
                 arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
@@ -287,7 +300,7 @@ class AttendHopper {
         }
     }
 
-    // Begins Q K^T of a stage, when K is there.
+    // Begins Q K^T of a stage, when K is there and it is the warpgroup's turn.
     SAGE_DEVICE void begin_scores(uint32_t (&scores)[kKeys / 2], float (&key_scales)[kTiles],
                                   int query_place, Stages const& place) const {
         arch::mbarrier_wait(Memory::key_full(place.stage()), place.parity());
@@ -303,6 +316,7 @@ class AttendHopper {
             arch::matrix_rows<Query::kWidth>(Memory::query(0)),
             query_place * Query::kBytes + warpgroup_ * (kQueryBlock / 2 * Query::kWidth));
         uint64_t const key = arch::matrix_rows<Key::kWidth>(Memory::key(place.stage()));
+        take_turn(warpgroup_);
         arch::wgmma_hold(scores);
         arch::wgmma_fence();
         SAGE_UNROLL

@@ -524,6 +524,56 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
         "race between|deadlock|all 8 arrivals|mbarrier_arrive",
         TEMPLATE,
     ),
+    "a turn is not passed on": (
+        replacing(
+            "place.before()); pass_turn(warpgroup_);",
+            "place.before()); if (tile != 2) pass_turn(warpgroup_);",
+        ),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "the first turn is nobody's": (
+        replacing("if (warpgroup == 1) pass_turn(warpgroup);", ""),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "a turn is passed on to who had it": (
+        replacing(
+            "arch::named_barrier_arrive<kConsumers>(2 - warpgroup);",
+            "arch::named_barrier_arrive<kConsumers>(1 + warpgroup);",
+        ),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "a warpgroup waits at a barrier of its own": (
+        replacing(
+            "arch::named_barrier_sync<kConsumers>(1 + warpgroup);",
+            "arch::named_barrier_sync<kConsumers>(3 + warpgroup);",
+        ),
+        "deadlock",
+        TEMPLATE,
+    ),
+    "a turn of fewer threads": (
+        replacing(
+            "arch::named_barrier_arrive<kConsumers>(2 - warpgroup);",
+            "arch::named_barrier_arrive<kWarpgroup>(2 - warpgroup);",
+        ),
+        "to which others came|deadlock",
+        TEMPLATE,
+    ),
+    "a warpgroup does not wait for its turn": (
+        replacing(
+            "take_turn(warpgroup_); arch::wgmma_hold(scores);",
+            "if (warpgroup_ == 0) take_turn(warpgroup_); arch::wgmma_hold(scores);",
+        ),
+        "it ends with 128 of 256 threads at named_barrier 2|deadlock",
+        TEMPLATE,
+    ),
+    "the last turn is left over": (
+        replacing("if (warpgroup == 0) take_turn(warpgroup);", ""),
+        "it ends with 128 of 256 threads at named_barrier 1",
+        TEMPLATE,
+    ),
     "a task is left out": (
         replacing("arch::fetch_add(p.taken, 1)", "arch::fetch_add(p.taken, 2)"),
         None,

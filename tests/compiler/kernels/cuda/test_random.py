@@ -60,7 +60,7 @@ def test_a_run_has_its_share_of_everything() -> None:
 def assert_found(loader: Loader | None = None) -> None:
     """One of the first calls fails, and says how it is repeated."""
     with pytest.raises((AssertionError, DriverError)) as found:
-        for number in range(TEMPLATES):
+        for number in range(2 * TEMPLATES):
             assert_right(random_call(RUN, number), loader)
     assert f"cuda.random_calls {RUN} " in found.value.__notes__[-1]
 
