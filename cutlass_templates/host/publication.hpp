@@ -3,7 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 namespace sage::host {
@@ -31,6 +34,7 @@ class Publications {
         block_ = block;
         epoch_ = 0;
         told_.clear();
+        heard_.clear();
     }
 
     void barrier() { ++epoch_; }
@@ -40,9 +44,9 @@ class Publications {
     void arrive(void const* counter, int thread) {
         Counter& published = counters_[counter];
         for (Told const& told : told_) {
-            if (knows(told, thread)) published.events.push_back(told.what);
+            if (knows(told, thread)) published.add(told.what);
         }
-        published.events.push_back(now(thread));
+        published.add(now(thread));
         published.ends.push_back(published.events.size());
     }
 
@@ -60,7 +64,12 @@ class Publications {
     void await(void const* counter, uint32_t arrivals, int thread) {
         Counter const& published = counters_[counter];
         size_t const end = arrivals == 0 ? 0 : published.ends[arrivals - 1];
-        for (size_t i = 0; i < end; ++i) told_.push_back({published.events[i], thread, epoch_});
+        for (size_t i = 0; i < end; ++i) {
+            Event const& event = published.events[i];
+            if (heard_.insert({event.serial, thread}).second) {
+                told_.push_back({event, thread, epoch_});
+            }
+        }
     }
 
     // Whether what was stored then is there for a thread of the block that runs.
@@ -85,6 +94,12 @@ class Publications {
     struct Counter {
         std::vector<Event> events;
         std::vector<size_t> ends;  // of those that were published by each arrival
+        std::unordered_set<uint64_t> serials;
+
+        // What was published before is so for all that come later.
+        void add(Event const& event) {
+            if (serials.insert(event.serial).second) events.push_back(event);
+        }
     };
 
     // Two events of one block, in order for a device too: by a thread's own order, or a barrier.
@@ -100,7 +115,8 @@ class Publications {
     int64_t block_ = 0;
     uint32_t epoch_ = 0;
     uint64_t serial_ = 0;
-    std::vector<Told> told_;  // to the block that runs
+    std::vector<Told> told_;                    // to the block that runs
+    std::set<std::pair<uint64_t, int>> heard_;  // serials of it, by threads that awaited them
     std::unordered_map<void const*, Counter> counters_;
 };
 

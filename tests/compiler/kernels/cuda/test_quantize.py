@@ -36,7 +36,7 @@ from tests.cutlass_templates import host
 pytestmark = pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
 
 RECIPE_NAMES = ("int8_fp8", "int4_fp8", "int8_fp16", "int4_fp16")
-COUNTERS = -3  # of the parts of the scratch memory
+COUNTERS = -4  # of the parts of the scratch memory
 # What the launches hand on: all but the sums that only quantizers need.
 OPERANDS = range(2, 9)
 
