@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.device import Device, target
-from benchmarks.gpu.guarded import GARBAGE, Outcome, attend, same_bits
+from benchmarks.gpu.guarded import GARBAGE, Outcome, attend, plan, same_bits
 from benchmarks.gpu.matrix import LARGE, LENGTHS, LSE_DISTANCE, Case, Subject
 from sage_compiler.kernels import reference
 from sage_compiler.kernels.cuda import kernel
@@ -50,6 +50,9 @@ class _Probe(kernel.Target):
 
     def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
         self.specs.append(spec)
+
+    def clear(self, address: int, size: int) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -129,7 +132,9 @@ class Trial:
         """The kernels that a call is served by, without launching them."""
         probe = _Probe(self.device.arch, self.device.index, 0, self.device.loader)
         self._run(probe, call)
-        return Variant(*probe.specs)  # type: ignore[arg-type]
+        kernels = plan(probe, self.subject, call).kernels
+        assert tuple(probe.specs) == kernels.specs()
+        return kernels
 
     def far_from(self, outcome: Outcome, output: Tensor, lse: Tensor) -> Iterator[str | None]:
         """How an outcome differs from the reference's output and LSE."""

@@ -216,7 +216,7 @@ def test_checks_then_times_and_publishes_both(tmp_path, capsys):
 
 @needs_kernels
 def test_a_wrong_kernel_is_named_and_nothing_is_timed(tmp_path, capsys):
-    loader = without("value")
+    loader = without("quantize")
     work = dataclasses.replace(WORK, checks=("matrix", "random", "special", "large"))
     assert run(LookAlike(loader), work, tmp_path) == 1
     results = published(tmp_path)
@@ -249,7 +249,7 @@ def test_what_cannot_be_built_fails_by_itself(tmp_path):
 def test_an_error_of_the_driver_is_a_failure_and_the_rest_goes_on(tmp_path):
     class Refusing(Loader):
         def loaded(self, spec, device, stream):
-            if spec.kind == "query":
+            if spec.kind == "quantize":
                 raise DriverError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS", 700)
             return super().loaded(spec, device, stream)
 
@@ -327,7 +327,7 @@ def trial(device: Device) -> Trial:
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", ["statistics", "query", "key", "value", "attend"])
+@pytest.mark.parametrize("kind", ["quantize", "attend"])
 def test_a_kernel_that_is_not_launched_is_noticed(kind):
     found = trial(LookAlike(without(kind)))
     checks.matrix(found)
@@ -338,7 +338,7 @@ def test_a_kernel_that_is_not_launched_is_noticed(kind):
 def test_a_result_that_changes_is_noticed():
     class Changing(LookAlike):
         def synchronize(self):
-            self.loader = without("value")  # from the second time on
+            self.loader = without("quantize")  # from the second time on
 
     found = trial(Changing())
     found.expect_right(Case("a call", make_call(SUBJECT, 10, 10, seed=0)))
@@ -395,7 +395,7 @@ def test_launches_that_come_before_their_inputs_are_noticed():
 def test_threads_that_disturb_each_other_are_noticed():
     class Disturbed(LookAlike):
         def fresh_loader(self):
-            return without("key")
+            return without("quantize")
 
     found = trial(Disturbed())
     checks.threads(found)
