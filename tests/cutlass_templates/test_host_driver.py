@@ -69,6 +69,9 @@ def test_a_launch_runs_the_kernel_and_is_logged(host: Host) -> None:
             "stream": 0x77,
             "context": context.value,
             "captured": False,
+            "loaded": 0,
+            "loaded_once": 0,
+            "stored": 0,
         }
     ]
     host.reset()

@@ -24,8 +24,8 @@ PLACE = "sage_compiler/kernels/cuda/pack/"
 NEEDED = ("torch", "filelock", "jinja2", "markupsafe", "numpy", "tqdm")
 # One cubin and one PTX, real ones.
 SMALLEST = (
-    variant("sm_89", "bfloat16", 64, "int8_fp8").statistics,
-    variant("compute_80", "bfloat16", 64, "int8_fp16").statistics,
+    *variant("sm_89", "bfloat16", 64, "int8_fp8").quantizers(),
+    *variant("compute_80", "bfloat16", 64, "int8_fp16").quantizers(),
 )
 WITHOUT_COMPILER = {"CXX": "no-such-compiler"}  # the native libraries are not what is looked at
 
@@ -135,8 +135,8 @@ assert not any(map(importlib.util.find_spec, ("nvidia", "cutlass_library")))
 headers._SYSTEM_TOOLKIT = SHIPPED / "nowhere"  # a machine with a toolkit has it there
 assert [pack.folder for pack in find_packs()] == [SHIPPED]
 images = default_images()
-cubin = images(variant("sm_89", "bfloat16", 64, "int8_fp8").statistics)
-ptx = images(variant("compute_80", "bfloat16", 64, "int8_fp16").statistics)
+cubin = images(variant("sm_89", "bfloat16", 64, "int8_fp8").quantize)
+ptx = images(variant("compute_80", "bfloat16", 64, "int8_fp16").quantize)
 assert cubin.startswith(b"\\x7fELF") and b"{SMALLEST[0].symbol}" in cubin
 assert b".visible .entry {SMALLEST[1].symbol}(" in ptx
 try:
@@ -157,7 +157,7 @@ def test_kernels_are_found_without_a_compiler(environment: Path) -> None:
         words = ("1x2x128x64", "--arch", arch, "--recipe", recipe)
         lines = run(environment, "kernels", "explain", *words).splitlines()
         built = [line.rsplit("  ", 1)[1] for line in lines if line.startswith("  sage_")]
-        assert built == ["in the pack", *["on first use; release wheels have it"] * 4]
+        assert built == ["in the pack", "on first use; release wheels have it"]
 
 
 def test_what_is_no_pack_of_a_wheel_is_refused(tree: Path, tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_what_is_no_pack_of_a_wheel_is_refused(tree: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("none/*"))
 
 
-def test_some_two_hundred_kernels_are_shipped() -> None:
+def test_how_many_kernels_are_shipped() -> None:
     archs = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
     cubins = [spec for arch in archs for spec in all_specs(arch)]
     ptx = all_specs("compute_80")
     assert len({spec.symbol for spec in (*cubins, *ptx)}) == len(cubins) + len(ptx)
-    assert (len(cubins), len(ptx)) == (224, 26)
+    assert (len(cubins), len(ptx)) == (132, 14)

@@ -264,7 +264,7 @@ def change_table(pack: Path, change: Callable[[str], str]) -> None:
         (lambda text: text.replace(" 256 17424 ", " 256 "), "line 3"),
         (lambda text: text.replace(" 256 17424 ", " 256 17424 7 "), "line 3"),
         (lambda text: text.replace("8 9", "8 9x", 1), "line 2"),
-        (lambda text: text.replace(" 0 1 0 1 2 2 ", " 0 99 0 1 2 2 "), "names kernels"),
+        (lambda text: text.replace(" 0 1 0 1 0 2 2 ", " 0 99 0 1 0 2 2 "), "names kernels"),
         (lambda text: text + "more\n", "is not as it must be"),
         (lambda text: text + "a " * 100 + "\n", "is not as it must be"),
     ],
