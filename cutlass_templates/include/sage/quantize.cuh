@@ -44,10 +44,14 @@ struct Quantize {
                                   typename OfKey::Params>;
 
     static constexpr int kThreads = kQuantizerThreads;
-    // As few registers as it takes for the loads of several blocks to be on their way at a time.
-    static constexpr int kMinBlocks = sizeof(Input) == 4 || kKeyDim > 128 || kValueDim > 128 ? 1
-                                      : kSmooths                                             ? 2
-                                                                                             : 3;
+    // As few registers as it takes for the loads of several blocks to be on their way at a time;
+    // rotating takes more than those.
+    static constexpr bool kRotates =
+        !cute::is_same_v<QueryReader, Plain> || !cute::is_same_v<KeyReader, Plain>;
+    static constexpr int kMinBlocks =
+        kRotates || sizeof(Input) == 4 || kKeyDim > 128 || kValueDim > 128 ? 1
+        : kSmooths                                                         ? 2
+                                                                           : 3;
     static constexpr int kSlotBytes = 16;
     static constexpr int kTaskBytes =
         larger_of(larger_of(OfStatistics::kSharedBytes, OfQuery::kSharedBytes),
