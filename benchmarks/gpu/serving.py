@@ -44,16 +44,8 @@ def sequences(trial: Trial) -> None:
     here = Case("", call).on(trial.device.place)
     ends = torch.tensor(((0, 0), *_LENGTHS)).cumsum(0)
     offsets = [side.to(trial.device.place, torch.int32) for side in ends.unbind(1)]
-    output, lse = kernel.run(
-        target(trial.device),
-        here.query,
-        here.key,
-        here.value,
-        here.semantics,
-        want_lse=True,
-        recipe=trial.subject.recipe,
-        lengths=Lengths.of(*offsets, here.query, here.key, read=False),
-    )
+    lengths = Lengths.of(*offsets, here.query, here.key, read=False)
+    output, lse = trial.run(here, lengths=lengths)
     trial.device.synchronize()
     for (first, first_key), (end, end_key) in zip(ends.tolist(), ends[1:].tolist(), strict=False):
         if first == end:
@@ -91,16 +83,7 @@ def rotary(trial: Trial) -> None:
             )
             return Rotary(pairs, channels, torch.float32, of_query, of_key)
 
-        output, lse = kernel.run(
-            target(trial.device),
-            here.query,
-            here.key,
-            here.value,
-            here.semantics,
-            want_lse=True,
-            recipe=trial.subject.recipe,
-            rotary=at(trial.device.place),
-        )
+        output, lse = trial.run(here, rotary=at(trial.device.place))
         trial.device.synchronize()
         query, key = at(torch.device("cpu")).rotated(call.query.float(), call.key.float())
         rotated = dataclasses.replace(call, query=query, key=key, value=call.value.float())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -74,11 +74,17 @@ class Trial:
     failures: list[str] = field(default_factory=list)
     skipped: str = ""
 
-    def run(self, call: Call, loader: Loader | None = None) -> tuple[Tensor, Tensor]:
-        """Output and LSE of a call on the device, without waiting for it."""
-        return self._run(target(self.device, loader=loader), call)
+    def run(
+        self, call: Call, loader: Loader | None = None, **serving: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Output and LSE of a call on the device, without waiting for it.
 
-    def _run(self, place: kernel.Target, call: Call) -> tuple[Tensor, Tensor]:
+        Args:
+            serving: what ``kernel.run`` takes besides: lengths of a packed batch, or a rotation.
+        """
+        return self._run(target(self.device, loader=loader), call, **serving)
+
+    def _run(self, place: kernel.Target, call: Call, **serving: Any) -> tuple[Tensor, Tensor]:
         return kernel.run(
             place,
             call.query,
@@ -90,6 +96,7 @@ class Trial:
             attn_mask=call.attn_mask,
             sinks=call.sinks,
             accumulator=self.subject.accumulator,
+            **serving,
         )
 
     def expect(self, holds: bool, sentence: str) -> None:

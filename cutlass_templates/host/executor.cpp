@@ -156,7 +156,6 @@ class Executor {
     void check_no_mbarrier(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_published(void const* address, int bytes, Site site);
-    void check_add(void const* address, int bytes, Site site);
     void check_place(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_counter(uint32_t const* counter, char const* operation, Site site);
     void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
@@ -189,7 +188,6 @@ class Executor {
     Stores stores_;
     Publications publications_;
     Traffic traffic_;
-    Stores added_;  // what fetch_add has touched
     Stacks stacks_;
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
@@ -217,7 +215,6 @@ std::string Executor::execute(Launch const& launch) {
         shadow_.reset(static_cast<size_t>(shared_bytes_));
         stores_.clear();
         publications_.begin_launch();
-        added_.clear();
     }
     if (launch.bytes != nullptr) traffic_.begin_launch();
 
@@ -431,8 +428,6 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
             return check_published(address, bytes, site);
         case Access::kStoreGlobal:
             return check_global(address, bytes, true, "store_global", site);
-        case Access::kAddGlobal:
-            return check_add(address, bytes, site);
         case Access::kLoadShared:
         case Access::kStoreShared: {
             bool const store = access == Access::kStoreShared;
@@ -801,29 +796,12 @@ void Executor::check_shared(void const* address, int bytes, char const* operatio
     }
 }
 
-// Atomic operations are ordered among themselves, and not with what else touches the word.
-void Executor::check_add(void const* address, int bytes, Site site) {
-    check_place(address, bytes, true, "fetch_add", site);
-    if (!launch_->detect_races) return;
-    auto const begin = reinterpret_cast<uintptr_t>(address);
-    if (stores_.any(begin, static_cast<size_t>(bytes))) {
-        fail(format("race between fetch_add at %p and a store of the same launch", address) +
-             at(site));
-    }
-    added_.add(begin, static_cast<size_t>(bytes), publications_.now(current_));
-}
-
 void Executor::check_global(void const* address, int bytes, bool store, char const* operation,
                             Site site) {
     check_place(address, bytes, store, operation, site);
     if (!launch_->detect_races) return;
     auto const begin = reinterpret_cast<uintptr_t>(address);
     auto const size = static_cast<uintptr_t>(bytes);
-    if (added_.any(begin, size)) {
-        fail(format("race between %s of %d bytes at %p and fetch_add of the same launch", operation,
-                    bytes, address) +
-             at(site));
-    }
     if (store) {
         stores_.add(begin, size, publications_.now(current_));
     } else if (stores_.any(begin, size)) {

@@ -17,10 +17,9 @@
 //   T load_written(T const*)        As load_global, of what the same launch may have stored: by
 //                                   this block before a barrier, or by another one before it
 //                                   arrived at a counter that this one has awaited.
-//   uint32_t fetch_add(uint32_t*, uint32_t)     Of global memory, atomic: its value before. A
-//                                   launch touches that word in no other way.
 //
-//   Blocks order themselves by counters in global memory, zero before the launch:
+//   Blocks order themselves by counters in global memory, zero before the launch, which touches
+//   them in no other way:
 //   uint32_t take_ticket(uint32_t*)         How many tickets were taken before. Blocks that take
 //                                           theirs later run later or at the same time: a block may
 //                                           wait for those with lower tickets, and no others.

@@ -31,7 +31,7 @@ class HopperDeal {
     SAGE_DEVICE static int next(AttendParams const& p) {
         auto const blocks = static_cast<uint32_t>(arch::grid_size());
         if (blocks >= p.tasks) return kNone;
-        uint32_t const position = blocks + arch::fetch_add(p.taken, 1);
+        uint32_t const position = blocks + arch::take_ticket(p.taken);
         return position < p.tasks ? at(p, position) : kNone;
     }
 

@@ -141,17 +141,12 @@ SAGE_DEVICE void copied_twice(Params const& p) {
     arch::copy_async_wait<0>();
 }
 
-// A word that others add to.
-SAGE_DEVICE void loaded_after_add(Params const& p) {
-    arch::fetch_add(p.memory, 1);
+// A counter that is touched in another way.
+SAGE_DEVICE void loaded_after_ticket(Params const& p) {
+    arch::take_ticket(p.memory);
     arch::barrier();
     uint32_t const count = p.fault == 0 ? 0 : arch::load_global(p.memory);
     arch::store_global(p.memory + 1 + thread(), count);
-}
-SAGE_DEVICE void added_after_store(Params const& p) {
-    arch::store_global(p.memory + thread(), 0u);
-    arch::barrier();
-    arch::fetch_add(p.memory + (p.fault == 0 ? 512 : 64), 1);
 }
 
 // A launch does not load what it stores.
@@ -324,8 +319,7 @@ FAULT(refilled_while_read)
 FAULT(copied_twice)
 FAULT(loaded_after_store)
 FAULT(copied_after_store)
-FAULT(loaded_after_add)
-FAULT(added_after_store)
+FAULT(loaded_after_ticket)
 FAULT(partial_barrier)
 FAULT(divergent_barrier)
 FAULT(divergent_operations)

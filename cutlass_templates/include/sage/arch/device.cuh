@@ -45,9 +45,6 @@ template <class T>
 SAGE_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
-SAGE_DEVICE uint32_t fetch_add(uint32_t* address, uint32_t value) {
-    return atomicAdd(address, value);
-}
 template <class T>
 SAGE_DEVICE T load_shared(T const* address) {
     return *address;

@@ -575,7 +575,7 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
         TEMPLATE,
     ),
     "a task is left out": (
-        replacing("arch::fetch_add(p.taken, 1)", "arch::fetch_add(p.taken, 2)"),
+        replacing("arch::take_ticket(p.taken)", "2 * arch::take_ticket(p.taken)"),
         None,
         DEAL,
     ),
@@ -615,7 +615,7 @@ def test_a_fault_between_tasks_is_found(fault: str, monkeypatch: pytest.MonkeyPa
 def test_a_counter_that_does_not_begin_at_zero_is_found() -> None:
     call = make_call(300, 200, 64, torch.float16)
     kernels = broken("query", replacing("arch::store_global(p.taken, 0u);", ""))
-    assert_found(call, kernels, None, multiprocessors=1)
+    assert_found(call, kernels, "must be zero before the launch", multiprocessors=1)
 
 
 def assert_found(call: Call, kernels: Loader, found_by: str | None, **options: object) -> None:

@@ -51,14 +51,27 @@ def attend(call: Call, *, want_lse: bool = True) -> tuple[torch.Tensor, torch.Te
     )
 
 
-def assert_right(call: Call, clean: Call | None = None, *, want_lse: bool = True) -> None:
+def on(place: str, call: Call) -> Call:
+    """The call on a device."""
+    tensors = {
+        name: tensor.to(place)
+        for name in ("query", "key", "value", "attn_mask", "sinks")
+        if (tensor := getattr(call, name)) is not None
+    }
+    return dataclasses.replace(call, **tensors)
+
+
+def assert_right(
+    call: Call, clean: Call | None = None, *, want_lse: bool = True, place: str = "cpu"
+) -> None:
     """As the reference within rounding, and as float64 within the recipe's tolerance.
 
     Args:
         clean: the call without what no query sees, where that is not finite.
+        place: the device that attends; the others are computed where the call is.
     """
     clean = clean or call
-    output, lse = attend(call, want_lse=want_lse)
+    output, lse = (x.to(call.query.device) for x in attend(on(place, call), want_lse=want_lse))
     expected, expected_lse = reference.attention(
         clean.query,
         clean.key,

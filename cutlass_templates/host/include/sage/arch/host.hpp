@@ -76,13 +76,6 @@ inline void store_global(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreGlobal, to, value, site);
 }
 
-inline uint32_t fetch_add(uint32_t* address, uint32_t value, Site site = SAGE_CALL_SITE) {
-    runtime().access(host::Access::kAddGlobal, address, sizeof *address, site);
-    uint32_t const before = *address;
-    *address += value;
-    return before;
-}
-
 template <class T>
 inline void store_shared(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreShared, to, value, site);

@@ -20,14 +20,7 @@ struct Site {
     int line;
 };
 
-enum class Access : int {
-    kLoadGlobal,
-    kLoadWritten,
-    kStoreGlobal,
-    kAddGlobal,
-    kLoadShared,
-    kStoreShared
-};
+enum class Access : int { kLoadGlobal, kLoadWritten, kStoreGlobal, kLoadShared, kStoreShared };
 
 // What the 32 lanes of a warp do together. The argument of each is the struct of that name below.
 enum class Collective : int {
