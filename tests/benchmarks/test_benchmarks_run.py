@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.testing import assert_allclose
 from onnxruntime import InferenceSession
 
-from benchmarks import budgets, calibration, kernels, onnx, onnx_nodes
+from benchmarks import budgets, calibration, deal, kernels, onnx, onnx_nodes
 from benchmarks.architectures import transformer
 from benchmarks.cells import MASKS, Cell, accuracy, make_inputs, sage_call, sdpa_call
 from benchmarks.measure import Spread, added, interleave_for, ratio
@@ -115,3 +115,16 @@ def test_single_nodes_of_onnx_are_timed():
         session = InferenceSession(onnx_nodes.model(cell, recipe))
         found.append(session.run(None, given)[0])
     assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_deal_gives_each_task_to_one_block():
+    work = deal.Work(2, 5, 700, causal=True, padded=True)
+    times = deal.tasks(work)
+    assert len(times) == 2 * 5 * 6
+    for give in deal.DEALS.values():
+        assert sum(give(times, 7)) == sum(times)
+    assert deal.in_turns([5, 3, 2, 1], 2) == [7, 4]
+    assert deal.back_and_forth([5, 3, 2, 1], 2) == [6, 5]
+    assert sorted(deal.by_counter([5, 3, 2, 1], 2)) == [5, 6]
+    even = deal.Work(1, 132, 128)
+    assert {deal.imbalance(even, name) for name in deal.DEALS} == {1.0}

@@ -166,14 +166,16 @@ class Sizes(NamedTuple):
         return self.batch * heads * self.row_blocks(tile)
 
     def heads_at_once(self, attend: AttendSpec | HopperAttendSpec) -> int:
-        """Heads whose keys and values stay in a cache together; at least one of K and V.
+        """Heads that a persistent grid works on at a time, so that their keys and values stay in a
+        cache together; at least one of K and V.
 
-        The heads of a persistent grid are worked on so many at a time: those of Q in whole groups,
-        or where they are packed those of K and V.
+        Those of Q in whole groups, or where they are packed those of K and V. As many each time, as
+        far as they come out even: a few that are left to the end would be long in being done.
         """
-        kv_heads = max(1, _CACHED_BYTES // (self.key_blocks * attend.tile.bytes))
-        group = 1 if attend.packed_heads else self.group
-        return min(self.batch * self.kv_heads, kv_heads) * group
+        fitting = max(1, _CACHED_BYTES // (self.key_blocks * attend.tile.bytes))
+        heads = self.batch * self.kv_heads
+        times = -(-heads // fitting)
+        return -(-heads // times) * (1 if attend.packed_heads else self.group)
 
     def blocks(
         self, kernels: Variant | CacheVariant, splits: int, multiprocessors: int

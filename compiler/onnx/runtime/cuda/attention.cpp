@@ -305,7 +305,9 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                            units_ahead(a)};
     const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
                                              quantize_value, schedule};
-    const int64_t cached_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));
+    const int64_t fitting_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));
+    const int64_t kv_heads = a.batch * a.kv_heads;
+    const int64_t heads_at_once = blocks_of(kv_heads, blocks_of(kv_heads, fitting_heads)) * group_;
     const sage::AttendParams attend = {parts[kQueryCodes],
                                        query_scales,
                                        tiles,
@@ -338,7 +340,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        a.value_head_dim,
                                        key_blocks_,
                                        rows,
-                                       least(a.batch * a.kv_heads, cached_heads) * group_,
+                                       heads_at_once,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {

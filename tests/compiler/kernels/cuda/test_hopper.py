@@ -271,12 +271,13 @@ def test_tasks_without_steps() -> None:
 
 
 def test_heads_are_worked_on_together() -> None:
-    """As many as fit into a cache, whole groups, at least one; a table of cases."""
+    """No more than fit into a cache, evenly, whole groups, at least one; a table of cases."""
     attend = variant(ARCH, "bfloat16", 128, RECIPE).attend
     for batch, kv_heads, group, keys, expected in (
         (1, 2, 1, 64, 2),
         (1, 8, 4, 1024, 32),
         (4, 8, 4, 16384, 3 * 4),  # of 4 MB and some
+        (1, 32, 1, 4096, 11),  # not 15, 15 and 2
         (1, 8, 4, 1 << 20, 4),
     ):
         sizes = Sizes.of(batch, group * kv_heads, kv_heads, 100, keys)
