@@ -47,6 +47,12 @@ class KernelSpec(ABC):
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
     params: ClassVar[struct.Struct]
+    follows: ClassVar[bool] = False  # whether it awaits the launches of its call before it
+
+    @property
+    def awaits_prerequisites(self) -> bool:
+        """Whether it may be launched dependent on the launch before it, from sm_90 on."""
+        return self.follows or self.varlen
 
     @property
     def symbol(self) -> str:
@@ -422,6 +428,7 @@ class AppendSpec(_QuantizerSpec):
     kind: ClassVar[str] = "append"
     template: ClassVar[str] = "Append"
     params: ClassVar[struct.Struct] = params.APPEND
+    follows: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -476,6 +483,7 @@ class AttendSpec(OperandSpec):
     kind: ClassVar[str] = "attend"
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
+    follows: ClassVar[bool] = True
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
     persistent: ClassVar[bool] = False
 
@@ -562,6 +570,7 @@ class HopperAttendSpec(OperandSpec):
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
     params: ClassVar[struct.Struct] = params.ATTEND
+    follows: ClassVar[bool] = True
     qk: ClassVar[Format] = Format.INT8
     pv: ClassVar[Format] = Format.FP8
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
@@ -661,6 +670,7 @@ class MergeSpec(OperandSpec):
     kind: ClassVar[str] = "merge"
     template: ClassVar[str] = "Merge"
     params: ClassVar[struct.Struct] = params.MERGE
+    follows: ClassVar[bool] = True
 
     @property
     def threads(self) -> int:

@@ -126,7 +126,7 @@ class Recorder:
         """A driver's call, which is not compared here."""
 
     def loaded(self, spec: KernelSpec, device: int, stream: int) -> Any:
-        def launch(blocks: int, on: int, packed: bytes) -> None:
+        def launch(blocks: int, on: int, packed: bytes, *, dependent: bool) -> None:
             self.launches.append(
                 Launch(spec.symbol, blocks, spec.threads, spec.shared_bytes, on, packed)
             )
