@@ -44,6 +44,7 @@ _MOST_OF_MEMORY: Final = 0.5
 # outputs.
 _BYTES_AN_ELEMENT: Final = 6 + 2 + 5 + 4
 _CHECKED_ROWS: Final = 256
+_COUNTER_BYTES: Final = 4
 
 
 class Mask(StrEnum):
@@ -253,7 +254,7 @@ class Prepared:
         """Launch the fused attention, and what may follow it."""
         taken = self._call.taken
         if taken:  # the counter of a persistent grid, which Q's quantizer would set to zero
-            self._place.clear(taken, COUNTER_BYTES)
+            self._place.clear(taken, _COUNTER_BYTES)
         for index, launch in enumerate(self._launches):
             self._place.launch(*launch, dependent=index > 0)
 

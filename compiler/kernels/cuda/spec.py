@@ -47,12 +47,18 @@ class KernelSpec(ABC):
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
     params: ClassVar[struct.Struct]
-    follows: ClassVar[bool] = False  # whether it awaits the launches of its call before it
+    follows: ClassVar[bool] = False  # another kernel of the same call, and waits for it
+    precedes: ClassVar[bool] = False  # such a one, and lets it begin
 
     @property
     def awaits_prerequisites(self) -> bool:
         """Whether it may be launched dependent on the launch before it, from sm_90 on."""
         return self.follows or self.varlen
+
+    @property
+    def launches_dependents(self) -> bool:
+        """Whether what depends on it begins when its blocks have begun, not when they end."""
+        return self.precedes or self.varlen
 
     @property
     def symbol(self) -> str:
@@ -179,6 +185,7 @@ class QuerySpec(_QuantizerSpec):
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
     params: ClassVar[struct.Struct] = params.QUERY
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -319,6 +326,7 @@ class QuantizeSpec(_QuantizerSpec):
     kind: ClassVar[str] = "quantize"
     template: ClassVar[str] = "Quantize"
     params: ClassVar[struct.Struct] = params.quantize(rotary_query=False, rotary_key=False)
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -406,6 +414,7 @@ class KeyMeanSpec(_QuantizerSpec):
     kind: ClassVar[str] = "key_mean"
     template: ClassVar[str] = "KeyMean"
     params: ClassVar[struct.Struct] = params.KEY_MEAN
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -486,6 +495,10 @@ class AttendSpec(OperandSpec):
     follows: ClassVar[bool] = True
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
     persistent: ClassVar[bool] = False
+
+    @property
+    def launches_dependents(self) -> bool:
+        return self.split or self.varlen
 
     @property
     def threads(self) -> int:
@@ -591,6 +604,10 @@ class HopperAttendSpec(OperandSpec):
     def keys(self) -> int:
         """Keys of a step."""
         return self.tiles * TILE_MMA.kv_block
+
+    @property
+    def launches_dependents(self) -> bool:
+        return self.split or self.varlen
 
     @property
     def threads(self) -> int:
