@@ -295,10 +295,12 @@ def test_an_output_that_is_wrong_at_speed_is_not_published(tmp_path, monkeypatch
 
 
 @needs_kernels
-def test_a_persistent_kernel_is_timed_doing_all_tasks_again():
+def test_a_persistent_kernel_is_timed_doing_all_tasks_again(monkeypatch):
     """What counts them is set to zero by a kernel that is not timed."""
     device = LookAlike()
     device.arch = "sm_90a"
+    place = dataclasses.replace(target(device), multiprocessors=2)
+    monkeypatch.setattr(speed, "target", lambda device: place)
     subject = Subject(variant("sm_90a", "float16", 64, "int8_fp8"))
     (cell, _) = speed.cells(dataclasses.replace(GRID, lengths=(300,)), 1 << 30, 1 << 14)
     assert isinstance(cell, speed.Cell)
