@@ -27,8 +27,10 @@ _LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 class Launcher(Protocol):
     """Where kernels are launched."""
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
-        """Start one kernel."""
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
+        """Start one kernel, ``dependent`` on the one before it in the stream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """The launches of ``attend`` and ``merge`` of a variant.
+    """The launches of ``attend`` and ``merge`` of a variant, directly after that of a quantizer.
 
     Attributes:
         multiprocessors: of the device, of which a persistent grid has one block each.
@@ -124,7 +126,7 @@ class Attending:
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
         blocks = min(tasks, self.multiprocessors) if self.kernels.attend.persistent else tasks
-        self.target.launch(self.kernels.attend, blocks, packed)
+        self.target.launch(self.kernels.attend, blocks, packed, dependent=True)
 
     def merge(self) -> None:
         """Launch what joins the parts."""
@@ -150,7 +152,7 @@ class Attending:
             log2(P_FACTOR[attend.pv]),
             _value_limit(attend),
         )
-        self.target.launch(merge, -(-sizes.rows // merge.rows), packed)
+        self.target.launch(merge, -(-sizes.rows // merge.rows), packed, dependent=True)
 
     def _results(self) -> tuple[int, int, int]:
         """Sinks, output and LSE."""

@@ -86,10 +86,18 @@ class Target:
         """How many multiprocessors there are to fill."""
         return self.multiprocessors or named(self.arch).multiprocessors
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
-        """Start one kernel."""
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
+        """Start one kernel.
+
+        Args:
+            dependent: it comes directly after another kernel of the same call, so that it may begin
+                before that has ended, if it is one that waits itself.
+        """
+        overlaps = named(self.arch).overlaps_launches and spec.awaits_prerequisites
         self.loader.loaded(spec, self.device, self.stream)(
-            blocks, self.stream, packed + self.sequences
+            blocks, self.stream, packed + self.sequences, dependent=dependent and overlaps
         )
 
     def clear(self, address: int, size: int) -> None:
@@ -449,7 +457,7 @@ class Call:
             self.key_totals,
             self.value_totals,
             self.batch * self.kv_heads,
-            self.sizes.ahead(self.kernels, row_term=self.row_term != 0),
+            self.sizes.ahead(self.kernels, self.target.processors, row_term=self.row_term != 0),
         )
         self.target.clear(self.counters, self._counter_bytes)
         self.target.launch(quantize, self._blocks[0], packed)
@@ -459,15 +467,15 @@ class Call:
 
     def _query(self) -> None:
         packed = self._query_params(self.key_sums, self.chunks)
-        self.target.launch(self.kernels.query, self._blocks[1], packed)
+        self.target.launch(self.kernels.query, self._blocks[1], packed, dependent=True)
 
     def _key(self) -> None:
         packed = self._key_params(self.key_sums, self.chunks)
-        self.target.launch(self.kernels.key, self._blocks[2], packed)
+        self.target.launch(self.kernels.key, self._blocks[2], packed, dependent=True)
 
     def _value(self) -> None:
         packed = self._value_params(self.value_amax, self.chunks)
-        self.target.launch(self.kernels.value, self._blocks[3], packed)
+        self.target.launch(self.kernels.value, self._blocks[3], packed, dependent=True)
 
     def _statistics_params(self) -> bytes:
         packed = params.STATISTICS.pack(

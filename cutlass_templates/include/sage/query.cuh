@@ -32,7 +32,10 @@ struct QuantizeQuery {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = (At::kRows * kHeadDim + kGroups * kParts) * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+    SAGE_DEVICE static void run(Params const& p) {
+        arch::launch_dependents();  // the attention to a cache
+        run(p, arch::block_index());
+    }
 
     // task = ((b * H + h) * M + block) * kTasks + part
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
@@ -248,7 +251,8 @@ struct QuantizeQuery {
             row = packed.inner;
         }
         store_codes<Format, Codes>(static_cast<char*>(p.codes) + block * Codes::kBytes, row,
-                                   place.at.channel, x, scale);
+                                   place.at.channel, x, scale,
+                                   [](auto* to, auto code) { arch::store_global(to, code); });
     }
 
     SAGE_DEVICE static void smoothed(float (&x)[kChunk], Kept const& query,

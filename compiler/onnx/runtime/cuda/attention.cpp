@@ -13,7 +13,7 @@ constexpr int64_t kFar = 1 << 30;  // beyond any length, and twice of it within 
 constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
-constexpr int64_t kAheadBytes = 3 << 20;
+constexpr int64_t kAheadBytes = 16 << 10;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
@@ -154,12 +154,14 @@ int64_t Work::quantizing_blocks(const Attention& a) const {
 }
 
 // Of Sizes.ahead.
-int64_t Work::units_ahead(const Attention& a) const {
+int64_t Work::tasks_ahead(const Attention& a, int64_t multiprocessors) const {
     const bool of_key = plan_->smooths_query == 0 || sizes_[kRowTerm] == 0;
     const int64_t units = a.batch * a.kv_heads * (of_key + (plan_->scales_value != 0));
     const int64_t element = a.dtype == Dtype::kFloat32 ? 4 : 2;
-    const int64_t unit = a.key_length * most(plan_->padded, plan_->padded_value) * element;
-    return unit > 3 * kAheadBytes ? 0 : least(units, blocks_of(kAheadBytes, unit));
+    const int64_t channels = most(plan_->padded, plan_->padded_value) / plan_->slices;
+    const int64_t of_task = chunk_tokens_ * channels * element;
+    return least(units * chunks_ * plan_->slices,
+                 blocks_of(multiprocessors * kAheadBytes, of_task));
 }
 
 bool Work::lay_out(const Attention& a, Error& error) {
@@ -302,7 +304,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                               end_key_,
                                               1};
     const sage::ScheduleParams schedule = {counters, key_totals, value_totals, a.batch * a.kv_heads,
-                                           units_ahead(a)};
+                                           tasks_ahead(a, device.multiprocessors())};
     const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
                                              quantize_value, schedule};
     const int64_t fitting_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));
@@ -343,15 +345,15 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        heads_at_once,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
-    const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {
-        return device.launch(kernel, blocks, &params, sizeof params, stream, error);
+    const auto start = [&](int64_t kernel, int64_t blocks, const auto& params, bool dependent) {
+        return device.launch(kernel, blocks, &params, sizeof params, stream, dependent, error);
     };
     const int64_t blocks = plan_->persistent != 0 ? least(rows, device.multiprocessors()) : rows;
     return SAGE_CUDA_CHECK(device.driver(), error, cuMemsetD8Async,
                            CUdeviceptr(reinterpret_cast<uintptr_t>(counters)), 0,
                            size_t(sizes_[kCounters]), stream) &&
-           start(plan_->quantize, quantizing_blocks(a), quantize) &&
-           start(plan_->attend, blocks, attend);
+           start(plan_->quantize, quantizing_blocks(a), quantize, false) &&
+           start(plan_->attend, blocks, attend, plan_->dependent != 0);
 }
 
 // All kernels before any is started: a call that fails has written nothing.
@@ -389,10 +391,10 @@ bool Work::look_through_mask(const Device& device, const Attention& a, char* con
         a.key_length, a.batch / mask_batches_,       a.kv_heads / mask_kv_heads_};
     const int64_t kv_heads = mask_batches_ * mask_kv_heads_;
     return device.launch(arch.mask_rows, mask_batches_ * mask_heads_ * query_blocks_, &rows,
-                         sizeof rows, stream, error) &&
+                         sizeof rows, stream, false, error) &&
            device.launch(arch.mask_keys, kv_heads * key_blocks_, &of_keys, sizeof of_keys, stream,
-                         error) &&
-           device.launch(arch.mask_counts, kv_heads, &counts, sizeof counts, stream, error);
+                         false, error) &&
+           device.launch(arch.mask_counts, kv_heads, &counts, sizeof counts, stream, false, error);
 }
 
 // Queries that see nothing: zeros, and an LSE of what the sinks are.
@@ -413,7 +415,8 @@ bool Work::spread_sinks(const Device& device, const Attention& a, float* out, in
     const sage::SinksParams params = {a.sinks, out, a.sinks_kind, count, a.heads, repeats};
     const int64_t kernel = device.arch().sinks;
     const int64_t threads = device.pack().kernels()[size_t(kernel)].threads;
-    return device.launch(kernel, blocks_of(count, threads), &params, sizeof params, stream, error);
+    return device.launch(kernel, blocks_of(count, threads), &params, sizeof params, stream, false,
+                         error);
 }
 
 }  // namespace sage_cuda

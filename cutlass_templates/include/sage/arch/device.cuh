@@ -46,6 +46,10 @@ SAGE_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 template <class T>
+SAGE_DEVICE void store_streaming(T* address, T value) {
+    __stcs(address, value);
+}
+template <class T>
 SAGE_DEVICE T load_shared(T const* address) {
     return *address;
 }
@@ -80,6 +84,18 @@ SAGE_DEVICE void await(uint32_t const* counter, uint32_t arrivals) {
         if (arrived >= arrivals) return;
         __nanosleep(64);
     }
+}
+
+// A kernel for older GPUs is never launched dependent on another one.
+SAGE_DEVICE void await_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+SAGE_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 SAGE_DEVICE void copy_async(void* shared, void const* global) {

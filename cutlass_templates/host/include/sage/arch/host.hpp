@@ -77,6 +77,11 @@ inline void store_global(T* to, T value, Site site = SAGE_CALL_SITE) {
 }
 
 template <class T>
+inline void store_streaming(T* to, T value, Site site = SAGE_CALL_SITE) {
+    store(host::Access::kStoreStreaming, to, value, site);
+}
+
+template <class T>
 inline void store_shared(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreShared, to, value, site);
 }
@@ -90,6 +95,10 @@ inline uint32_t arrive(uint32_t* counter, Site site = SAGE_CALL_SITE) {
 inline void await(uint32_t const* counter, uint32_t arrivals, Site site = SAGE_CALL_SITE) {
     runtime().await(counter, arrivals, site);
 }
+
+inline void await_prerequisites(Site site = SAGE_CALL_SITE) { runtime().await_prerequisites(site); }
+// Launches run one after another anyway; that a dependent one may begin early, its checks assume.
+inline void launch_dependents() {}
 
 inline void copy_async(void* shared, void const* global, Site site = SAGE_CALL_SITE) {
     runtime().copy_async(shared, global, site);
