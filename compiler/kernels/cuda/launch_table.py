@@ -49,7 +49,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 6
+FORMAT: Final = 7
 
 _ABSENT: Final = -1
 _Word = str | int
