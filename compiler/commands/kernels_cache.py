@@ -15,6 +15,7 @@ import torch
 from sage_compiler.commands.kernels_question import Question
 from sage_compiler.kernels.cuda.arch import Arch
 from sage_compiler.kernels.cuda.cut import Cut
+from sage_compiler.kernels.cuda.images import obtainable_here
 from sage_compiler.kernels.cuda.kernel import Target, has_softcap
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.packed import CudaStore
@@ -60,7 +61,13 @@ def of_cache(question: Question, arch: Arch) -> OfCache:
     """
     batch, heads, length, head_dim = question.query.shape
     _, kv_heads, tokens, _ = question.key.shape
-    target = _Noting(arch.name, 0, 0, _NoDevice())
+    target = _Noting(
+        arch.name,
+        0,
+        0,
+        _NoDevice(),
+        obtainable=lambda kernels: obtainable_here(kernels.specs()),
+    )
 
     @contextmanager
     def on(device: torch.device) -> Iterator[Target]:

@@ -22,6 +22,7 @@ from sage_compiler.kernels.cuda import dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch, arch_of
 from sage_compiler.kernels.cuda.cut import Cut
 from sage_compiler.kernels.cuda.cut import reason as reason_of_cut
+from sage_compiler.kernels.cuda.images import obtainable_here
 from sage_compiler.kernels.cuda.pack import find_packs
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import HopperAttendSpec, KernelSpec
@@ -158,6 +159,7 @@ def answer(question: Question) -> Answer:
             rotary_query=rotary,
             rotary_key=rotary,
             varlen=question.sequences is not None,
+            obtainable=lambda kernels: obtainable_here(kernels.specs()),
         )
         if not isinstance(planned, str):
             kernels, cut = planned

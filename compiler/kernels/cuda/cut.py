@@ -21,7 +21,7 @@ from typing import Final, NamedTuple
 from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.sizes import Sizes
 from sage_compiler.kernels.cuda.spec import QUERY_BLOCK, QueryTile, padded_dim
-from sage_compiler.kernels.cuda.variants import PACKED_ROWS, WGMMA_ROWS, variant
+from sage_compiler.kernels.cuda.variants import PACKED_ROWS, WGMMA_ROWS, decoding_tile, variant
 from sage_compiler.precision import TILE_MMA
 
 # Queries that leave at least half of a query block empty: then heads of a group are packed, and a
@@ -55,7 +55,7 @@ class Cut(NamedTuple):
     splits: int
 
 
-def choose(
+def cuts(
     arch: str,
     recipe: str,
     dtype: str,
@@ -66,8 +66,12 @@ def choose(
     multiprocessors: int,
     *,
     masked: bool = False,
-) -> Cut:
-    """The cut of one attention, from sizes alone: the same call gets the same bits.
+) -> tuple[Cut, ...]:
+    """The cuts of one attention, the best one first, from sizes alone: the same call gets the same
+    bits where the same kernels can be had.
+
+    Behind the best one comes for few queries the one whose kernels packs have, but where it would
+    read K and V more often than the last one, whole query blocks.
 
     Args:
         arch, recipe, dtype, head_dim, value_head_dim, masked: as of ``dispatch.decide``, which has
@@ -76,13 +80,21 @@ def choose(
         multiprocessors: of the device.
     """
     wgmma = named(arch).uses_wgmma(recipe)
-    tile = query_tile(sizes, max(head_dim, value_head_dim), wgmma=wgmma)
-    resident = _resident(arch, recipe, dtype, head_dim, value_head_dim, masked, tile)
-    wanted = multiprocessors * resident // sizes.tiles(tile)  # all at once, and none twice
-    rows = min(tile.rows, sizes.group * sizes.query_length) if wgmma else tile.rows
-    affordable = key_tiles // max(_LEAST_TILES, rows // _ROWS_OF_A_TILE)
-    splits = max(1, min(wanted, affordable, _MOST_SPLITS))
-    return Cut(tile._replace(split=splits > 1), splits)
+
+    def splits(tile: QueryTile) -> int:
+        resident = _resident(arch, recipe, dtype, head_dim, value_head_dim, masked, tile)
+        wanted = multiprocessors * resident // sizes.tiles(tile)  # all at once, and none twice
+        rows = min(tile.rows, sizes.group * sizes.query_length) if wgmma else tile.rows
+        affordable = key_tiles // max(_LEAST_TILES, rows // _ROWS_OF_A_TILE)
+        return max(1, min(wanted, affordable, _MOST_SPLITS))
+
+    best = query_tile(sizes, max(head_dim, value_head_dim), wgmma=wgmma)
+    found = [Cut(best._replace(split=splits(best) > 1), splits(best))]
+    packed = decoding_tile(arch, recipe)
+    exists = wgmma or padded_dim(max(head_dim, value_head_dim)) <= _LONGEST_OF_LEAST_ROWS
+    if best.packed_heads and exists and sizes.tiles(packed) <= sizes.tiles(QUERY_BLOCK):
+        found.append(Cut(packed, splits(packed)))
+    return tuple(dict.fromkeys((*found, Cut(QUERY_BLOCK, 1))))
 
 
 def query_tile(sizes: Sizes, longest: int, *, wgmma: bool = False) -> QueryTile:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sage_compiler.kernels.cuda.arch import ARCHS, PORTABLE, Arch
-from sage_compiler.kernels.cuda.cut import Cut, choose
+from sage_compiler.kernels.cuda.cut import Cut, cuts
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS, QUERY_BLOCK, QueryTile
 from sage_compiler.kernels.cuda.variants import Variant, accumulators, variant
@@ -118,7 +118,7 @@ def plan(
     Args:
         multiprocessors: of the device; None: those of the architecture's usual board.
         obtainable: whether kernels can be had. Where those of a finer cut cannot, as with a pack
-            and no compiler, there is none.
+            and no compiler, it is one that packs have, or there is none.
     """
 
     def kernels(tile: QueryTile) -> Variant | str:
@@ -144,7 +144,7 @@ def plan(
     uncut = Plan(refusal, Cut(QUERY_BLOCK, 1))
     if varlen:  # each sequence has another number of queries
         return uncut
-    cut = choose(
+    possible = cuts(
         arch,
         recipe,
         dtype,
@@ -155,9 +155,12 @@ def plan(
         multiprocessors or _table(arch).multiprocessors,
         masked=masked,
     )
-    found = kernels(cut.tile)
-    assert not isinstance(found, str)
-    return Plan(found, cut) if found == uncut.kernels or obtainable(found) else uncut
+    for cut in possible:
+        found = kernels(cut.tile)
+        assert not isinstance(found, str)
+        if found == uncut.kernels or obtainable(found):
+            return Plan(found, cut)
+    return uncut
 
 
 def lacking(arch: str, recipe: str) -> str | None:

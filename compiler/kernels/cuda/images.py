@@ -62,3 +62,13 @@ class Images:
 def default_images() -> Images:
     """The images of this process: its packs, its user's cache, and the compiler that is here."""
     return Images(pack.find_packs(), Cache(default_folder()), toolchain.find)
+
+
+def obtainable_here(specs: Sequence[KernelSpec]) -> bool:
+    """Whether kernels can be had by a pack that is here, or by a compiler.
+
+    Without a pack they are taken to be, as on another machine that compiles.
+    """
+    packs = pack.find_packs()
+    images = Images(packs, Cache(None), toolchain.find)
+    return not packs or all(images.missing(spec) is None for spec in specs)

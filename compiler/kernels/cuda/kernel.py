@@ -27,7 +27,7 @@ from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
-from sage_compiler.kernels.cuda.variants import Variant
+from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
 from sage_compiler.kernels.layout import empty_output
@@ -52,7 +52,7 @@ def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], obj
     return [start + offset for offset in offsets], arena
 
 
-def _everything(kernels: Variant) -> bool:
+def _everything(kernels: Variant | CacheVariant) -> bool:
     return True
 
 
@@ -79,7 +79,7 @@ class Target:
     allocate: Allocate = allocate
     multiprocessors: int | None = None
     sequences: bytes = b""
-    obtainable: Callable[[Variant], bool] = _everything
+    obtainable: Callable[[Variant | CacheVariant], bool] = _everything
 
     @property
     def processors(self) -> int:
@@ -688,7 +688,7 @@ def _decide(recipe: str, problem: Problem, arch: str) -> Variant | str:
 
 
 @functools.cache
-def _missing(kernels: Variant) -> str | None:
+def _missing(kernels: Variant | CacheVariant) -> str | None:
     reasons = map(default_images().missing, kernels.specs())
     return next((reason for reason in reasons if reason is not None), None)
 

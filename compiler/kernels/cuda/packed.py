@@ -19,7 +19,7 @@ from sage_compiler.errors import InvalidAttentionError, InvalidOptionError
 from sage_compiler.kernels.cuda import dispatch, params
 from sage_compiler.kernels.cuda.arch import named
 from sage_compiler.kernels.cuda.attending import Attending, Operands
-from sage_compiler.kernels.cuda.cut import choose
+from sage_compiler.kernels.cuda.cut import cuts
 from sage_compiler.kernels.cuda.kernel import LOG2_E, Target, has_softcap, on_device, strided
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, Mask, flags
 from sage_compiler.kernels.cuda.sizes import FAR, Reach, Sizes
@@ -205,7 +205,7 @@ class CudaStore:
     ) -> tuple[CacheVariant, int]:
         """The kernels of one attention, and into how many parts they split the keys."""
         shape = self.shape
-        cut = choose(
+        possible = cuts(
             target.arch,
             self.precision,
             self._dtype,
@@ -216,18 +216,21 @@ class CudaStore:
             target.processors,
             masked=masked,
         )
-        kernels = cache_variant(
-            target.arch,
-            self._dtype,
-            shape.head_dim,
-            self.precision,
-            value_head_dim=shape.value_head_dim,
-            window=window,
-            masked=masked,
-            softcap=softcap,
-            tile=cut.tile,
-        )
-        return kernels, cut.splits
+        for cut in possible:
+            kernels = cache_variant(
+                target.arch,
+                self._dtype,
+                shape.head_dim,
+                self.precision,
+                value_head_dim=shape.value_head_dim,
+                window=window,
+                masked=masked,
+                softcap=softcap,
+                tile=cut.tile,
+            )
+            if target.obtainable(kernels):
+                break
+        return kernels, cut.splits  # of none that can be had, the last one: loading it says why
 
 
 class _Call:

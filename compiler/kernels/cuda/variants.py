@@ -59,6 +59,9 @@ class Group:
         recipes: of each architecture.
         head_dims: of Q, K and V.
         masked: whether there is an explicit mask.
+        few_queries: whether it is decoding, with tiles of ``decoding_tile``.
+        cache: whether keys and values are a cache, ``sage.PackedKV``; then with whole blocks of
+            queries too, of prompts.
     """
 
     name: str
@@ -66,6 +69,8 @@ class Group:
     head_dims: tuple[int, ...]
     masked: bool
     reason: str
+    few_queries: bool = False
+    cache: bool = False
 
 
 PACK: Final = (
@@ -96,15 +101,47 @@ PACK: Final = (
         reason="Phi-3 mini, and the 80 channels of ViT-H and Stable Diffusion. Its operands are "
         "filled up to 128, so that it shares all kernels but one with 128",
     ),
-    # What few queries get, ``short_variants``, belongs here as a group of its own, with the first
-    # recipe of each architecture, once a GPU has shown where it gains: until then, on first use.
+    Group(
+        "decode",
+        Share.FIRST,
+        PACKED_HEAD_DIMS,
+        masked=False,
+        few_queries=True,
+        reason="a token, or a few that were guessed, against keys and values that torch keeps. One "
+        "tile of 32 rows has all heads of a group and token up to groups of 32; more rows take "
+        "several. Only with split keys: of one part it has the bits of the kernel that does not "
+        "split, for one small launch more, so that batches of many sequences do without a kernel "
+        "of their own",
+    ),
+    Group(
+        "decode, masked",
+        Share.FIRST,
+        PACKED_HEAD_DIMS,
+        masked=True,
+        few_queries=True,
+        reason="static caches, which is what compiled generation has: the mask hides what is not "
+        "filled yet; and padded batches. The merging kernel is that of the group above",
+    ),
+    Group(
+        "cache",
+        Share.FIRST,
+        (128,),
+        masked=False,
+        few_queries=True,
+        cache=True,
+        reason="sage.PackedKV: appending, prompts and tokens. Who keeps a quantized cache has many "
+        "keys, in models of billions of parameters, and of those nearly all have 128 channels. "
+        "Padding needs no mask here: a sequence's keys are its own",
+    ),
 )
 """What a kernel pack has, in float16 and bfloat16: what most models ask for. All else is compiled
 on first use, in a second or two.
 
 Left out: windows and softcap (few models, and twice as many kernels for each of them); head_dim 32,
 192 and 256 (another set of quantizers each); float32 (inference in it is rare); FP16 sums, which no
-recipe has; and ``RARE``.
+recipe has; ``RARE``; few queries by other recipes than the first, since who decodes waits for
+memory, not for products; lower and higher tiles of few queries, and those without split keys, which
+save a launch or a second reading, ``cut.shipped``; and caches at 64 or with masks.
 """
 
 RARE: Final[Mapping[tuple[str, str], str]] = MappingProxyType(
@@ -361,26 +398,36 @@ def accumulators(arch: str, recipe: str) -> tuple[Accumulator, ...]:
 
 
 def variants(arch: str) -> Iterator[Variant]:
-    """What a kernel pack has for an architecture: ``PACK``, without ``RARE``."""
+    """What a kernel pack has for an architecture: ``PACK`` but caches, without ``RARE``."""
     for group in PACK:
-        recipes = named(arch).recipes[: 1 if group.recipes is Share.FIRST else None]
-        for dtype, head_dim, recipe in itertools.product(PACKED_DTYPES, group.head_dims, recipes):
-            if (arch, recipe) not in RARE:
-                yield variant(arch, dtype, head_dim, recipe, masked=group.masked)
+        if group.cache:
+            continue
+        for dtype, head_dim, recipe in _members(arch, group):
+            tile = decoding_tile(arch, recipe) if group.few_queries else QUERY_BLOCK
+            yield variant(arch, dtype, head_dim, recipe, masked=group.masked, tile=tile)
 
 
-def short_variants(arch: str) -> Iterator[Variant]:
-    """What few queries get, of the dims and dtypes of a pack: see ``cut.choose``.
+def packed_caches(arch: str) -> Iterator[CacheVariant]:
+    """The caches that a kernel pack has kernels for."""
+    for group in PACK:
+        if not group.cache:
+            continue
+        for dtype, head_dim, recipe in _members(arch, group):
+            for tile in (QUERY_BLOCK, decoding_tile(arch, recipe)):
+                yield cache_variant(arch, dtype, head_dim, recipe, masked=group.masked, tile=tile)
 
-    One tile of packed heads, which decoding has, over all keys where there are many sequences, and
-    over parts of them else.
-    """
-    for dtype in PACKED_DTYPES:
-        for head_dim in PACKED_HEAD_DIMS:
-            for recipe in named(arch).recipes:
-                for split in (False, True):
-                    tile = QueryTile(_least_rows(arch, recipe), packed_heads=True, split=split)
-                    yield variant(arch, dtype, head_dim, recipe, tile=tile)
+
+def _members(arch: str, group: Group) -> Iterator[tuple[str, int, str]]:
+    """Dtype, head_dim and recipe of each attention of a group."""
+    recipes = named(arch).recipes[: 1 if group.recipes is Share.FIRST else None]
+    for each in itertools.product(PACKED_DTYPES, group.head_dims, recipes):
+        if (arch, each[2]) not in RARE:
+            yield each
+
+
+def decoding_tile(arch: str, recipe: str) -> QueryTile:
+    """The tile that a pack has for few queries."""
+    return QueryTile(_least_rows(arch, recipe), packed_heads=True, split=True)
 
 
 def _least_rows(arch: str, recipe: str) -> int:
@@ -471,7 +518,7 @@ def standalone_specs(arch: str) -> tuple[KernelSpec, ...]:
 
 def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     """The kernels of a pack, or those besides, each once, in a stable order."""
-    packed = _specs(variants(arch))
+    packed = _specs((*variants(arch), *packed_caches(arch)))
     if not further:
         return packed
     others = (*_specs(further_variants(arch)), *_specs(cache_variants(arch)))

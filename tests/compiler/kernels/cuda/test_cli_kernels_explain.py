@@ -1,14 +1,20 @@
 """The command ``sagec kernels explain``: what it prints; test_dispatch.py has whether it is so."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sage_compiler import cli
+from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
+from sage_compiler.kernels.cuda.arch import PORTABLE
+from sage_compiler.kernels.cuda.pack import MOST_COMPRESSED, build
+from sage_compiler.kernels.cuda.variants import all_specs
 from tests.compiler.commands import error_of
+from tests.compiler.kernels.cuda.toy import FakeCompiler
 
 COMMAND = ["kernels", "explain"]
 
@@ -188,6 +194,67 @@ def test_few_queries(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a last kernel merges" in about["reason"]
     whole = explained_json(capsys, *words[:3], "--kv", "1x8x200x128", *words[5:])
     assert found["scratch_bytes"] - 16 * 32 * (128 + 2) * 4 > whole["scratch_bytes"]
+
+
+@pytest.fixture
+def pack_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernels that release wheels have, by their names, and no compiler."""
+    specs = [spec for arch in ("sm_89", "sm_90a", PORTABLE.name) for spec in all_specs(arch)]
+    build(specs, tmp_path, FakeCompiler(), jobs=1, most_compressed=MOST_COMPRESSED)
+    monkeypatch.setenv("SAGE_KERNEL_PACK", str(tmp_path))
+
+    def none(*names: str) -> None:
+        raise KernelUnavailableError("no compiler for kernels")
+
+    monkeypatch.setattr(toolchain, "find", none)
+
+
+@pytest.mark.usefixtures("pack_alone")
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_103"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_pack_alone_decodes(
+    dtype: str, head_dim: int, arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sequence and many, whose keys need not be split; some tokens at once; with a mask."""
+    recipe = "int8_fp16" if arch == "sm_103" else "int8_fp8"
+    for batch, length, mask in (
+        (1, 1, None),
+        (64, 1, "bool"),
+        (1, 8, "float"),
+        (2, 5, "causal_bottom_right"),
+    ):
+        shape, keys = f"{batch}x32x{length}x{head_dim}", f"{batch}x8x2000x{head_dim}"
+        words = (shape, "--kv", keys, "--arch", arch, "--dtype", dtype)
+        words = words if mask is None else (*words, "--mask", mask)
+        found = explained_json(capsys, *words, "--recipe", recipe)
+        kinds = [each["symbol"].split("_")[1] for each in found["launches"]]
+        assert kinds == ["quantize", "attend", "merge"]
+        assert all(each["packed"] and each["shipped"] for each in found["launches"])
+        assert found["cut"]["packed_heads"] == 4
+        assert (found["cut"]["splits"] > 1) == (batch < 64)
+        if head_dim == 128 and mask in (None, "causal_bottom_right"):
+            found = explained_json(capsys, *words, "--cache")
+            kinds = [each["symbol"].split("_")[1] for each in found["launches"]]
+            assert kinds == ["append", "query", "attend", "merge"]
+            assert all(each["packed"] and each["shipped"] for each in found["launches"])
+
+
+@pytest.mark.usefixtures("pack_alone")
+def test_a_pack_alone_takes_prompts_into_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "1x32x700x128",
+        "--kv",
+        "1x8x700x128",
+        "--arch",
+        "sm_90a",
+        "--mask",
+        "causal_bottom_right",
+    )
+    launches = explained_json(capsys, *words, "--cache")["launches"]
+    kinds = [each["symbol"].split("_sm_")[0] for each in launches]
+    assert kinds == ["sage_key_mean", "sage_append", "sage_query", "sage_attend_hopper"]
+    assert all(each["packed"] for each in launches)
 
 
 def test_packed_sequences(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from sage_compiler import rates
 from sage_compiler.kernels import reference
 from sage_compiler.kernels.cuda import dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
-from sage_compiler.kernels.cuda.cut import Cut, choose, query_tile, reason
+from sage_compiler.kernels.cuda.cut import Cut, cuts, query_tile, reason
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, QueryTile
-from sage_compiler.kernels.cuda.variants import Variant, variant
+from sage_compiler.kernels.cuda.variants import Variant, all_specs, variant
 from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import MaskClass, Semantics
 from tests.compiler.kernels.cuda.emulation import ARCH, WGMMA, Way, loader, named, the_host
@@ -25,11 +27,11 @@ from tests.cutlass_templates import host
 PORTABLE = Way("int8_fp16")
 
 
-def cut(
+def possible(
     sizes: Sizes, way: Way = PORTABLE, *, head_dim: int = 128, multiprocessors: int = 128
-) -> Cut:
+) -> tuple[Cut, ...]:
     """Without a band."""
-    return choose(
+    return cuts(
         way.arch,
         way.recipe,
         "bfloat16",
@@ -39,6 +41,11 @@ def cut(
         sizes.key_blocks,
         multiprocessors,
     )
+
+
+def cut(*arguments: Any, **options: Any) -> Cut:
+    """The best one."""
+    return possible(*arguments, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,28 @@ def test_what_every_cut_is() -> None:
         assert kernels.attend.shared_bytes <= ARCHS[arch].shared_bytes
 
 
+def test_what_packs_have_comes_behind_the_best_cut() -> None:
+    """For few queries, in one tile or in some, but not where blocks would read less."""
+    shipped = QueryTile(32, packed_heads=True, split=True)
+    for sizes, expected in (
+        ((1, 32, 8, 1, 4096), [(shipped, 16)]),
+        ((64, 32, 8, 1, 4096), [(shipped._replace(split=False), 1), (shipped, 1)]),
+        ((1, 32, 8, 16, 4096), [(QueryTile(64, True, True), 16), (shipped, 8)]),
+        ((1, 8, 8, 64, 8192), [(QueryTile(64, True, True), 16)]),  # in two tiles each
+        ((1, 32, 8, 4096, 4096), []),
+    ):
+        found = possible(Sizes.of(*sizes))
+        assert list(found) == [Cut(*each) for each in expected] + [Cut(QUERY_BLOCK, 1)]
+        by_wgmma = possible(Sizes.of(*sizes), WGMMA)
+        assert by_wgmma[-1] == Cut(QUERY_BLOCK, 1)
+        assert all(each.tile.rows == 128 for each in by_wgmma)
+        assert (shipped._replace(rows=128) in [each.tile for each in by_wgmma]) == bool(expected)
+    assert [each.tile.rows for each in possible(Sizes.of(1, 1, 1, 1, 99), head_dim=256)] == [
+        64,
+        128,
+    ]
+
+
 def test_what_a_band_shows_is_what_counts() -> None:
     """A window of a long cache is not split as the cache would be."""
     for mask_class in MaskClass:
@@ -158,6 +187,32 @@ def test_a_call_is_cut(way: Way) -> None:
 
 
 @pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
+@pytest.mark.parametrize("way", [Way("int8_fp8"), WGMMA], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_pack_alone_decodes(masked: bool, way: Way) -> None:
+    """With split keys, and one part of them has the bits of kernels that do not split."""
+    packed = set(all_specs(way.arch))
+    names = {spec.symbol for spec in packed}
+    call = make_call(2, 300, 64, torch.float16, kv_heads=2, group=4)
+    mask = torch.rand(2, 300) < 0.7 if masked else None
+    results = []
+    for obtainable in (None, lambda kernels: packed.issuperset(kernels.specs())):
+        the_host().reset()
+        target = kernel.Target(way.arch, 0, 0, loader(), multiprocessors=1)
+        if obtainable is not None:
+            target = dataclasses.replace(target, obtainable=obtainable)
+        tensors = (call.query, call.key, call.value)
+        results += kernel.run(
+            target, *tensors, call.semantics, want_lse=True, recipe=way.recipe, attn_mask=mask
+        )
+        symbols = [launch["symbol"] for launch in the_host().launches()]
+        assert names.issuperset(symbols) is (obtainable is not None)
+        merge = ["merge"] * (obtainable is not None)
+        assert [symbol.split("_")[1] for symbol in symbols] == ["quantize", "attend", *merge]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+@pytest.mark.skipif(host.missing() is not None, reason=str(host.missing()))
 @pytest.mark.parametrize("way", [PORTABLE, WGMMA], ids=str)
 def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut(way: Way) -> None:
     """A pack has those of 128 queries, and nothing compiles others."""
@@ -182,5 +237,6 @@ def test_a_call_whose_finer_kernels_cannot_be_had_is_not_cut(way: Way) -> None:
     uncut = dispatch.decide(way.arch, way.recipe, "float16", 64, 64)
     assert isinstance(uncut, Variant)
     assert [launch["symbol"] for launch in launches] == [spec.symbol for spec in uncut.specs()]
-    assert [kernels.merge is not None for kernels in asked] == [True]
+    # The best cut, and the one that packs have, which of few keys of few heads are one.
+    assert [kernels.merge is not None for kernels in asked] == [True] * len(set(asked))
     assert torch.equal(output, way.attend(call).output)
