@@ -131,6 +131,7 @@ _SLICE_CHANNELS: Final = 32
 _SLOT_BYTES: Final = 16  # for what one thread tells all
 _QUERIES: Final = 2  # query blocks in shared memory, each with the task that it belongs to
 _TASK_BYTES: Final = 4
+_SEQUENCE_BYTES: Final = 20  # and with its sequence
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -566,8 +567,8 @@ class HopperAttendSpec(OperandSpec):
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
 
-    All but those of packed batches are persistent: a grid has no more blocks than there are
-    multiprocessors, and each goes on with another task until all are done.
+    It is persistent: a grid has no more blocks than there are multiprocessors, and each goes on
+    with another task until all are done.
     """
 
     value_head_dim: int
@@ -589,11 +590,11 @@ class HopperAttendSpec(OperandSpec):
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
+    persistent: ClassVar[bool] = True
 
     @property
-    def persistent(self) -> bool:
-        """Whether a grid is."""
-        return not self.varlen
+    def instance(self) -> str:
+        return f"sage::{self.template}<{', '.join(self.arguments)}>"
 
     @property
     def query_tile(self) -> QueryTile:
@@ -607,7 +608,7 @@ class HopperAttendSpec(OperandSpec):
 
     @property
     def launches_dependents(self) -> bool:
-        return self.split or self.varlen
+        return self.split  # of a packed batch it is the last one
 
     @property
     def threads(self) -> int:
@@ -620,7 +621,8 @@ class HopperAttendSpec(OperandSpec):
         if self.tile_scales:
             stage += self.value_head_dim * _FLOAT_BYTES
         mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
-        queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
+        task = _TASK_BYTES + (_SEQUENCE_BYTES if self.varlen else 0)
+        queries = _QUERIES * (self.query_block_bytes + task)
         return queries + self.stages * stage + mbarriers
 
     @property
@@ -649,6 +651,7 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.split),
             str(self.tiles),
             str(self.stages),
+            _cpp(self.varlen),
         )
 
 
