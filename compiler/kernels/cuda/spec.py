@@ -544,6 +544,8 @@ class HopperAttendSpec(OperandSpec):
         tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
+        mask_places: tiles of a mask in shared memory, which the producer copies there by a tensor
+            map where there can be one; 0: a mask is read where it lies, always.
 
     All but those of packed batches are persistent: a grid has no more blocks than there are
     multiprocessors, and each goes on with another task until all are done.
@@ -558,6 +560,7 @@ class HopperAttendSpec(OperandSpec):
     packed_heads: bool = QUERY_BLOCK.packed_heads
     split: bool = QUERY_BLOCK.split
     tile_scales: bool = False
+    mask_places: int = 0
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -567,6 +570,11 @@ class HopperAttendSpec(OperandSpec):
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
+
+    @property
+    def params_bytes(self) -> int:
+        plain = super(HopperAttendSpec, self).params_bytes
+        return plain + (params.MASK_MAP.size if self.mask_places else 0)
 
     @property
     def persistent(self) -> bool:
@@ -593,9 +601,10 @@ class HopperAttendSpec(OperandSpec):
         stage = self.keys * row + self.tiles * _KEY_SCALES
         if self.tile_scales:
             stage += self.value_head_dim * _FLOAT_BYTES
+        mask = TILE_MMA.q_block * TILE_MMA.kv_block * _FLOAT_BYTES + 2 * _MBARRIER_BYTES
         mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
         queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
-        return queries + self.stages * stage + mbarriers
+        return queries + self.stages * stage + self.mask_places * mask + mbarriers
 
     @property
     def query_block_bytes(self) -> int:
@@ -623,6 +632,7 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.split),
             str(self.tiles),
             str(self.stages),
+            str(self.mask_places),
         )
 
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
+#include <sage/copied_mask.cuh>
 #include <sage/hopper_deal.cuh>
 #include <sage/hopper_memory.cuh>
 #include <sage/hopper_task.cuh>
@@ -29,11 +30,15 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
-          bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages>
+          bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages,
+          int kMaskPlaces>
 class AttendHopper {
  public:
-    using Params = AttendParams;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages>;
+    // Whether tiles of a mask can be copied to shared memory.
+    static constexpr bool kCopiesMask = kMaskPlaces > 0;
+    static_assert(!kCopiesMask || (kMasked && !kPackedHeads), "the rows are queries of one head");
+    using Params = cute::conditional_t<kCopiesMask, MaskedAttendParams, AttendParams>;
+    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, kMaskPlaces>;
     using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
     using Rows = typename Task::Rows;
     using Deal = HopperDeal<Task>;
@@ -55,6 +60,7 @@ class AttendHopper {
  private:
     using Stages = RingPlace<kStages>;
     using Queries = RingPlace<Memory::kQueries>;
+    using Masks = RingPlace<kCopiesMask ? kMaskPlaces : 1>;
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
     static constexpr int kStep = 32;                 // bytes of a product
@@ -88,6 +94,9 @@ class AttendHopper {
         if (thread >= kConsumers) {
             arch::registers_decrease<kProducerRegisters>();
             if (thread == kConsumers) produce<kPersistent>(p, task);
+            if constexpr (kCopiesMask) {
+                if (thread == kConsumers + 32) produce_masks(p);
+            }
         } else {
             arch::registers_increase<kConsumerRegisters>();
             consume(p);
@@ -172,6 +181,37 @@ class AttendHopper {
                         Memory::kScaleBytes, Memory::key_full(stage));
     }
 
+    // --- the producer of masks: a thread of another warp, so that neither waits for the other's
+    // places, and each has registers for itself
+
+    // Like a consumer, it is told the tasks.
+    SAGE_DEVICE static void produce_masks(Params const& p) {
+        Queries queries;
+        Masks masks;
+        for (;; queries.advance()) {
+            arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
+            int const index = arch::load_shared(Memory::task(queries.stage()));
+            if (index == Deal::kNone) break;
+            arch::mbarrier_arrive(Memory::query_empty(queries.stage()));
+            if (p.mask_rows != 0) copy_masks(p, Task(p, index), masks);
+        }
+    }
+
+    // The tiles of which elements are wanted.
+    SAGE_DEVICE static void copy_masks(Params const& p, Task const& task, Masks& place) {
+        SAGE_ROLLED
+        for (int step = task.first_step(); task.is_step(step); step = task.step_after(step)) {
+            SAGE_ROLLED
+            for (int tile = step; tile < step + kTiles; ++tile) {
+                if (task.shown_of(tile) != kMixed) continue;
+                arch::mbarrier_wait(Memory::mask_empty(place.stage()), place.parity() ^ 1);
+                CopiedMask::copy(p, task.rows().head(0, 0), task.rows().first_query(), tile,
+                                 Memory::mask(place.stage()), Memory::mask_full(place.stage()));
+                place.advance();
+            }
+        }
+    }
+
     // --- the consumers
 
     Params const& p_;
@@ -192,6 +232,7 @@ class AttendHopper {
         int const warpgroup = arch::warp_uniform(arch::thread_index() / kWarpgroup);
         Stages stages;
         Queries queries;
+        Masks masks;
         if (warpgroup == 1) pass_turn(warpgroup);  // the other one is first
         for (;; queries.advance()) {
             arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
@@ -201,7 +242,8 @@ class AttendHopper {
             Task const task(p, index);
             AttendHopper state(p, task, warpgroup);
             stages.turn = arch::warp_uniform(stages.turn);
-            state.attend(place, stages);
+            if constexpr (kCopiesMask) masks.turn = arch::warp_uniform(masks.turn);
+            state.attend(place, stages, masks);
             state.end(place);
         }
         if (warpgroup == 0) take_turn(warpgroup);  // so that no turn is left over
@@ -244,8 +286,9 @@ class AttendHopper {
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return (arch::thread_index() & 3) * 2; }
 
-    // Q is at `query`, K and V of the first step at `place`, which becomes that of the next task.
-    SAGE_DEVICE void attend(int query, Stages& place) {
+    // Q is at `query`, K and V of the first step at `place`, and what of the mask is copied first
+    // at `masks`, which become those of the next task.
+    SAGE_DEVICE void attend(int query, Stages& place, Masks& masks) {
         int tile = task_->first_step();
         if (task_->is_step(tile)) {
             uint32_t scores[kKeys / 2];
@@ -258,7 +301,7 @@ class AttendHopper {
             arch::wgmma_hold(scores);
             arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
             float remaining[Rows::kScales][kTiles];
-            scale(scores, remaining, key_scales, tile);
+            scale(scores, remaining, key_scales, tile, masks);
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
                 softmax(scores, half, remaining);
@@ -274,7 +317,7 @@ class AttendHopper {
                 arch::wgmma_hold(scores);
                 arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
                 float const decay[kHalves] = {decay_[0], decay_[1]};
-                scale(scores, remaining, key_scales, tile);
+                scale(scores, remaining, key_scales, tile, masks);
                 softmax(scores, 0, remaining);
                 end_product(product, decay, place.before());
                 pack(scores, 0);
@@ -396,7 +439,7 @@ class AttendHopper {
     // Scores of the keys from `tile` on, as bits of floats in the place of integers, which are
     // still to be multiplied by `remaining`.
     SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[Rows::kScales][kTiles],
-                           float const (&key_scales)[kTiles], int tile) {
+                           float const (&key_scales)[kTiles], int tile, Masks& masks) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
         bool const masked = first + kKeys > end_of_whole_ || first < begin_of_whole_;
@@ -421,7 +464,7 @@ class AttendHopper {
         }
         if constexpr (kMasked) {
             SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i);
+            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i, masks);
         }
         if (masked) hide(scores, first);
     }
@@ -512,9 +555,13 @@ class AttendHopper {
 
     // Hides what a bool mask hides of a tile, the step's i-th, and adds a float one, to scores in
     // units of log 2.
-    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
+    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile,
+                                Masks& masks) const {
         uint8_t const shown = task_->shown_of(tile);
         if (shown == kShowsAll) return;
+        if constexpr (kCopiesMask) {
+            if (shown == kMixed && p_.mask_rows != 0) return apply_copied_mask(scores, i, masks);
+        }
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             Split const head(this->head(half), p_.heads);
@@ -532,6 +579,49 @@ class AttendHopper {
                     float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
                     float const x = arch::from_bits(word);
                     word = arch::bits(added == -infinity() ? added : x + added);
+                }
+            }
+        }
+    }
+
+    // The same from shared memory. Beyond the last query and key there are zeros, whatever they
+    // mean: such keys are hidden, and such rows are nobody's.
+    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i, Masks& place) const {
+        arch::mbarrier_wait(Memory::mask_full(place.stage()), place.parity());
+        char const* const tile = Memory::mask(place.stage());
+        switch (p_.mask.kind) {
+            case MaskKind::kBool:
+                apply_copied_mask<MaskKind::kBool>(scores, i, tile);
+                break;
+            case MaskKind::kHalf:
+                apply_copied_mask<MaskKind::kHalf>(scores, i, tile);
+                break;
+            case MaskKind::kBfloat16:
+                apply_copied_mask<MaskKind::kBfloat16>(scores, i, tile);
+                break;
+            case MaskKind::kFloat:
+                apply_copied_mask<MaskKind::kFloat>(scores, i, tile);
+                break;
+        }
+        arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));
+        place.advance();
+    }
+
+    template <MaskKind kKind>
+    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i,
+                                       char const* tile) const {
+        CopiedMask::Rows<kKind> const rows(tile, first_row_of_thread<16>(), p_.mask_rows);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                float2 const added = rows.pair(half, atom * 8 + first_column());
+                SAGE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t& word = scores[at(i, half, atom, j)];
+                    float const x = arch::from_bits(word);
+                    float const of_key = j == 0 ? added.x : added.y;
+                    word = arch::bits(of_key == -infinity() ? of_key : x + of_key);
                 }
             }
         }

@@ -30,12 +30,16 @@ SAGE_DEVICE float natural_bias(Mask const& mask, int64_t index) {
     return load_float(mask.data, index, mask.kind);
 }
 
-// What an element of a mask adds to a score, in units of log 2: finite stays finite.
-SAGE_DEVICE float bias(Mask const& mask, int64_t index) {
-    float const natural = natural_bias(mask, index);
+// From natural units to those of log 2: finite stays finite.
+SAGE_DEVICE float in_log2(float natural) {
     if (natural == infinity() || natural == -infinity()) return natural;
     float const scaled = natural * kLog2E;
     return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
+}
+
+// What an element of a mask adds to a score, in units of log 2.
+SAGE_DEVICE float bias(Mask const& mask, int64_t index) {
+    return in_log2(natural_bias(mask, index));
 }
 
 }  // namespace sage

@@ -41,7 +41,7 @@ def test_one_attention(tmp_path: Path) -> None:
         assert record == ["kernel", "sm_89", spec.symbol, *map(str, geometry), digest(image)]
     (attention,) = rest[len(specs) :]
     choice = "sm_89 float16 int4_fp16 65 96 65 96 1 0 0"
-    layout = "1 0 0 1 4 128 128 8192 4096 20480 20608"
+    layout = "1 0 0 0 1 4 128 128 8192 4096 20480 20608"
     assert " ".join(attention) == f"attention {choice} 0 1 {layout}"
 
 
