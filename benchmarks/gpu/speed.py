@@ -44,6 +44,7 @@ _MOST_OF_MEMORY: Final = 0.5
 # outputs.
 _BYTES_AN_ELEMENT: Final = 6 + 2 + 5 + 4
 _CHECKED_ROWS: Final = 256
+_COUNTER_BYTES: Final = 4
 
 
 class Mask(StrEnum):
@@ -205,9 +206,11 @@ class _Recorder(kernel.Target):
 
     launches: list[tuple[KernelSpec, int, bytes]] = field(default_factory=list)
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
         self.launches.append((spec, blocks, packed))
-        super().launch(spec, blocks, packed)
+        super().launch(spec, blocks, packed, dependent=dependent)
 
 
 class Prepared:
@@ -244,16 +247,16 @@ class Prepared:
             isinstance(spec, (AttendSpec, HopperAttendSpec)) for spec, *_ in recorder.launches
         ]
         is_first = is_attention.index(True)
-        self._stream = place.stream
-        self._launches = [
-            (place.loader.loaded(spec, place.device, place.stream), blocks, packed)
-            for spec, blocks, packed in recorder.launches[is_first:]
-        ]
+        self._place = place
+        self._launches = recorder.launches[is_first:]
 
     def attend(self) -> None:
         """Launch the fused attention, and what may follow it."""
-        for launch, blocks, packed in self._launches:
-            launch(blocks, self._stream, packed)
+        taken = self._call.taken
+        if taken:  # the counter of a persistent grid, which Q's quantizer would set to zero
+            self._place.clear(taken, _COUNTER_BYTES)
+        for index, launch in enumerate(self._launches):
+            self._place.launch(*launch, dependent=index > 0)
 
     def total(self) -> Tensor:
         """The whole call."""

@@ -48,7 +48,9 @@ class _Probe(kernel.Target):
 
     specs: list[KernelSpec] = field(default_factory=list)
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
         self.specs.append(spec)
 
     def clear(self, address: int, size: int) -> None:

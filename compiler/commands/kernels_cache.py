@@ -117,5 +117,7 @@ class _Noting(Target):
 
     noted: list[tuple[KernelSpec, int]] = field(default_factory=list)
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
         self.noted.append((spec, blocks))

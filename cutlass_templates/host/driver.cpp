@@ -66,6 +66,26 @@ enum CUstreamCaptureStatus : int {
     CU_STREAM_CAPTURE_STATUS_ACTIVE = 1,
 };
 
+enum CUlaunchAttributeID : int { CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6 };
+
+struct CUlaunchAttribute {
+    CUlaunchAttributeID id;
+    char pad[4];
+    union {
+        int serialization_is_programmatic;
+        char pad[64];
+    } value;
+};
+
+struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z;
+    unsigned block_x, block_y, block_z;
+    unsigned shared_bytes;
+    CUstream stream;
+    CUlaunchAttribute const* attributes;
+    unsigned attribute_count;
+};
+
 struct CUctx_st {
     CUdevice device;
 };
@@ -89,7 +109,7 @@ using sage::host::Entry;
 using sage::host::Image;
 using sage::host::Range;
 
-constexpr int kDriverVersion = 13000;
+constexpr int kVersion = 13000;
 constexpr int kMaxDevices = 8;
 constexpr int kSharedWithoutOptIn = 48 << 10;
 constexpr size_t kLoggedLaunches = 10'000;
@@ -98,6 +118,7 @@ struct LaunchRecord {
     std::string symbol;
     unsigned grid, block, shared_bytes;
     CUstream stream;
+    bool dependent;
     CUcontext context;
     bool captured;
     sage::host::Bytes bytes;
@@ -109,6 +130,7 @@ struct Driver {
     bool initialized = false;
     int devices = 1;
     int major = 8, minor = 9;
+    int version = kVersion;
     uint64_t seed = 0;
     bool detect_races = true;
     bool dry_run = false;
@@ -195,6 +217,82 @@ CUresult launch_refused(CUfunction function, std::string const& what) {
     return refuse(CUDA_ERROR_INVALID_VALUE, function->name + ": " + what);
 }
 
+// Both ways to launch a kernel. It may be dependent on the launch before it in the stream.
+CUresult launch(CUfunction function, CUlaunchConfig const& config, void** params, void** extra,
+                bool dependent) {
+    Driver& state = driver();
+    Entry const& entry = *function->entry;
+    std::unique_lock<std::mutex> lock(state.mutex);
+    if (current_context() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    if (current_context() != function->module->context) {
+        return refuse(CUDA_ERROR_INVALID_HANDLE,
+                      function->name + ": its module was loaded in another context");
+    }
+    if (params == nullptr || params[0] == nullptr || extra != nullptr) {
+        return launch_refused(function, "kernelParams must point to the parameters");
+    }
+    if (config.grid_x == 0 || config.grid_x > 0x7fff'ffffu || config.grid_y != 1 ||
+        config.grid_z != 1) {
+        return launch_refused(function, "the grid must be (1 .. 2^31 - 1, 1, 1), not (" +
+                                            std::to_string(config.grid_x) + ", " +
+                                            std::to_string(config.grid_y) + ", " +
+                                            std::to_string(config.grid_z) + ")");
+    }
+    if (config.block_x != static_cast<unsigned>(entry.threads) || config.block_y != 1 ||
+        config.block_z != 1) {
+        return launch_refused(function, "the block must be (" + std::to_string(entry.threads) +
+                                            ", 1, 1), not (" + std::to_string(config.block_x) +
+                                            ", " + std::to_string(config.block_y) + ", " +
+                                            std::to_string(config.block_z) + ")");
+    }
+    if (config.shared_bytes != static_cast<unsigned>(entry.shared_bytes)) {
+        return launch_refused(function, "it takes " + std::to_string(entry.shared_bytes) +
+                                            " bytes of dynamic shared memory, not " +
+                                            std::to_string(config.shared_bytes));
+    }
+    if (config.shared_bytes > static_cast<unsigned>(function->max_dynamic_shared)) {
+        return launch_refused(function,
+                              std::to_string(config.shared_bytes) +
+                                  " bytes of dynamic shared memory are more than the function's "
+                                  "attribute allows, " +
+                                  std::to_string(function->max_dynamic_shared));
+    }
+    bool const captured = state.capturing.count(config.stream) != 0;
+    if (state.launches.size() == kLoggedLaunches) state.launches.pop_front();
+    state.launches.push_back({function->name,
+                              config.grid_x,
+                              config.block_x,
+                              config.shared_bytes,
+                              config.stream,
+                              dependent,
+                              current_context(),
+                              captured,
+                              {}});
+    if (captured || state.dry_run) return CUDA_SUCCESS;
+
+    sage::host::Bytes bytes;
+    bool const count_bytes = state.count_bytes;
+    sage::host::Launch const launch = {entry,
+                                       params[0],
+                                       config.grid_x,
+                                       state.seed,
+                                       config.stream,
+                                       dependent,
+                                       state.detect_races,
+                                       state.ranges,
+                                       count_bytes ? &bytes : nullptr};
+    lock.unlock();
+    std::string const failure = sage::host::execute(launch);
+    if (count_bytes) {  // for tests of one thread, whose launch is still the last one
+        lock.lock();
+        state.launches.back().bytes = bytes;
+        lock.unlock();
+    }
+    if (failure.empty()) return CUDA_SUCCESS;
+    lock.lock();
+    return refuse(CUDA_ERROR_LAUNCH_FAILED, function->name + ": " + failure);
+}
+
 }  // namespace
 
 #define SAGE_API extern "C" __attribute__((visibility("default")))
@@ -207,7 +305,8 @@ SAGE_API CUresult cuInit(unsigned flags) {
 }
 
 SAGE_API CUresult cuDriverGetVersion(int* version) {
-    *version = kDriverVersion;
+    Lock const lock(driver().mutex);
+    *version = driver().version;
     return CUDA_SUCCESS;
 }
 
@@ -410,65 +509,24 @@ SAGE_API CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned 
                                  unsigned grid_z, unsigned block_x, unsigned block_y,
                                  unsigned block_z, unsigned shared_bytes, CUstream stream,
                                  void** params, void** extra) {
-    Driver& state = driver();
-    Entry const& entry = *function->entry;
-    std::unique_lock<std::mutex> lock(state.mutex);
-    if (current_context() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
-    if (current_context() != function->module->context) {
-        return refuse(CUDA_ERROR_INVALID_HANDLE,
-                      function->name + ": its module was loaded in another context");
-    }
-    if (params == nullptr || params[0] == nullptr || extra != nullptr) {
-        return launch_refused(function, "kernelParams must point to the parameters");
-    }
-    if (grid_x == 0 || grid_x > 0x7fff'ffffu || grid_y != 1 || grid_z != 1) {
-        return launch_refused(function, "the grid must be (1 .. 2^31 - 1, 1, 1), not (" +
-                                            std::to_string(grid_x) + ", " + std::to_string(grid_y) +
-                                            ", " + std::to_string(grid_z) + ")");
-    }
-    if (block_x != static_cast<unsigned>(entry.threads) || block_y != 1 || block_z != 1) {
-        return launch_refused(function, "the block must be (" + std::to_string(entry.threads) +
-                                            ", 1, 1), not (" + std::to_string(block_x) + ", " +
-                                            std::to_string(block_y) + ", " +
-                                            std::to_string(block_z) + ")");
-    }
-    if (shared_bytes != static_cast<unsigned>(entry.shared_bytes)) {
-        return launch_refused(function, "it takes " + std::to_string(entry.shared_bytes) +
-                                            " bytes of dynamic shared memory, not " +
-                                            std::to_string(shared_bytes));
-    }
-    if (shared_bytes > static_cast<unsigned>(function->max_dynamic_shared)) {
-        return launch_refused(function,
-                              std::to_string(shared_bytes) +
-                                  " bytes of dynamic shared memory are more than the function's "
-                                  "attribute allows, " +
-                                  std::to_string(function->max_dynamic_shared));
-    }
-    bool const captured = state.capturing.count(stream) != 0;
-    if (state.launches.size() == kLoggedLaunches) state.launches.pop_front();
-    state.launches.push_back(
-        {function->name, grid_x, block_x, shared_bytes, stream, current_context(), captured, {}});
-    if (captured || state.dry_run) return CUDA_SUCCESS;
+    CUlaunchConfig const config = {grid_x,  grid_y,       grid_z, block_x, block_y,
+                                   block_z, shared_bytes, stream, nullptr, 0};
+    return launch(function, config, params, extra, false);
+}
 
-    sage::host::Bytes bytes;
-    bool const count_bytes = state.count_bytes;
-    sage::host::Launch const launch = {entry,
-                                       params[0],
-                                       grid_x,
-                                       state.seed,
-                                       state.detect_races,
-                                       state.ranges,
-                                       count_bytes ? &bytes : nullptr};
-    lock.unlock();
-    std::string const failure = sage::host::execute(launch);
-    if (count_bytes) {  // for tests of one thread, whose launch is still the last one
-        lock.lock();
-        state.launches.back().bytes = bytes;
-        lock.unlock();
+SAGE_API CUresult cuLaunchKernelEx(CUlaunchConfig const* config, CUfunction function, void** params,
+                                   void** extra) {
+    bool dependent = false;
+    for (unsigned i = 0; i < config->attribute_count; ++i) {
+        CUlaunchAttribute const& attribute = config->attributes[i];
+        if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
+            Lock const lock(driver().mutex);
+            return launch_refused(function,
+                                  "attribute " + std::to_string(attribute.id) + " is not imitated");
+        }
+        dependent = attribute.value.serialization_is_programmatic != 0;
     }
-    if (failure.empty()) return CUDA_SUCCESS;
-    lock.lock();
-    return refuse(CUDA_ERROR_LAUNCH_FAILED, function->name + ": " + failure);
+    return launch(function, *config, params, extra, dependent);
 }
 
 // Every thread has a mode; here nothing depends on it.
@@ -570,6 +628,7 @@ SAGE_API void sage_host_reset() {
     state.devices = 1;
     state.major = 8;
     state.minor = 9;
+    state.version = kVersion;
     state.seed = 0;
     state.detect_races = true;
     state.dry_run = false;
@@ -591,6 +650,12 @@ SAGE_API void sage_host_set_capability(int major, int minor) {
     Lock const lock(driver().mutex);
     driver().major = major;
     driver().minor = minor;
+}
+
+// The newest CUDA that the driver is for, as cuDriverGetVersion has it.
+SAGE_API void sage_host_set_version(int version) {
+    Lock const lock(driver().mutex);
+    driver().version = version;
 }
 
 // Chooses the order in which the blocks and threads of later launches run.
@@ -644,8 +709,9 @@ SAGE_API char const* sage_host_message() {
 }
 
 // The last 10,000 launches, oldest first, as a JSON array of objects: symbol, grid, block,
-// shared_bytes, stream, context (as integers), captured, and of global memory the bytes that were
-// loaded, loaded_once and stored (traffic.hpp), if they were counted. Valid as sage_host_message's.
+// shared_bytes, stream, context (as integers), dependent, captured, and of global memory the bytes
+// that were loaded, loaded_once and stored (traffic.hpp), if they were counted. Valid as
+// sage_host_message's.
 SAGE_API char const* sage_host_launches() {
     static thread_local std::string text;
     Lock const lock(driver().mutex);
@@ -657,6 +723,7 @@ SAGE_API char const* sage_host_launches() {
                 ", \"shared_bytes\": " + std::to_string(launch.shared_bytes) +
                 ", \"stream\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.stream)) +
                 ", \"context\": " + std::to_string(reinterpret_cast<uintptr_t>(launch.context)) +
+                ", \"dependent\": " + (launch.dependent ? "true" : "false") +
                 ", \"captured\": " + (launch.captured ? "true" : "false") +
                 ", \"loaded\": " + std::to_string(launch.bytes.loaded) +
                 ", \"loaded_once\": " + std::to_string(launch.bytes.loaded_once) +

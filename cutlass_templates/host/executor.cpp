@@ -10,6 +10,7 @@
 
 #include "fiber.hpp"
 #include "mbarrier.hpp"
+#include "prerequisites.hpp"
 #include "publication.hpp"
 #include "shadow.hpp"
 #include "stores.hpp"
@@ -53,6 +54,7 @@ struct Thread {
     char const* waits_at = nullptr;  // the operation; null when it can run
     Site site = {};                  // of the operation
     bool exited = false;
+    bool awaited_prerequisites = false;
     std::vector<Copy> copies;    // in flight, oldest first
     std::vector<size_t> groups;  // the number of copies of each committed group, oldest first
     size_t uncommitted = 0;
@@ -133,6 +135,7 @@ class Executor {
     uint32_t take_ticket(uint32_t* counter, Site site);
     uint32_t arrive(uint32_t* counter, Site site);
     void await(uint32_t const* counter, uint32_t arrivals, Site site);
+    void await_prerequisites();
     void copy_async(void* shared, void const* global, Site site);
     void copy_async_commit();
     void copy_async_wait(int newest);
@@ -164,6 +167,9 @@ class Executor {
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_span(char const* begin, char const* end, char const* operation, Site site);
     void check_published(void const* address, int bytes, Site site);
+    void check_prerequisites(uintptr_t begin, size_t size, bool store, char const* operation,
+                             Site site);
+    void check_not_stored_before(void const* address, int bytes, Site site);
     void check_place(void const* address, int bytes, bool store, char const* operation, Site site);
     void check_counter(uint32_t const* counter, char const* operation, Site site);
     void check_range(uintptr_t begin, uintptr_t size, bool store, char const* operation, Site site);
@@ -196,6 +202,7 @@ class Executor {
     Shadow shadow_;
     Stores stores_;
     Publications publications_;
+    Prerequisites prerequisites_;
     Traffic traffic_;
     Stacks stacks_;
     std::vector<Thread> threads_;
@@ -223,9 +230,10 @@ std::string Executor::execute(Launch const& launch) {
     std::memcpy(params_.data(), launch.params, launch.entry.params_bytes);
     auto const low = reinterpret_cast<uintptr_t>(arena_.data()) + kRedzone;
     shared_ = reinterpret_cast<char*>((low + kSharedAlignment - 1) & ~(kSharedAlignment - 1));
+    prerequisites_.begin_launch(launch.stream, launch.dependent, stores_);
+    stores_.clear();
     if (launch.detect_races) {
         shadow_.reset(static_cast<size_t>(shared_bytes_));
-        stores_.clear();
         publications_.begin_launch();
     }
     if (launch.bytes != nullptr) traffic_.begin_launch();
@@ -266,6 +274,7 @@ void Executor::run_block(int64_t block) {
         Thread& state = threads_[static_cast<size_t>(thread)];
         prepare(state.context, stacks_.low(thread), stacks_.top(thread), run_thread);
         state.exited = false;
+        state.awaited_prerequisites = false;
         state.copies.clear();
         state.groups.clear();
         state.uncommitted = 0;
@@ -435,7 +444,8 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
     interrupt();
     switch (access) {
         case Access::kLoadGlobal:
-            return check_global(address, bytes, false, "load_global", site);
+            check_global(address, bytes, false, "load_global", site);
+            return check_not_stored_before(address, bytes, site);
         case Access::kLoadWritten:
             return check_published(address, bytes, site);
         case Access::kStoreGlobal:
@@ -493,6 +503,11 @@ void Executor::await(uint32_t const* counter, uint32_t arrivals, Site site) {
              at(site));
     }
     if (launch_->detect_races) publications_.await(counter, arrivals, current_);
+}
+
+void Executor::await_prerequisites() {
+    interrupt();
+    threads_[static_cast<size_t>(current_)].awaited_prerequisites = true;
 }
 
 void Executor::copy_async(void* shared, void const* global, Site site) {
@@ -806,6 +821,12 @@ void Executor::check_end_of_block() {
     auto const end = [&](std::string const& what) {
         failure_ = format("block %lld: ", static_cast<long long>(block_)) + what;
     };
+    auto const awaited = [](Thread const& thread) { return thread.awaited_prerequisites; };
+    if (launch_->dependent && std::none_of(threads_.begin(), threads_.end(), awaited)) {
+        return end(
+            "it ends without await_prerequisites: whoever waits for this launch would not "
+            "have waited for those before it");
+    }
     if (!bulk_copies_.empty()) {
         return end("it ends while a bulk copy is in flight" + at(bulk_copies_.front().site) +
                    ": the kernel must wait for all of its copies");
@@ -891,7 +912,39 @@ void Executor::check_place(void const* address, int bytes, bool store, char cons
         fail(format("%s of %d bytes at %p is misaligned", operation, bytes, address) + at(site));
     }
     if (!launch_->ranges->empty()) check_range(begin, size, store, operation, site);
+    check_prerequisites(begin, size, store, operation, site);
     if (launch_->bytes != nullptr) traffic_.add(begin, size, store);
+}
+
+// Before a thread has awaited them, launches that this one depends on may be about to do anything.
+void Executor::check_prerequisites(uintptr_t begin, size_t size, bool store, char const* operation,
+                                   Site site) {
+    if (!launch_->dependent || threads_[static_cast<size_t>(current_)].awaited_prerequisites)
+        return;
+    if (store) {
+        fail(format("%s of %zu bytes at %#zx before await_prerequisites: a launch that this one "
+                    "depends on may still load or store there",
+                    operation, size, begin) +
+             at(site));
+    }
+    if (prerequisites_.stored(begin, size)) {
+        fail(format("race between %s of %zu bytes at %#zx and a store of a launch that this one "
+                    "depends on: missing await_prerequisites",
+                    operation, size, begin) +
+             at(site));
+    }
+}
+
+// A device may load earlier than the program says what it is told that nobody stores to.
+void Executor::check_not_stored_before(void const* address, int bytes, Site site) {
+    if (!prerequisites_.stored(reinterpret_cast<uintptr_t>(address), static_cast<size_t>(bytes))) {
+        return;
+    }
+    fail(
+        format("load_global of %d bytes at %p, which a launch has stored that this one depends on: "
+               "it must be load_written, which stays behind await_prerequisites",
+               bytes, address) +
+        at(site));
 }
 
 void Executor::check_published(void const* address, int bytes, Site site) {
@@ -1055,6 +1108,7 @@ Runtime const kRuntime = {
     [](uint32_t const* counter, uint32_t arrivals, Site site) {
         running().await(counter, arrivals, site);
     },
+    [](Site) { running().await_prerequisites(); },
     [](void* shared, void const* global, Site site) { running().copy_async(shared, global, site); },
     [] { running().copy_async_commit(); },
     [](int newest) { running().copy_async_wait(newest); },

@@ -22,6 +22,8 @@ struct Launch {
     void const* params;
     int64_t grid;
     uint64_t seed;  // of the order in which blocks and threads run
+    void const* stream;
+    bool dependent;  // on the launch before it in the stream, which may not have ended
     bool detect_races;
     std::shared_ptr<std::vector<Range> const> ranges;  // empty: all of memory
     Bytes* bytes;  // where to count global memory; null: not counted

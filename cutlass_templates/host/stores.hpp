@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "publication.hpp"
@@ -16,6 +17,11 @@ class Stores {
         slots_.assign(kFewest, {});
         used_ = 0;
     }
+    bool empty() const { return used_ == 0; }
+    void swap(Stores& other) {
+        slots_.swap(other.slots_);
+        std::swap(used_, other.used_);
+    }
 
     void add(uintptr_t address, size_t bytes, Event const& event) {
         if (2 * (used_ + 1) > slots_.size()) grow();
@@ -25,6 +31,17 @@ class Stores {
         slot.mask |= mask(address, bytes);
         for (size_t at = address % 16 / 4; at <= (address % 16 + bytes - 1) / 4; ++at) {
             slot.newest[at] = event;
+        }
+    }
+
+    void add(Stores const& others) {
+        for (Slot const& slot : others.slots_) {
+            if (slot.mask == 0) continue;
+            if (2 * (used_ + 1) > slots_.size()) grow();
+            Slot& own = find(slot.word);
+            if (own.mask == 0) ++used_;
+            own.word = slot.word;
+            own.mask |= slot.mask;
         }
     }
 

@@ -295,6 +295,25 @@ def test_an_output_that_is_wrong_at_speed_is_not_published(tmp_path, monkeypatch
 
 
 @needs_kernels
+def test_a_persistent_kernel_is_timed_doing_all_tasks_again(monkeypatch):
+    """What counts them is set to zero by a kernel that is not timed."""
+    device = LookAlike()
+    device.arch = "sm_90a"
+    place = dataclasses.replace(target(device), multiprocessors=2)
+    monkeypatch.setattr(speed, "target", lambda device: place)
+    subject = Subject(variant("sm_90a", "float16", 64, "int8_fp8"))
+    (cell, _) = speed.cells(dataclasses.replace(GRID, lengths=(300,)), 1 << 30, 1 << 14)
+    assert isinstance(cell, speed.Cell)
+    (call, *_) = speed.make_calls(device, cell)
+    prepared = speed.Prepared(device, subject, call)
+    expected = prepared.output.clone()
+    for _ in range(2):
+        prepared.output.fill_(torch.nan)
+        prepared.attend()
+        assert same_bits(prepared.output, expected)
+
+
+@needs_kernels
 def test_a_kernel_that_is_timed_and_does_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr(speed.Prepared, "attend", lambda _: None)
     (cell, _) = speed.cells(GRID, 1 << 30, 1 << 14)
@@ -310,7 +329,9 @@ def without(kind: str) -> Loader:
     """Kernels of which one kind does nothing."""
 
     class Nothing:
-        def __call__(self, blocks: int, stream: int, params: bytes) -> None:
+        def __call__(
+            self, blocks: int, stream: int, params: bytes, *, dependent: bool = False
+        ) -> None:
             pass
 
     class Skipping(Loader):

@@ -42,6 +42,7 @@ CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _SHARED_WITHOUT_OPT_IN = 48 << 10
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 def missing() -> str | None:
@@ -165,6 +166,23 @@ def _build(name: str, arguments: Sequence[str], content: Sequence[bytes], source
     return target
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("geometry", ctypes.c_uint * 7),  # grid, block, shared memory
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
 class Host:
     """The driver look-alike in this process, with one device, a context and calls for tests."""
 
@@ -252,8 +270,11 @@ class Host:
         threads: int,
         shared_bytes: int,
         params: bytes,
+        *,
+        dependent: bool = False,
+        stream: int = 0,
     ) -> None:
-        """Runs a kernel.
+        """Runs a kernel, perhaps dependent on the one before it in the stream.
 
         Raises:
             RuntimeError: the launch is refused, or a check fails while it runs.
@@ -264,4 +285,9 @@ class Host:
         buffer = ctypes.create_string_buffer(params, len(params))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         geometry = (grid, 1, 1, threads, 1, 1, shared_bytes)
-        self.check("cuLaunchKernel", function, *geometry, None, pointers, None)
+        if not dependent:
+            on = ctypes.c_void_p(stream)
+            return self.check("cuLaunchKernel", function, *geometry, on, pointers, None)
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (ctypes.c_int * 16)(1))
+        config = _Config(geometry, stream, ctypes.pointer(attribute), 1)
+        self.check("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)

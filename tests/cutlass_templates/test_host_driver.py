@@ -68,6 +68,7 @@ def test_a_launch_runs_the_kernel_and_is_logged(host: Host) -> None:
             "shared_bytes": 0,
             "stream": 0x77,
             "context": context.value,
+            "dependent": False,
             "captured": False,
             "loaded": 0,
             "loaded_once": 0,

@@ -106,6 +106,11 @@ class Arch:
     measured: Measurement | None = None
 
     @property
+    def overlaps_launches(self) -> bool:
+        """Whether a kernel can wait itself for the launches before it, as from sm_90 on."""
+        return self.capability >= (9, 0)
+
+    @property
     def recipes(self) -> tuple[str, ...]:
         """Those that there are kernels for, the preferred one first."""
         return tuple(offer.recipe for offer in self.offers)

@@ -28,8 +28,10 @@ _LEAST_SOFTCAP: Final = 1e-30  # what is less becomes it
 class Launcher(Protocol):
     """Where kernels are launched."""
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
-        """Start one kernel."""
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
+        """Start one kernel, ``dependent`` on the one before it in the stream."""
 
     def encode(self, tensor: TensorMap) -> bytes | None:
         """What the kernels take of a tensor whose boxes they copy; None where they cannot."""
@@ -62,7 +64,7 @@ class Operands:
 
 @dataclass(frozen=True, slots=True)
 class Attending:
-    """The launches of ``attend`` and ``merge`` of a variant.
+    """The launches of ``attend`` and ``merge`` of a variant, directly after that of a quantizer.
 
     Attributes:
         multiprocessors: of the device, of which a persistent grid has one block each.
@@ -129,7 +131,7 @@ class Attending:
         )
         packed += self._mask_map()
         blocks = min(tasks, self.multiprocessors) if self.kernels.attend.persistent else tasks
-        self.target.launch(self.kernels.attend, blocks, packed)
+        self.target.launch(self.kernels.attend, blocks, packed, dependent=True)
 
     def merge(self) -> None:
         """Launch what joins the parts."""
@@ -155,7 +157,7 @@ class Attending:
             log2(P_FACTOR[attend.pv]),
             _value_limit(attend),
         )
-        self.target.launch(merge, -(-sizes.rows // merge.rows), packed)
+        self.target.launch(merge, -(-sizes.rows // merge.rows), packed, dependent=True)
 
     def _mask_map(self) -> bytes:
         """What a kernel that copies tiles of the mask takes besides; of others nothing."""

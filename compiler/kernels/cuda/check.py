@@ -21,7 +21,7 @@ from sage_compiler.kernels.cuda.dispatch import default_recipe
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
-from sage_compiler.kernels.cuda.sass import Disassembler, occurrences
+from sage_compiler.kernels.cuda.sass import Disassembler, before, count, occurrences
 from sage_compiler.kernels.cuda.spec import (
     AppendSpec,
     AttendSpec,
@@ -64,6 +64,14 @@ _WGMMA_PRODUCTS: Final = ("IGMMA", "QGMMA")
 _BULK_COPY: Final = "UBLKCP"
 _SET_REGISTERS: Final = "USETMAXREG"
 _LOCAL_MEMORY: Final = ("LDL", "STL")
+# Of launches that depend on one another: griddepcontrol.wait and .launch_dependents.
+_AWAIT_PREREQUISITES: Final = "ACQBULK"
+_LAUNCH_DEPENDENTS: Final = "PREEXIT"
+_READ_ONLY: Final = ".CONSTANT"  # of a load: nobody stores there while the kernel runs
+_GLOBAL_MEMORY: Final = (
+    *("LD", "LDG", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS"),
+    _BULK_COPY,
+)
 _SERIALIZED: Final = "(C75"  # ptxas waits for products of wgmma, one by one, and says so
 # The same in PTX: a multiplication that its GPUs lack cannot be named in it, a trap or a call can.
 _PTX_PRODUCTS: Final[Mapping[Format, str]] = {
@@ -71,12 +79,14 @@ _PTX_PRODUCTS: Final[Mapping[Format, str]] = {
     Format.FP16: "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
 }
 _PTX_COPIES: Final = ("cp.async.cg.shared.global", "ldmatrix.sync.aligned")
-_PTX_FORBIDDEN: Final = ("trap", "brkpt", "call")
+_PTX_FORBIDDEN: Final = ("trap", "brkpt", "call", "griddepcontrol")
 _SHOWN: Final = (
     *_QK_PRODUCTS.values(),
     *_PV_PRODUCTS.values(),
     *_WGMMA_PRODUCTS,
     _BULK_COPY,
+    _AWAIT_PREREQUISITES,
+    _LAUNCH_DEPENDENTS,
     "HMMA.1688",
     _ASYNC_COPY,
     _LOAD_MATRIX,
@@ -156,6 +166,19 @@ def problems(
     return tuple(found)
 
 
+def problems_of_order(spec: KernelSpec, listing: str) -> Iterator[str]:
+    """What a kernel does before it waits for those that it depends on, one sentence each.
+
+    In the order of the code, which is that of execution up to there but for branches.
+    """
+    if _AWAIT_PREREQUISITES not in required(spec):
+        return
+    for opcode, times in before(listing, _AWAIT_PREREQUISITES).items():
+        name = opcode.partition(".")[0]
+        if name in _GLOBAL_MEMORY and not opcode.endswith(_READ_ONLY):
+            yield f"{opcode} {times} times before {_AWAIT_PREREQUISITES}"
+
+
 def problems_of_ptx(spec: KernelSpec, text: str) -> Iterator[str]:
     """What is wrong with the text of a kernel in PTX besides ``problems``, one sentence each."""
     least = PORTABLE.name.replace("compute_", "sm_")
@@ -172,6 +195,20 @@ def required(spec: KernelSpec) -> tuple[str, ...]:
         if not isinstance(spec, AttendSpec):
             return ()
         return (_PTX_PRODUCTS[spec.qk], _PTX_PRODUCTS[spec.pv], *_PTX_COPIES)
+    return (*_computing(spec), *_overlapping(spec))
+
+
+def _overlapping(spec: KernelSpec) -> Iterator[str]:
+    """What a kernel waits with, and lets others begin."""
+    if named(spec.arch).overlaps_launches:
+        if spec.awaits_prerequisites:
+            yield _AWAIT_PREREQUISITES
+        if spec.launches_dependents:
+            yield _LAUNCH_DEPENDENTS
+
+
+def _computing(spec: KernelSpec) -> tuple[str, ...]:
+    """The products of an attention kernel, and what brings their operands."""
     if isinstance(spec, HopperAttendSpec):
         return (*_WGMMA_PRODUCTS, _BULK_COPY, _SET_REGISTERS)
     if not isinstance(spec, AttendSpec):
@@ -189,14 +226,16 @@ def forbidden(spec: KernelSpec) -> tuple[str, ...]:
     """The opcodes that a kernel must not have."""
     if spec.arch == PORTABLE.name:
         return _PTX_FORBIDDEN
+    overlaps = named(spec.arch).overlaps_launches
+    always = (_TRAP, _CALL, *(() if overlaps else (_AWAIT_PREREQUISITES, _LAUNCH_DEPENDENTS)))
     if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
-        return (_TRAP, _CALL, _HALF_PRODUCT)  # an emulation converts to half
+        return (*always, _HALF_PRODUCT)  # an emulation converts to half
     if isinstance(spec, HopperAttendSpec):
         # A cache of long heads has scales of V beside the output: it has the budget alone.
         longest = max(spec.head_dim, spec.value_head_dim)
         may_spill = spec.tile_scales and longest > _LARGEST_WITHOUT_SPILLS
-        return (_TRAP, _CALL, _HALF_PRODUCT, *(() if may_spill else _LOCAL_MEMORY))
-    return (_TRAP, _CALL)
+        return (*always, _HALF_PRODUCT, *(() if may_spill else _LOCAL_MEMORY))
+    return always
 
 
 def spill_budget(spec: KernelSpec) -> int:
@@ -255,19 +294,19 @@ def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -
     try:
         binary = compiler.compile(render(spec), spec.arch)
         text = binary.image.decode() if spec.arch == PORTABLE.name else None
-        opcodes = disassembler.opcodes(binary.image) if text is None else ptx.count(text)
+        listing = disassembler.listing(binary.image) if text is None else text
     except KernelUnavailableError as error:
         return Row(spec.arch, spec.symbol, None, spec.shared_bytes, {}, (str(error),), "")
+    opcodes = count(listing) if text is None else ptx.count(text)
     counts = {name: occurrences(opcodes, name) for name in _SHOWN}
     found = problems(spec, opcodes, binary.resources, binary.warnings)
-    if text is not None:
-        found = (*found, *problems_of_ptx(spec, text))
+    order = problems_of_order(spec, listing) if text is None else problems_of_ptx(spec, text)
     return Row(
         arch=spec.arch,
         symbol=spec.symbol,
         resources=binary.resources,
         shared_bytes=spec.shared_bytes + binary.resources.static_shared,
         opcodes={name: times for name, times in counts.items() if times},
-        problems=found,
+        problems=(*found, *order),
         warnings=binary.warnings,
     )

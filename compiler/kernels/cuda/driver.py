@@ -33,6 +33,7 @@ _JIT_COMPILER_NOT_FOUND: Final = 221
 _UNSUPPORTED_PTX_VERSION: Final = 222
 _JIT_COMPILATION_DISABLED: Final = 223
 _NOT_FOUND: Final = 500
+_NOT_SUPPORTED: Final = 801
 _NOT_FOR_HERE: Final = (
     _INVALID_IMAGE,
     _NO_BINARY_FOR_GPU,
@@ -51,6 +52,9 @@ _MULTIPROCESSOR_COUNT: Final = 16
 _MAX_DYNAMIC_SHARED_BYTES: Final = 8
 
 _SHARED_BYTES_UNASKED: Final = 48 << 10
+
+_KEEPS_DEPENDENCE: Final = 12030
+"""The first CUDA whose graphs have edges for launches that depend on one another and overlap."""
 
 _Handle = ctypes.c_void_p
 _Out = ctypes.POINTER(_Handle)
@@ -95,6 +99,37 @@ _ENCODE_SIGNATURE: Final[list[Any]] = [
 _Parameters = ctypes.c_char_p * 1
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, whose value is a union of 64 bytes."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", _Uint * 3),
+        ("block", _Uint * 3),
+        ("shared_bytes", _Uint),
+        ("stream", _Handle),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", _Uint),
+    )
+
+
+_LAUNCH_EX: Final = "cuLaunchKernelEx"
+# configuration, function, parameters, extra
+_LAUNCH_EX_SIGNATURE: Final = [ctypes.POINTER(_Config), _Handle, ctypes.c_void_p, ctypes.c_void_p]
+_PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6  # CUlaunchAttributeID
+_DEPENDENT: Final = ctypes.pointer(_Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1))
+
+
 class DriverError(SageError, RuntimeError):
     """A call of the CUDA driver failed.
 
@@ -110,7 +145,15 @@ class DriverError(SageError, RuntimeError):
 class Launch:
     """A kernel that is loaded on a device, ready to be launched, from any thread."""
 
-    __slots__ = ("_device", "_driver", "_function", "_launch", "_shared_bytes", "_threads")
+    __slots__ = (
+        "_device",
+        "_driver",
+        "_function",
+        "_launch",
+        "_launch_ex",
+        "_shared_bytes",
+        "_threads",
+    )
 
     def __init__(
         self, driver: Driver, device: int, function: int, *, threads: int, shared_bytes: int
@@ -119,10 +162,11 @@ class Launch:
         self._device = device
         self._function = function
         self._launch = driver.functions["cuLaunchKernel"]
+        self._launch_ex = driver.launch_ex
         self._threads = threads
         self._shared_bytes = shared_bytes
 
-    def __call__(self, blocks: int, stream: int, params: bytes) -> None:
+    def __call__(self, blocks: int, stream: int, params: bytes, *, dependent: bool = False) -> None:
         """Start the kernel; the call returns before it ends.
 
         Args:
@@ -131,16 +175,34 @@ class Launch:
                 current one, as it is inside ``torch.cuda.device``, or it has none yet.
             params: the kernel's struct, which the driver copies. It is immutable, so that nothing
                 is shared between threads.
+            dependent: the kernel waits itself for the launch before it in the stream, so that its
+                blocks may begin before that has ended. Where the driver cannot do that, they begin
+                afterwards.
 
         Raises:
             DriverError: the driver refuses, or an earlier kernel failed.
         """
-        status = self._call(blocks, stream, params)
+        call = self._call_dependent if dependent else self._call
+        status = call(blocks, stream, params)
         if status == _INVALID_CONTEXT:  # a thread that has not used the device
             with self._driver.context(self._device):
-                status = self._call(blocks, stream, params)
+                status = call(blocks, stream, params)
         if status != SUCCESS:
             raise self._driver.error("cuLaunchKernel", status)
+
+    def _call_dependent(self, blocks: int, stream: int, params: bytes) -> int:
+        if self._launch_ex is None:
+            return self._call(blocks, stream, params)
+        config = _Config(
+            grid=(blocks, 1, 1),
+            block=(self._threads, 1, 1),
+            shared_bytes=self._shared_bytes,
+            stream=stream,
+            attributes=_DEPENDENT,
+            attribute_count=1,
+        )
+        status: int = self._launch_ex(config, self._function, _Parameters(params), None)
+        return self._call(blocks, stream, params) if status == _NOT_SUPPORTED else status
 
     def _call(self, blocks: int, stream: int, params: bytes) -> int:
         status: int = self._launch(
@@ -181,6 +243,9 @@ class Driver:
         status = self.functions["cuInit"](0)
         if status != SUCCESS:
             raise KernelUnavailableError(f"the CUDA driver {path}: {self._describe(status)}")
+        self.launch_ex = None  # where launches cannot depend on one another, or not in a graph
+        if self._version() >= _KEEPS_DEPENDENCE:
+            self.launch_ex = _function(library, _LAUNCH_EX, _LAUNCH_EX_SIGNATURE)
 
     def capability(self, device: int) -> tuple[int, int]:
         """The compute capability of a device, major and minor."""
@@ -249,10 +314,11 @@ class Driver:
                     self._call("cuModuleUnload", module)
                 if error.code not in _NOT_FOR_HERE:
                     raise
+                version = self._version()
                 raise KernelUnavailableError(
                     f"{symbol} on device {device}: {error}; the driver is for CUDA "
-                    f"{self._version()}: if a newer one made the kernel, update the driver, or "
-                    "compile with an older one"
+                    f"{version // 1000}.{version % 1000 // 10}: if a newer one made the kernel, "
+                    "update the driver, or compile with an older one"
                 ) from None
         assert function.value is not None
         return Launch(self, device, function.value, threads=threads, shared_bytes=shared_bytes)
@@ -266,11 +332,11 @@ class Driver:
         finally:
             self._call("cuCtxPopCurrent_v2", _Handle())
 
-    def _version(self) -> str:
-        """The newest CUDA that the driver is for."""
+    def _version(self) -> int:
+        """The newest CUDA that the driver is for, 13000 for 13.0."""
         version = ctypes.c_int()
         self._call("cuDriverGetVersion", version)
-        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return version.value
 
     @contextlib.contextmanager
     def _without_disturbing_captures(self) -> Iterator[None]:

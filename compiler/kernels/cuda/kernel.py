@@ -87,10 +87,18 @@ class Target:
         """How many multiprocessors there are to fill."""
         return self.multiprocessors or named(self.arch).multiprocessors
 
-    def launch(self, spec: KernelSpec, blocks: int, packed: bytes) -> None:
-        """Start one kernel."""
+    def launch(
+        self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
+    ) -> None:
+        """Start one kernel.
+
+        Args:
+            dependent: it comes directly after another kernel of the same call, so that it may begin
+                before that has ended, if it is one that waits itself.
+        """
+        overlaps = named(self.arch).overlaps_launches and spec.awaits_prerequisites
         self.loader.loaded(spec, self.device, self.stream)(
-            blocks, self.stream, packed + self.sequences
+            blocks, self.stream, packed + self.sequences, dependent=dependent and overlaps
         )
 
     def encode(self, tensor: TensorMap) -> bytes | None:
@@ -464,15 +472,15 @@ class Call:
 
     def _query(self) -> None:
         packed = self._query_params(self.key_sums, self.chunks)
-        self.target.launch(self.kernels.query, self._blocks[1], packed)
+        self.target.launch(self.kernels.query, self._blocks[1], packed, dependent=True)
 
     def _key(self) -> None:
         packed = self._key_params(self.key_sums, self.chunks)
-        self.target.launch(self.kernels.key, self._blocks[2], packed)
+        self.target.launch(self.kernels.key, self._blocks[2], packed, dependent=True)
 
     def _value(self) -> None:
         packed = self._value_params(self.value_amax, self.chunks)
-        self.target.launch(self.kernels.value, self._blocks[3], packed)
+        self.target.launch(self.kernels.value, self._blocks[3], packed, dependent=True)
 
     def _statistics_params(self) -> bytes:
         packed = params.STATISTICS.pack(

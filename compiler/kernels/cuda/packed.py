@@ -161,7 +161,7 @@ class CudaStore:
             for spec, _, _ in launches:  # what cannot be loaded leaves the cache as it was
                 target.loader.loaded(spec, target.device, target.stream)
             for launch in launches:
-                target.launch(*launch)
+                target.launch(*launch, dependent=launch is not launches[0])
         self._place = place
 
     def _place_after(self, length: int, end: int) -> int:

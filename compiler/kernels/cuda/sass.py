@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -42,14 +43,6 @@ class Disassembler:
             "pip install nvidia-cuda-nvdisasm, or install a CUDA toolkit"
         )
 
-    def opcodes(self, image: bytes) -> Counter[str]:
-        """How often each opcode is in a cubin, with all its modifiers: ``HMMA.16816.F32``.
-
-        Raises:
-            KernelUnavailableError: it cannot be disassembled.
-        """
-        return count(self.listing(image))
-
     def listing(self, image: bytes) -> str:
         """The code of a cubin as text, one instruction a line.
 
@@ -68,10 +61,21 @@ class Disassembler:
 
 
 def count(listing: str) -> Counter[str]:
-    """The opcodes of a listing; NOP, which fills up the code, is not counted."""
+    """How often each opcode is in a listing, with all its modifiers: ``HMMA.16816.F32``.
+
+    NOP, which fills up the code, is not counted.
+    """
     counts = Counter(_INSTRUCTION.findall(listing))
     del counts[_PADDING]
     return counts
+
+
+def before(listing: str, prefix: str) -> Counter[str]:
+    """The opcodes of a listing that come before the first ``prefix``; all, if it is not there."""
+    names = itertools.takewhile(
+        lambda name: not f"{name}.".startswith(f"{prefix}."), _INSTRUCTION.findall(listing)
+    )
+    return Counter(name for name in names if name != _PADDING)
 
 
 def occurrences(opcodes: Counter[str], prefix: str) -> int:

@@ -47,6 +47,18 @@ class KernelSpec(ABC):
     kind: ClassVar[str]
     template: ClassVar[str]  # of namespace sage, in the header sage/<kind>.cuh
     params: ClassVar[struct.Struct]
+    follows: ClassVar[bool] = False  # another kernel of the same call, and waits for it
+    precedes: ClassVar[bool] = False  # such a one, and lets it begin
+
+    @property
+    def awaits_prerequisites(self) -> bool:
+        """Whether it may be launched dependent on the launch before it, from sm_90 on."""
+        return self.follows or self.varlen
+
+    @property
+    def launches_dependents(self) -> bool:
+        """Whether what depends on it begins when its blocks have begun, not when they end."""
+        return self.precedes or self.varlen
 
     @property
     def symbol(self) -> str:
@@ -173,6 +185,7 @@ class QuerySpec(_QuantizerSpec):
     kind: ClassVar[str] = "query"
     template: ClassVar[str] = "QuantizeQuery"
     params: ClassVar[struct.Struct] = params.QUERY
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -313,6 +326,7 @@ class QuantizeSpec(_QuantizerSpec):
     kind: ClassVar[str] = "quantize"
     template: ClassVar[str] = "Quantize"
     params: ClassVar[struct.Struct] = params.quantize(rotary_query=False, rotary_key=False)
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -400,6 +414,7 @@ class KeyMeanSpec(_QuantizerSpec):
     kind: ClassVar[str] = "key_mean"
     template: ClassVar[str] = "KeyMean"
     params: ClassVar[struct.Struct] = params.KEY_MEAN
+    precedes: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -422,6 +437,7 @@ class AppendSpec(_QuantizerSpec):
     kind: ClassVar[str] = "append"
     template: ClassVar[str] = "Append"
     params: ClassVar[struct.Struct] = params.APPEND
+    follows: ClassVar[bool] = True
 
     @property
     def shared_bytes(self) -> int:
@@ -476,8 +492,13 @@ class AttendSpec(OperandSpec):
     kind: ClassVar[str] = "attend"
     template: ClassVar[str] = "Attend"
     params: ClassVar[struct.Struct] = params.ATTEND
+    follows: ClassVar[bool] = True
     keys: ClassVar[int] = TILE_MMA.kv_block  # of a step
     persistent: ClassVar[bool] = False
+
+    @property
+    def launches_dependents(self) -> bool:
+        return self.split or self.varlen
 
     @property
     def threads(self) -> int:
@@ -565,6 +586,7 @@ class HopperAttendSpec(OperandSpec):
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
     params: ClassVar[struct.Struct] = params.ATTEND
+    follows: ClassVar[bool] = True
     qk: ClassVar[Format] = Format.INT8
     pv: ClassVar[Format] = Format.FP8
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
@@ -590,6 +612,10 @@ class HopperAttendSpec(OperandSpec):
     def keys(self) -> int:
         """Keys of a step."""
         return self.tiles * TILE_MMA.kv_block
+
+    @property
+    def launches_dependents(self) -> bool:
+        return self.split or self.varlen
 
     @property
     def threads(self) -> int:
@@ -671,6 +697,7 @@ class MergeSpec(OperandSpec):
     kind: ClassVar[str] = "merge"
     template: ClassVar[str] = "Merge"
     params: ClassVar[struct.Struct] = params.MERGE
+    follows: ClassVar[bool] = True
 
     @property
     def threads(self) -> int:

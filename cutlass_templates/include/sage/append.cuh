@@ -25,6 +25,7 @@ struct Append {
         Key::kSharedBytes > kValueBytes ? Key::kSharedBytes : kValueBytes;
 
     SAGE_DEVICE static void run(Params const& p) {
+        arch::await_prerequisites();
         int64_t const task = arch::block_index();
         if (task < p.key_tasks) {
             append_key(p, Place(p, task));

@@ -16,7 +16,8 @@
 //                                   follows. What a launch stores, these do not load.
 //   T load_written(T const*)        As load_global, of what the same launch may have stored: by
 //                                   this block before a barrier, or by another one before it
-//                                   arrived at a counter that this one has awaited.
+//                                   arrived at a counter that this one has awaited. Or what a
+//                                   launch has that this one depends on.
 //
 //   Blocks order themselves by counters in global memory, zero before the launch, which touches
 //   them in no other way:
@@ -28,6 +29,17 @@
 //                                           what others of the block have before a barrier.
 //   void await(uint32_t const*, uint32_t)   Until so many have arrived. What happened before they
 //                                           did, this thread sees, and others after a barrier.
+//
+//   From sm_90 on a launch may depend on the one before it in its stream, and begin before that
+//   has ended: when each of its blocks has ended or called launch_dependents. So may the one
+//   before it have begun, and so on, back to a launch that depends on none.
+//   void await_prerequisites()      Until all of these have ended, and what they stored is there.
+//                                   Before that a thread stores nothing to global memory, and loads
+//                                   nothing that they may have stored; afterwards by load_written
+//                                   or copies. Some thread of each block calls it. Of a launch that
+//                                   depends on none, it returns at once.
+//   void launch_dependents()        By some thread of a block, at any time: what depends on this
+//                                   launch may begin, as far as the block is concerned.
 //
 //   T load_shared(T const*)
 //   void store_shared(T*, T)

@@ -71,7 +71,11 @@ class Attend {
     static constexpr int kSharedBytes =
         kKeepQuery && QueryTile::kBytes > kRingBytes ? QueryTile::kBytes : kRingOffset + kRingBytes;
 
-    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+    SAGE_DEVICE static void run(Params const& p) {
+        if constexpr (kSplitKeys) arch::launch_dependents();  // Merge
+        arch::await_prerequisites();
+        run(p, arch::block_index());
+    }
 
     SAGE_DEVICE static void run(Params const& p, int64_t task) { Attend(p, task).run(); }
 
@@ -421,7 +425,7 @@ class Attend {
     // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
     SAGE_DEVICE float row_term_of(int band, int half) const {
         if (!rows_.exists(band, half)) return 0.0f;
-        return arch::load_global(p_.row_term + index_of(band, half));
+        return arch::load_written(p_.row_term + index_of(band, half));
     }
 
     // Of a row in (B, H, Lq).
@@ -632,7 +636,7 @@ class Attend {
                     if (channel >= p_.channels) continue;
                     float2 scale = make_float2(1.0f, 1.0f);
                     if constexpr (!kTileScales) {
-                        scale = arch::load_global(
+                        scale = arch::load_written(
                             reinterpret_cast<float2 const*>(value_scales + channel));
                     }
                     float const* const sums = output_[band][atom] + 2 * half;

@@ -89,16 +89,19 @@ class AttendHopper {
     template <bool kPersistent>
     SAGE_DEVICE static void run(Params const& p, int64_t task) {
         int const thread = arch::thread_index();
+        if constexpr (kSplitKeys) arch::launch_dependents();  // Merge
         if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
         arch::barrier();
         if (thread >= kConsumers) {
             arch::registers_decrease<kProducerRegisters>();
+            arch::await_prerequisites();
             if (thread == kConsumers) produce<kPersistent>(p, task);
             if constexpr (kCopiesMask) {
                 if (thread == kConsumers + 32) produce_masks(p);
             }
         } else {
             arch::registers_increase<kConsumerRegisters>();
+            arch::await_prerequisites();
             consume(p);
         }
     }
@@ -635,7 +638,7 @@ class AttendHopper {
     // What K's smoothing took from the scores of a row; of rows that do not exist, nothing.
     SAGE_DEVICE float row_term_of(int half) const {
         if (!exists(half)) return 0.0f;
-        return arch::load_global(p_.row_term + index_of(half));
+        return arch::load_written(p_.row_term + index_of(half));
     }
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
@@ -725,7 +728,7 @@ class AttendHopper {
                 float2 scale = make_float2(1.0f, 1.0f);
                 if constexpr (!kTileScales) {
                     scale =
-                        arch::load_global(reinterpret_cast<float2 const*>(value_scales + channel));
+                        arch::load_written(reinterpret_cast<float2 const*>(value_scales + channel));
                 }
                 float2 const sums = sums_of(half, atom);
                 float const low = end.value(sums.x, limit, scale.x);

@@ -15,6 +15,7 @@ struct KeyMean {
     static constexpr int kSharedBytes = At::kRows * kHeadDim * sizeof(float);
 
     SAGE_DEVICE static void run(Params const& p) {
+        arch::launch_dependents();  // Append
         At const at;
         int const head = static_cast<int>(arch::block_index());  // b * Hkv + h
         Appended<Input, kHeadDim> const tokens(p.key, p.staged, head, p.heads, p.length, p.end);

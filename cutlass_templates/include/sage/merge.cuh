@@ -18,6 +18,7 @@ struct Merge {
     static constexpr int kRows = kThreads / kColumns;
 
     SAGE_DEVICE static void run(Params const& p) {
+        arch::await_prerequisites();
         int64_t const row = arch::block_index() * kRows + arch::thread_index() / kColumns;
         int const channel = arch::thread_index() % kColumns * kChannels;
         if (row >= p.rows || channel >= p.channels) return;
@@ -39,7 +40,7 @@ struct Merge {
             if (of_part.y == 0.0f) continue;  // it saw no key, and stored no output
             float const share = arch::exp2(of_part.x - origin);
             total = arch::fma(of_part.y, share, total);
-            float4 const four = arch::load_global(reinterpret_cast<float4 const*>(
+            float4 const four = arch::load_written(reinterpret_cast<float4 const*>(
                 p.part_outputs + (row * p.parts + part) * kValueDim + channel));
             output[0] = arch::fma(four.x, share, output[0]);
             output[1] = arch::fma(four.y, share, output[1]);
@@ -52,7 +53,7 @@ struct Merge {
  private:
     // The maximum of a part's scores, and the sum of its P.
     SAGE_DEVICE static float2 load_sums(float const* sums, int part) {
-        return arch::load_global(reinterpret_cast<float2 const*>(sums + 2 * part));
+        return arch::load_written(reinterpret_cast<float2 const*>(sums + 2 * part));
     }
 
     SAGE_DEVICE static void store(Params const& p, int64_t row, int channel,
@@ -62,7 +63,7 @@ struct Merge {
         Split const head(query.outer, p.heads);
         RowEnd end(maximum, total, p.log2_weight_factor, dead,
                    p.dead_is_nan ? arch::from_bits(kNanBits) : 0.0f);
-        if (p.row_term != nullptr) end.add_row_term(arch::load_global(p.row_term + row));
+        if (p.row_term != nullptr) end.add_row_term(arch::load_written(p.row_term + row));
         if (p.sinks != nullptr) end.add_sink(arch::load_global(p.sinks + head.inner));
         Output* const of_row = static_cast<Output*>(p.output) + head.outer * p.output_batch_stride +
                                head.inner * p.output_head_stride +
@@ -73,7 +74,7 @@ struct Merge {
         float values[kChannels];
         SAGE_UNROLL
         for (int i = 0; i < kChannels; ++i) {
-            float const scale = scales == nullptr ? 1.0f : arch::load_global(scales + i);
+            float const scale = scales == nullptr ? 1.0f : arch::load_written(scales + i);
             values[i] = end.value(output[i], p.limit, scale);
         }
         bool const pairs = stores_pairs(of_row, p.channels);

@@ -62,7 +62,10 @@ struct Quantize {
     // the cache any more.
     static constexpr bool kQueryFirst = kSmooths;
 
+    // When all blocks have begun, the attention kernel may: none of these waits for one that has
+    // not.
     SAGE_DEVICE static void run(Params const& p) {
+        arch::launch_dependents();
         int64_t const ticket = to_all(
             arch::thread_index() == 0 ? arch::take_ticket(p.schedule.counters + kTickets) : 0);
         Task const task = task_of(p, ticket);

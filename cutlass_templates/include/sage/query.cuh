@@ -32,7 +32,10 @@ struct QuantizeQuery {
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = (At::kRows * kHeadDim + kGroups * kParts) * sizeof(float);
 
-    SAGE_DEVICE static void run(Params const& p) { run(p, arch::block_index()); }
+    SAGE_DEVICE static void run(Params const& p) {
+        arch::launch_dependents();  // the attention to a cache
+        run(p, arch::block_index());
+    }
 
     // task = ((b * H + h) * M + block) * kTasks + part
     SAGE_DEVICE static void run(Params const& p, int64_t task) {

@@ -22,7 +22,7 @@ SAGE_DEVICE int first_row_of_thread() {
 SAGE_DEVICE float query_scale(AttendParams const& p, int64_t head, int query) {
     constexpr int kGroups = kQueryBlock / kQueryWarp * kQueryGroups;
     int const group = query / kQueryWarp * kQueryGroups + query % kQueryGroups;
-    return arch::load_global(p.query_scales + head * p.query_blocks * kGroups + group);
+    return arch::load_written(p.query_scales + head * p.query_blocks * kGroups + group);
 }
 
 template <bool kUniform>

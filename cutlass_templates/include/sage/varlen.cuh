@@ -180,8 +180,10 @@ struct Varlen {
     static constexpr int kSharedBytes = Kernel::kSharedBytes;
 
     SAGE_DEVICE static void run(Params const& p) {
+        arch::launch_dependents();
         typename Kernel::Params of_sequence = p.call;
         int64_t const task = Kernel::narrow(of_sequence, p.sequences, arch::block_index());
+        arch::await_prerequisites();
         if (task >= 0) Kernel::run(of_sequence, task);
     }
 };

@@ -345,18 +345,19 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                        heads_at_once,
                                        a.softcap > kLeastSoftcap ? a.softcap : kLeastSoftcap,
                                        dead_value};
-    const auto start = [&](int64_t kernel, int64_t blocks, const auto& params) {
-        return device.launch(kernel, blocks, &params, sizeof params, stream, error);
+    const auto start = [&](int64_t kernel, int64_t blocks, const auto& params, bool dependent) {
+        return device.launch(kernel, blocks, &params, sizeof params, stream, dependent, error);
     };
     const auto start_attend = [&](int64_t blocks) {
-        if (plan_->copies_mask == 0) return start(plan_->attend, blocks, attend);
-        return start(plan_->attend, blocks, with_mask_map(attend, a, device.driver()));
+        const bool dependent = plan_->dependent != 0;
+        if (plan_->copies_mask == 0) return start(plan_->attend, blocks, attend, dependent);
+        return start(plan_->attend, blocks, with_mask_map(attend, a, device.driver()), dependent);
     };
     const int64_t blocks = plan_->persistent != 0 ? least(rows, device.multiprocessors()) : rows;
     return SAGE_CUDA_CHECK(device.driver(), error, cuMemsetD8Async,
                            CUdeviceptr(reinterpret_cast<uintptr_t>(counters)), 0,
                            size_t(sizes_[kCounters]), stream) &&
-           start(plan_->quantize, quantizing_blocks(a), quantize) && start_attend(blocks);
+           start(plan_->quantize, quantizing_blocks(a), quantize, false) && start_attend(blocks);
 }
 
 // All kernels before any is started: a call that fails has written nothing.
@@ -394,10 +395,10 @@ bool Work::look_through_mask(const Device& device, const Attention& a, char* con
         a.key_length, a.batch / mask_batches_,       a.kv_heads / mask_kv_heads_};
     const int64_t kv_heads = mask_batches_ * mask_kv_heads_;
     return device.launch(arch.mask_rows, mask_batches_ * mask_heads_ * query_blocks_, &rows,
-                         sizeof rows, stream, error) &&
+                         sizeof rows, stream, false, error) &&
            device.launch(arch.mask_keys, kv_heads * key_blocks_, &of_keys, sizeof of_keys, stream,
-                         error) &&
-           device.launch(arch.mask_counts, kv_heads, &counts, sizeof counts, stream, error);
+                         false, error) &&
+           device.launch(arch.mask_counts, kv_heads, &counts, sizeof counts, stream, false, error);
 }
 
 // Queries that see nothing: zeros, and an LSE of what the sinks are.
@@ -418,7 +419,8 @@ bool Work::spread_sinks(const Device& device, const Attention& a, float* out, in
     const sage::SinksParams params = {a.sinks, out, a.sinks_kind, count, a.heads, repeats};
     const int64_t kernel = device.arch().sinks;
     const int64_t threads = device.pack().kernels()[size_t(kernel)].threads;
-    return device.launch(kernel, blocks_of(count, threads), &params, sizeof params, stream, error);
+    return device.launch(kernel, blocks_of(count, threads), &params, sizeof params, stream, false,
+                         error);
 }
 
 }  // namespace sage_cuda

@@ -176,7 +176,7 @@ bool Device::load_image(const Kernel& kernel, const void* image, Loaded* loaded,
 }
 
 bool Device::launch(int64_t index, int64_t blocks, const void* params, size_t bytes,
-                    CUstream stream, Error& error) const {
+                    CUstream stream, bool dependent, Error& error) const {
     const Kernel& kernel = pack_.kernels()[size_t(index)];
     if (size_t(kernel.params_bytes) != bytes)
         return error.set(
@@ -187,11 +187,9 @@ bool Device::launch(int64_t index, int64_t blocks, const void* params, size_t by
         return error.set("%lld blocks of %s; a launch has at most %lld: split the batch",
                          static_cast<long long>(blocks), kernel.symbol,
                          static_cast<long long>(kMostBlocks));
-    void* pointers[] = {const_cast<void*>(params)};  // the driver copies what they point to
     Error reason;
-    if (SAGE_CUDA_CHECK(driver_, reason, cuLaunchKernel, loaded_[size_t(index)].function,
-                        unsigned(blocks), 1, 1, unsigned(kernel.threads), 1, 1,
-                        unsigned(kernel.shared_bytes), stream, pointers, nullptr))
+    if (driver_.launch(loaded_[size_t(index)].function, unsigned(blocks), unsigned(kernel.threads),
+                       unsigned(kernel.shared_bytes), stream, params, dependent, reason))
         return true;
     return error.set("%s: %s", kernel.symbol, reason.text);
 }

@@ -30,9 +30,9 @@ class Device {
     // stream where it is to run; the device's context is current.
     bool load(int64_t kernel, CUstream stream, Error& error);
 
-    // Starts a loaded kernel: `params` is its struct, of `bytes`.
+    // Starts a loaded kernel: `params` is its struct, of `bytes`; `dependent` as of Driver::launch.
     bool launch(int64_t kernel, int64_t blocks, const void* params, size_t bytes, CUstream stream,
-                Error& error) const;
+                bool dependent, Error& error) const;
 
  private:
     struct Loaded {

@@ -6,6 +6,8 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kSystemDriver[] = "libcuda.so.1";
+// The first CUDA whose graphs have edges for launches that depend on one another and overlap.
+constexpr int kKeepsDependence = 12030;
 
 struct Entry {
     const char* name;
@@ -38,8 +40,13 @@ bool Driver::open(const char* path, Error& error) {
     }
     for (const Entry& entry : newer) *entry.place = dlsym(library_, entry.name);
     Error reason;
-    if (SAGE_CUDA_CHECK(*this, reason, cuInit, 0)) return true;
-    return error.set("the CUDA driver %s: %s", name, reason.text);
+    int version = 0;
+    if (!SAGE_CUDA_CHECK(*this, reason, cuInit, 0) ||
+        !SAGE_CUDA_CHECK(*this, reason, cuDriverGetVersion, &version))
+        return error.set("the CUDA driver %s: %s", name, reason.text);
+    if (version >= kKeepsDependence)
+        cuLaunchKernelEx_ = reinterpret_cast<LaunchEx>(dlsym(library_, "cuLaunchKernelEx"));
+    return true;
 }
 
 bool Driver::check(const char* call, CUresult status, Error& error) const {
@@ -49,6 +56,24 @@ bool Driver::check(const char* call, CUresult status, Error& error) const {
     cuGetErrorString(status, &words);
     if (name == nullptr || words == nullptr) return error.set("%s: CUresult %d", call, status);
     return error.set("%s: %s (%d), %s", call, name, status, words);
+}
+
+bool Driver::launch(CUfunction function, unsigned blocks, unsigned threads, unsigned shared_bytes,
+                    CUstream stream, const void* params, bool dependent, Error& error) const {
+    void* pointers[] = {const_cast<void*>(params)};  // the driver copies what they point to
+    CUresult status = CUDA_ERROR_NOT_SUPPORTED;
+    if (dependent && cuLaunchKernelEx_ != nullptr) {
+        CUlaunchAttribute attribute = {};
+        attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmatic_stream_serialization = 1;
+        const CUlaunchConfig config = {blocks,       1,      1,          threads, 1, 1,
+                                       shared_bytes, stream, &attribute, 1};
+        status = cuLaunchKernelEx_(&config, function, pointers, nullptr);
+    }
+    if (status == CUDA_ERROR_NOT_SUPPORTED)
+        status = cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream,
+                                pointers, nullptr);
+    return check("cuLaunchKernel", status, error);
 }
 
 bool Driver::read_capturing(CUstream stream, bool* capturing, Error& error) const {

@@ -18,6 +18,7 @@ using CUstream = struct CUstream_st*;
 using CUdeviceptr = unsigned long long;
 
 constexpr CUresult CUDA_SUCCESS = 0;
+constexpr CUresult CUDA_ERROR_NOT_SUPPORTED = 801;
 constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906;
 constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
@@ -32,6 +33,25 @@ constexpr int CU_TENSOR_MAP_SWIZZLE_64B = 2;
 constexpr int CU_TENSOR_MAP_SWIZZLE_128B = 3;
 constexpr int CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2;
 constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
+constexpr int CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
+struct CUlaunchAttribute {
+    int id;
+    char pad[4];
+    union {
+        int programmatic_stream_serialization;
+        char pad[64];
+    } value;
+};
+
+struct CUlaunchConfig {
+    unsigned grid_x, grid_y, grid_z;
+    unsigned block_x, block_y, block_z;
+    unsigned shared_bytes;
+    CUstream stream;
+    const CUlaunchAttribute* attributes;
+    unsigned attribute_count;
+};
 
 // X(function, arguments): the entries that are used.
 #define SAGE_CUDA_ENTRIES(X)                                                            \
@@ -82,6 +102,12 @@ class Driver {
     // Whether a call succeeded, and if not, why, in the driver's words.
     bool check(const char* call, CUresult status, Error& error) const;
 
+    // Starts a kernel of blocks of one dimension. A dependent one waits itself for the launch
+    // before it in the stream, so that it may begin before that has ended, where the driver can do
+    // that.
+    bool launch(CUfunction function, unsigned blocks, unsigned threads, unsigned shared_bytes,
+                CUstream stream, const void* params, bool dependent, Error& error) const;
+
     // Finds whether a CUDA graph is being captured on a stream.
     bool read_capturing(CUstream stream, bool* capturing, Error& error) const;
 
@@ -91,6 +117,10 @@ class Driver {
 #undef SAGE_CUDA_MEMBER
 
  private:
+    using LaunchEx = CUresult (*)(const CUlaunchConfig*, CUfunction, void** params, void** extra);
+
+    // Null: launches cannot depend on one another, or not in a CUDA graph.
+    LaunchEx cuLaunchKernelEx_ = nullptr;
     void* library_ = nullptr;
 };
 

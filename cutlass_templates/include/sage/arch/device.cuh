@@ -82,6 +82,18 @@ SAGE_DEVICE void await(uint32_t const* counter, uint32_t arrivals) {
     }
 }
 
+// A kernel for older GPUs is never launched dependent on another one.
+SAGE_DEVICE void await_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+SAGE_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 SAGE_DEVICE void copy_async(void* shared, void const* global) {
     cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
         *static_cast<cute::uint128_t const*>(global), *static_cast<cute::uint128_t*>(shared));

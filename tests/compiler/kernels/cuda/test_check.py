@@ -14,6 +14,7 @@ from sage_compiler.kernels.cuda.check import (
     check,
     is_default,
     problems,
+    problems_of_order,
     problems_of_ptx,
     required,
     spill_budget,
@@ -25,12 +26,13 @@ from sage_compiler.kernels.cuda.spec import (
     KernelSpec,
     KeySpec,
     QuerySpec,
+    QueryTile,
     StatisticsSpec,
     ValueSpec,
 )
 from sage_compiler.kernels.cuda.variants import all_specs, cache_variant, variant
 from sage_compiler.precision import Accumulator, Format
-from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
+from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler, listed
 
 LEAN = Resources(registers=200, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
 S8_E4M3 = variant("sm_89", "float16", 128, "int8_fp8").attend
@@ -40,6 +42,8 @@ PLUS_PLUS = replace(S8_E4M3, accumulator=Accumulator.FP16)
 STATISTICS = StatisticsSpec("sm_89", "float16", 64, 64)
 
 WGMMA = variant("sm_90a", "float16", 128, "int8_fp8").attend
+SPLIT = QueryTile(split=True)
+MERGE = variant("sm_90a", "float16", 128, "int8_fp8", tile=SPLIT).merge
 
 COPIES = Counter({"LDGSTS.E.BYPASS.128": 8, "LDSM.16.M88.4": 8})
 CODE: list[tuple[KernelSpec, Counter[str]]] = [
@@ -55,6 +59,7 @@ CODE: list[tuple[KernelSpec, Counter[str]]] = [
                 "QGMMA.64x128x32.F32.E4M3.E4M3": 8,
                 "UBLKCP.S.G": 7,
                 "USETMAXREG.TRY_ALLOC.CTAPOOL": 2,
+                "ACQBULK": 2,
             }
         ),
     ),
@@ -120,6 +125,53 @@ def test_a_cache_of_long_heads_by_wgmma_has_the_budget_alone() -> None:
         assert bool(found) == (head_dim == 128)
 
 
+WAITING: list[tuple[KernelSpec | None, tuple[str, ...]]] = [
+    (WGMMA, ("ACQBULK",)),
+    (variant("sm_90a", "float16", 128, "int8_fp8").quantize, ("PREEXIT",)),
+    (variant("sm_120a", "float16", 64, "int8_fp8").attend, ("ACQBULK",)),
+    (variant("sm_120a", "float16", 64, "int8_fp8", tile=SPLIT).attend, ("ACQBULK", "PREEXIT")),
+    (variant("sm_100a", "float16", 64, "int8_fp16", tile=SPLIT).merge, ("ACQBULK",)),
+    (variant("sm_90a", "float16", 64, "int8_fp8", varlen=True).key, ("ACQBULK", "PREEXIT")),
+    (cache_variant("sm_90a", "float16", 64, "int8_fp8").append, ("ACQBULK",)),
+    (cache_variant("sm_90a", "float16", 64, "int8_fp8").key_mean, ("PREEXIT",)),
+    (cache_variant("sm_90a", "float16", 64, "int8_fp8").query, ("PREEXIT",)),
+]
+
+
+@pytest.mark.parametrize(("spec", "expected"), WAITING)
+def test_who_waits_and_lets_others_begin(spec: KernelSpec, expected: tuple[str, ...]) -> None:
+    both = {"ACQBULK", "PREEXIT"}
+    assert both & {*required(spec)} == {*expected}
+    older = replace(spec, arch="sm_89")
+    assert not both & {*required(older)}
+    found = problems(older, Counter({"ACQBULK": 1, "PREEXIT": 2}), LEAN)
+    unwanted = ("ACQBULK 1 times", "PREEXIT 2 times")
+    assert {f"{each}, which it must not have" for each in unwanted} <= {*found}
+
+
+@pytest.mark.parametrize(
+    ("early", "right"),
+    [
+        ("LDG.E.CONSTANT", True),
+        ("LDG.E.128.CONSTANT", True),
+        ("LDS.128", True),
+        ("LDC.64", True),
+        ("LDG.E", False),
+        ("STG.E.64", False),
+        ("LDGSTS.E.BYPASS.128", False),
+        ("ATOMG.E.ADD.STRONG.GPU", False),
+        ("UBLKCP.S.G", False),
+    ],
+)
+def test_nothing_is_done_before_waiting(early: str, right: bool) -> None:
+    assert MERGE is not None
+    late = listed("MOV", "ACQBULK", early, "EXIT")
+    assert [*problems_of_order(MERGE, late)] == []
+    found = [*problems_of_order(MERGE, listed("MOV", early, early, "ACQBULK", "EXIT"))]
+    assert found == ([] if right else [f"{early} 2 times before ACQBULK"])
+    assert [*problems_of_order(STATISTICS, late)] == []
+
+
 def test_the_accumulator_is_looked_at() -> None:
     assert problems(S8_E4M3, CODE[2][1], LEAN) == ("no QMMA.16832.F32, which it must have",)
     assert problems(PLUS_PLUS, CODE[0][1], LEAN) == ("no QMMA.16832.F16, which it must have",)
@@ -177,11 +229,11 @@ def test_rows_are_of_all_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None
             binary = super().compile(source, arch)
             return replace(binary, resources=replace(LEAN, spill_stores=8), warnings="odd")
 
-    def opcodes(self: Disassembler, image: bytes) -> Counter[str]:
+    def listing(self: Disassembler, image: bytes) -> str:
         (symbol,) = (symbol for symbol in codes if f"({symbol}," in image.decode())
-        return codes[symbol]
+        return listed(*codes[symbol].elements())
 
-    monkeypatch.setattr(Disassembler, "opcodes", opcodes)
+    monkeypatch.setattr(Disassembler, "listing", listing)
     specs = [S8_HALF, S4_E4M3, STATISTICS]
     rows = list(check(specs, Compiler(broken=STATISTICS.symbol), Disassembler(()), jobs=1))
     assert [bool(row.problems) for row in rows] == [True, False, True]
@@ -308,9 +360,9 @@ def test_what_a_pack_has_is_as_it_must_be_and_spills_nothing(arch: str) -> None:
 
 
 def test_code_that_cannot_be_read_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    def opcodes(self: Disassembler, image: bytes) -> Counter[str]:
+    def listing(self: Disassembler, image: bytes) -> str:
         raise KernelUnavailableError("nvdisasm finds no code")
 
-    monkeypatch.setattr(Disassembler, "opcodes", opcodes)
+    monkeypatch.setattr(Disassembler, "listing", listing)
     (row,) = check([S8_HALF], FakeCompiler(), Disassembler(()), jobs=1)
     assert isinstance(row, Row) and row.problems == ("nvdisasm finds no code",)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from sage_compiler.kernels.cuda.cache import Cache
 from sage_compiler.kernels.cuda.preparation import preparation_specs
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import KernelSpec, StatisticsSpec
-from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler
+from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler, listed
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +31,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kernels, "checked_specs", all_specs)
     monkeypatch.setattr(kernels_compiling, "find", lambda *names: FakeCompiler(" or ".join(names)))
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
-    monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"EXIT": 1}))
+    monkeypatch.setattr(Disassembler, "listing", lambda self, image: listed("EXIT"))
     monkeypatch.setattr(ptx, "target", lambda text: "sm_80")
     monkeypatch.setenv("SAGE_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("SAGE_KERNEL_PACK", raising=False)
@@ -55,7 +54,7 @@ def test_check_looks_at_what_no_pack_has_too(capsys: pytest.CaptureFixture[str])
 def test_check_fails_with_its_table_and_its_rows(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Disassembler, "opcodes", lambda self, image: Counter({"BPT.TRAP": 1}))
+    monkeypatch.setattr(Disassembler, "listing", lambda self, image: listed("BPT.TRAP"))
     arguments = ["kernels", "check", "--arch", "sm_80", "--jobs", "1"]
     assert cli.main(arguments) == 1
     output = capsys.readouterr()

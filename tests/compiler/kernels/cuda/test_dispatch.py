@@ -114,7 +114,7 @@ class Launched:
     def loaded(self, spec: KernelSpec, device: int, stream: int) -> Any:
         """A loader's answer; a launch is noted."""
 
-        def launch(blocks: int, on: int, packed: bytes) -> None:
+        def launch(blocks: int, on: int, packed: bytes, *, dependent: bool) -> None:
             self.launches.append((spec.symbol, blocks, spec.threads, spec.shared_bytes))
 
         return launch

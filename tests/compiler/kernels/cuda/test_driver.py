@@ -183,6 +183,52 @@ def test_a_launch_that_is_refused_is_said(driver: Driver, builder: HostBuilder) 
     assert caught.value.code == host.CUDA_ERROR_INVALID_VALUE
 
 
+def test_a_launch_may_depend_on_the_one_before(loader: Loader, look_alike: host.Host) -> None:
+    """The toy waits for none, so the executor refuses what would be said wrongly."""
+    launch = loader.loaded(TOY, 0, STREAM)
+    packed = TOY.params.pack(torch.empty(100).data_ptr(), 100, 0.5, 0.0)
+    look_alike.library.sage_host_dry_run(True)
+    for stream, dependent in ((0, True), (0x50, True), (0, False)):
+        launch(2, stream, packed, dependent=dependent)
+        logged = look_alike.launches()[-1]
+        assert (logged["stream"], logged["dependent"]) == (stream, dependent)
+        assert (logged["grid"], logged["block"]) == (2, 64)
+    look_alike.library.sage_host_dry_run(False)
+    with pytest.raises(DriverError, match=r"cuLaunchKernel: CUDA_ERROR_LAUNCH_FAILED"):
+        launch(2, STREAM, packed, dependent=True)
+    with ThreadPoolExecutor(1) as pool:  # a thread that has no context
+        look_alike.library.sage_host_dry_run(True)
+        pool.submit(launch, 2, STREAM, packed, dependent=True).result()
+
+
+@pytest.mark.parametrize(("version", "dependent"), [(12020, False), (12030, True)])
+def test_drivers_whose_graphs_lose_dependence_have_none(
+    version: int, dependent: bool, look_alike: host.Host, builder: HostBuilder
+) -> None:
+    look_alike.library.sage_host_set_version(version)
+    loader = Loader(Driver(str(host.driver())), builder)
+    look_alike.library.sage_host_dry_run(True)
+    loader.loaded(TOY, 0, STREAM)(2, STREAM, TOY.params.pack(0, 0, 0.0, 0.0), dependent=True)
+    assert look_alike.launches()[-1]["dependent"] == dependent
+
+
+@pytest.mark.parametrize(("code", "launched"), [(801, True), (700, False)])
+def test_where_dependence_is_not_supported_there_is_none(
+    code: int, launched: bool, driver: Driver, loader: Loader, look_alike: host.Host
+) -> None:
+    """Other errors are errors."""
+    driver.launch_ex = lambda *_: code
+    launch = loader.loaded(TOY, 0, STREAM)
+    look_alike.library.sage_host_dry_run(True)
+    packed = TOY.params.pack(0, 0, 0.0, 0.0)
+    if launched:
+        launch(2, STREAM, packed, dependent=True)
+    else:
+        with pytest.raises(DriverError, match="cuLaunchKernel: CUresult 700"):
+            launch(2, STREAM, packed, dependent=True)
+    assert [each["dependent"] for each in look_alike.launches()] == [False] * launched
+
+
 def test_an_unknown_device_is_said(loader: Loader) -> None:
     with pytest.raises(DriverError, match="cuDeviceGet: CUDA_ERROR_INVALID_DEVICE"):
         loader.loaded(TOY, 7, STREAM)

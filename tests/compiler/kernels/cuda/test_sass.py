@@ -7,7 +7,7 @@ import pytest
 
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import headers, toolchain
-from sage_compiler.kernels.cuda.sass import Disassembler, count, occurrences
+from sage_compiler.kernels.cuda.sass import Disassembler, before, count, occurrences
 from tests.compiler.kernels.cuda.toy import TOY, source
 
 NVDISASM = """\
@@ -48,6 +48,12 @@ def test_opcodes_are_counted_in_both_formats() -> None:
     assert count(CUOBJDUMP) == Counter({"MOV": 1, "BPT.TRAP": 1, "BRA": 1})
 
 
+def test_what_comes_before_an_opcode() -> None:
+    assert before(NVDISASM, "IMMA.16832.S8") == Counter({"IMAD.MOV.U32": 1, "EXIT": 1})
+    assert before(NVDISASM, "IMMA.168") == count(NVDISASM)
+    assert before(CUOBJDUMP, "MOV") == Counter()
+
+
 def test_an_opcode_is_asked_for_with_whatever_modifiers() -> None:
     opcodes = Counter({"HMMA.16816.F32": 2, "HMMA.16816.F32.BF16": 3, "HMMA.1688.F32": 5})
     assert occurrences(opcodes, "HMMA") == 10
@@ -70,12 +76,12 @@ def test_a_real_kernel_is_disassembled(name: str, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(headers, "tool", lambda wanted: path if wanted == name else None)
     disassembler = Disassembler.find()
     with pytest.raises(KernelUnavailableError, match=f"{name} finds no code"):
-        disassembler.opcodes(b"no cubin")
+        disassembler.listing(b"no cubin")
     try:
         compiler = toolchain.find()
     except KernelUnavailableError as error:
         pytest.skip(str(error))
-    opcodes = disassembler.opcodes(compiler.compile(source(TOY), TOY.arch).image)
+    opcodes = count(disassembler.listing(compiler.compile(source(TOY), TOY.arch).image))
     assert occurrences(opcodes, "STG") == 1
     assert occurrences(opcodes, "EXIT") >= 1
     assert "NOP" not in opcodes

@@ -327,7 +327,9 @@ def test_the_host_does_not_read_offsets_on_the_device() -> None:
 
     class Recorder(Loader):
         def loaded(self, spec, device, stream):  # type: ignore[no-untyped-def]
-            return lambda blocks, stream, packed: launched.append((spec, blocks, len(packed)))
+            return lambda blocks, stream, packed, *, dependent: launched.append(
+                (spec, blocks, len(packed))
+            )
 
     with torch.device("meta"):
         query, key = torch.empty(1, 4, 1000, 64), torch.empty(1, 2, 700, 64)

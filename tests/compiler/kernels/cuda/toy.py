@@ -96,3 +96,8 @@ class FakeCompiler:
 
     def lacking(self, arch: str) -> str | None:
         return f"fake is older than {arch}" if arch == self._lacks else None
+
+
+def listed(*opcodes: str) -> str:
+    """Machine code as a disassembler lists it."""
+    return "".join(f"        /*{at * 16:04x}*/   {name} ;\n" for at, name in enumerate(opcodes))

@@ -17,7 +17,20 @@ struct Launch {
     std::string symbol;
     unsigned grid, block, shared_bytes;
     void* stream;
+    bool dependent;
     std::string params;
+};
+
+// As cuda.h has it.
+struct LaunchConfig {
+    unsigned grid_x, grid_y, grid_z;
+    unsigned block_x, block_y, block_z;
+    unsigned shared_bytes;
+    void* stream;
+    struct Attribute {
+        int id, pad, value;
+    } const* attributes;
+    unsigned attribute_count;
 };
 
 struct Copy {
@@ -31,6 +44,7 @@ struct State {
     std::mutex mutex;
     void* target = nullptr;  // null: pretend
     int major = 8, minor = 9;
+    int version = 12040;
     std::map<std::string, int> calls;
     std::string failing;
     int code = 0, after = 0;
@@ -68,6 +82,14 @@ size_t params_bytes(std::string const& symbol) {
     return 0;
 }
 
+void note_launch(void* function, LaunchConfig const& config, bool dependent, void** params) {
+    std::lock_guard<std::mutex> const lock(state().mutex);
+    std::string const& symbol = state().functions[function];
+    std::string const packed(static_cast<char const*>(params[0]), params_bytes(symbol));
+    state().launches.push_back({symbol, config.grid_x, config.block_x, config.shared_bytes,
+                                config.stream, dependent, packed});
+}
+
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -86,7 +108,7 @@ API int cuInit(unsigned flags) {
 }
 
 API int cuDriverGetVersion(int* version) {
-    *version = 12040;
+    *version = state().version;
     return 0;
 }
 
@@ -260,16 +282,23 @@ API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t b
 API int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
                        void* stream, void** params, void** extra) {
-    {
-        std::lock_guard<std::mutex> const lock(state().mutex);
-        std::string const& symbol = state().functions[function];
-        std::string const packed(static_cast<char const*>(params[0]), params_bytes(symbol));
-        state().launches.push_back({symbol, grid_x, block_x, shared_bytes, stream, packed});
-    }
+    LaunchConfig const config = {grid_x,  grid_y,       grid_z, block_x, block_y,
+                                 block_z, shared_bytes, stream, nullptr, 0};
+    note_launch(function, config, false, params);
     FORWARD(cuLaunchKernel,
             (void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
              void**, void**),
             function, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes, stream,
+            params, extra);
+    return result;
+}
+
+API int cuLaunchKernelEx(LaunchConfig const* config, void* function, void** params, void** extra) {
+    auto const& attribute = config->attributes[0];
+    bool const dependent =
+        config->attribute_count == 1 && attribute.id == 6 && attribute.value == 1;
+    note_launch(function, *config, dependent, params);
+    FORWARD(cuLaunchKernelEx, (LaunchConfig const*, void*, void**, void**), config, function,
             params, extra);
     return result;
 }
@@ -280,6 +309,7 @@ API void sage_test_reset(char const* target) {
     s.target = target == nullptr ? nullptr : dlopen(target, RTLD_NOW | RTLD_LOCAL);
     s.major = 8;
     s.minor = 9;
+    s.version = 12040;
     s.failing.clear();
     s.calls.clear();
     s.launches.clear();
@@ -290,6 +320,9 @@ API void sage_test_capability(int major, int minor) {
     state().major = major;
     state().minor = minor;
 }
+
+// What cuDriverGetVersion says from now on.
+API void sage_test_version(int version) { state().version = version; }
 
 // Lets a function fail with a CUresult, after some calls that succeed.
 API void sage_test_fail(char const* function, int code, int after) {
@@ -321,14 +354,15 @@ API size_t sage_test_copies() {
 
 API size_t sage_test_launches() { return state().launches.size(); }
 
-// One launch: its symbol, {grid, block, shared_bytes, stream}, and its parameters.
-API char const* sage_test_launch(size_t index, uint64_t (*numbers)[4], char const** params,
+// One launch: its symbol, {grid, block, shared_bytes, stream, dependent}, and its parameters.
+API char const* sage_test_launch(size_t index, uint64_t (*numbers)[5], char const** params,
                                  size_t* bytes) {
     Launch const& launch = state().launches[index];
     (*numbers)[0] = launch.grid;
     (*numbers)[1] = launch.block;
     (*numbers)[2] = launch.shared_bytes;
     (*numbers)[3] = reinterpret_cast<uintptr_t>(launch.stream);
+    (*numbers)[4] = launch.dependent;
     *params = launch.params.data();
     *bytes = launch.params.size();
     return launch.symbol.c_str();

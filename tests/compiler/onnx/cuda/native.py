@@ -82,6 +82,7 @@ class Launch:
     threads: int
     shared_bytes: int
     stream: int
+    dependent: bool
     params: bytes
 
 
@@ -160,6 +161,10 @@ class TestDriver:
         """Of all devices, while it pretends."""
         self._library.sage_test_capability(major, minor)
 
+    def set_version(self, version: int) -> None:
+        """Of CUDA, that the driver is for."""
+        self._library.sage_test_version(version)
+
     def fail(self, function: str, code: int = 999, after: int = 0) -> None:
         """Let a function fail, after some calls that succeed."""
         self._library.sage_test_fail(function.encode(), code, after)
@@ -183,7 +188,7 @@ class TestDriver:
         """What was launched since this was last asked."""
         found = []
         for index in range(self._library.sage_test_launches()):
-            numbers = (ctypes.c_uint64 * 4)()
+            numbers = (ctypes.c_uint64 * 5)()
             params, size = ctypes.c_void_p(), ctypes.c_size_t()
             symbol = self._library.sage_test_launch(
                 ctypes.c_size_t(index),
@@ -192,7 +197,9 @@ class TestDriver:
                 ctypes.byref(size),
             )
             packed = ctypes.string_at(params, size.value)
-            found.append(Launch(symbol.decode(), *numbers, packed))
+            blocks, threads, shared_bytes, stream, dependent = numbers
+            geometry = (blocks, threads, shared_bytes)
+            found.append(Launch(symbol.decode(), *geometry, stream, bool(dependent), packed))
         self._library.sage_test_forget()
         return found
 

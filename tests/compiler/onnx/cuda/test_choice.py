@@ -129,10 +129,9 @@ class Recorder:
         """A driver's call, which is not compared here."""
 
     def loaded(self, spec: KernelSpec, device: int, stream: int) -> Any:
-        def launch(blocks: int, on: int, packed: bytes) -> None:
-            self.launches.append(
-                Launch(spec.symbol, blocks, spec.threads, spec.shared_bytes, on, packed)
-            )
+        def launch(blocks: int, on: int, packed: bytes, *, dependent: bool) -> None:
+            geometry = (blocks, spec.threads, spec.shared_bytes)
+            self.launches.append(Launch(spec.symbol, *geometry, on, dependent, packed))
 
         return launch
 
@@ -280,6 +279,8 @@ def test_the_same_choice_and_the_same_launches(
             preparing += problem.sinks in (torch.float16, torch.bfloat16)
             expected = python_launches(arch, problem, kernels, driver, monkeypatch)
             assert len(launches) == preparing + 2
+            overlaps = ARCHS[arch].overlaps_launches
+            assert [x.dependent for x in launches] == [False] * (preparing + 1) + [overlaps]
             assert [x.symbol for x in launches[preparing:]] == [x.symbol for x in expected]
             for ours, theirs, spec in zip(
                 launches[preparing:], expected, kernels.specs(), strict=True

@@ -151,6 +151,30 @@ def test_a_call_that_fails(function: str, after: int, pretending: TestDriver, pa
         assert len(pretending.launches()) == 6
 
 
+@pytest.mark.parametrize(
+    ("version", "code", "dependent"), [(12030, 0, 1), (12020, 0, 0), (12030, 801, 1)]
+)
+def test_launches_that_cannot_depend_on_one_another(
+    version: int, code: int, dependent: int, pretending: TestDriver, tmp_path: Path
+) -> None:
+    """Then the attention kernel is launched as any other; other errors are errors."""
+    pack = pack_of_names(standalone_specs("sm_90a"), tmp_path / "pack")
+    pretending.set_capability(9, 0)
+    pretending.set_version(version)
+    prepared = {"call": make_call(20, 30, 128, torch.float16), "recipe": "int8_fp8"}
+    with opened(pretending.path, pack) as device:
+        pretending.fail("cuLaunchKernelEx" if code else "", code)
+        Prepared(device, **prepared).launch()
+        launched = [(each.symbol[:13], each.dependent) for each in pretending.launches()]
+        attends = [("sage_attend_h", True)] * dependent
+        attends += [("sage_attend_h", False)] * (not dependent or code != 0)
+        assert launched == [("sage_quantize", False), *attends]
+        if dependent:
+            pretending.fail("cuLaunchKernelEx", 700)
+            with pytest.raises(NativeError, match=r"cuLaunchKernel: CUDA_ERROR_OF_A_TEST \(700\)"):
+                Prepared(device, **prepared).launch()
+
+
 def test_shared_memory_that_is_refused(pretending: TestDriver, tmp_path: Path) -> None:
     specs = [spec for spec in standalone_specs(ARCH) if spec.shared_bytes > 48 << 10]
     assert specs
@@ -264,7 +288,7 @@ def change_table(pack: Path, change: Callable[[str], str]) -> None:
         (lambda text: text.replace(" 256 17424 ", " 256 "), "line 3"),
         (lambda text: text.replace(" 256 17424 ", " 256 17424 7 "), "line 3"),
         (lambda text: text.replace("8 9", "8 9x", 1), "line 2"),
-        (lambda text: text.replace(" 0 1 0 1 0 0 2 2 ", " 0 99 0 1 0 0 2 2 "), "names kernels"),
+        (lambda text: text.replace(" 0 1 0 1 0 0 0 2 2 ", " 0 99 0 1 0 0 0 2 2 "), "names kernels"),
         (lambda text: text + "more\n", "is not as it must be"),
         (lambda text: text + "a " * 100 + "\n", "is not as it must be"),
     ],
@@ -452,7 +476,7 @@ def test_the_parameters_are_those_of_this_format() -> None:
     C++ compares: raise it, in launch_table.py and pack.cpp, and write the new digest here."""
     header = host.TEMPLATES / "include" / "sage" / "params.cuh"
     digest = hashlib.sha256(header.read_bytes()).hexdigest()
-    assert (FORMAT, digest[:16]) == (6, "1f8fa34eab462875")
+    assert (FORMAT, digest[:16]) == (7, "1f8fa34eab462875")
 
 
 def test_the_process_has_one_runtime(

@@ -91,6 +91,10 @@ inline void await(uint32_t const* counter, uint32_t arrivals, Site site = SAGE_C
     runtime().await(counter, arrivals, site);
 }
 
+inline void await_prerequisites(Site site = SAGE_CALL_SITE) { runtime().await_prerequisites(site); }
+// Launches run one after another anyway; that a dependent one may begin early, its checks assume.
+inline void launch_dependents() {}
+
 inline void copy_async(void* shared, void const* global, Site site = SAGE_CALL_SITE) {
     runtime().copy_async(shared, global, site);
 }

@@ -9,7 +9,7 @@
 namespace sage::host {
 
 // Changes with everything in this file.
-constexpr uint64_t kAbi = 0x5341'4745'0000'0005;
+constexpr uint64_t kAbi = 0x5341'4745'0000'0006;
 
 // How an Entry begins, so that other symbols are not taken for one.
 constexpr uint64_t kEntryMark = 0x656e'7472'792d'7361;
@@ -81,6 +81,7 @@ struct Runtime {
     uint32_t (*take_ticket)(uint32_t*, Site);
     uint32_t (*arrive)(uint32_t*, Site);
     void (*await)(uint32_t const*, uint32_t arrivals, Site);
+    void (*await_prerequisites)(Site);
     void (*copy_async)(void* shared, void const* global, Site);
     void (*copy_async_commit)();
     void (*copy_async_wait)(int newest);
