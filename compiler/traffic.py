@@ -2,26 +2,23 @@
 
 What blocks load and store is exact, for tokens that are all seen and rows of whole 32 bytes: a test
 holds it against what the kernels do on a CPU. What of it comes from memory rather than the L2 cache
-is a model, and nothing was measured: K and V are read twice, and ``missed`` says how much of the
-second reading the cache does not have any more.
+is a model, and nothing was measured: K and V are read twice, and ``second_reading`` says how much
+of the second time the cache does not have any more.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import random
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
 
 from sage_compiler.kernels.cuda.arch import Arch
 from sage_compiler.kernels.cuda.sizes import Sizes
 from sage_compiler.kernels.cuda.spec import KeyValueTile, padded_dim, value_is_scaled
 from sage_compiler.kernels.cuda.variants import Variant
 from sage_compiler.precision import TILE_MMA, Format
+from sage_compiler.second_reading import Units, missed
 
 _FLOAT_BYTES: Final = 4
 _SECTOR: Final = 32  # bytes: the least that the cache loads
@@ -29,10 +26,6 @@ _ITEM_BYTES: Final = MappingProxyType({"float16": 2, "bfloat16": 2, "float32": 4
 _BITS: Final = MappingProxyType({Format.INT4: 4, Format.INT8: 8, Format.FP8: 8, Format.FP16: 16})
 _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _BLOCKS: Final = 3  # that run at a time on a multiprocessor, by their registers
-
-# What a cache is followed through: more units, or tasks of one, are taken together.
-_MOST_AHEAD: Final = 16
-_MOST_BLOCKS: Final = 512
 
 CACHES: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -56,16 +49,21 @@ class Traffic:
         launches: of kernels.
         loaded: by blocks, each address once by each.
         stored: by the launches.
+        streamed: of this, with the hint that it leaves caches first: K, V and delta.
         inputs, operands: Q, K and V, and what the attention kernel takes of them: the least that
             can be loaded and stored.
+        unfit: of the inputs, K and V whose heads are larger than the cache: by the order of work
+            they cannot be kept until they are read again.
         again: of the inputs, what is read a second time, and not in the cache any more.
     """
 
     launches: int
     loaded: int
     stored: int
+    streamed: int
     inputs: int
     operands: int
+    unfit: int
     again: int
 
     @property
@@ -74,18 +72,36 @@ class Traffic:
         return self.inputs + self.operands
 
     @property
+    def bound_of_cache(self) -> int:
+        """The same where inputs fit into the cache, and twice what does not."""
+        return self.bound + self.unfit
+
+    @property
+    def moved(self) -> int:
+        """What memory has to move."""
+        return self.inputs + self.again + self.stored
+
+    @property
     def ratio(self) -> float:
         """What memory has to move, over the bound."""
-        return (self.inputs + self.again + self.stored) / self.bound
+        return self.moved / self.bound
+
+    @property
+    def ratio_of_cache(self) -> float:
+        """The same over ``bound_of_cache``."""
+        return self.moved / self.bound_of_cache
 
 
-def traffic(arch: Arch, kernels: Variant, sizes: Sizes, *, row_term: bool = False) -> Traffic:
+def traffic(
+    arch: Arch, kernels: Variant, sizes: Sizes, *, row_term: bool = False, streaming: bool = True
+) -> Traffic:
     """That of a call whose head_dims are those of ``kernels``, whole and padded.
 
     Args:
         arch: one with kernels of its own, which has a known cache.
         sizes: of a call, not of a packed batch, all of whose tokens are seen.
         row_term: as of ``Sizes.scratch``.
+        streaming: as of ``missed``.
     """
     attend = kernels.attend
     item = _ITEM_BYTES[attend.dtype]
@@ -124,137 +140,70 @@ def traffic(arch: Arch, kernels: Variant, sizes: Sizes, *, row_term: bool = Fals
         loaded += sizes.chunks * of_statistics  # whoever comes last adds up those of all
         stored += of_statistics + (1 + kv_heads) * _SECTOR
 
+    again = twice
+    if one_launch:
+        again = _again(arch, kernels, sizes, key, value, query, row_term, streaming)
+    elif key + value + query <= _cache(arch):  # everything is read before anything is read again
+        again = 0
     return Traffic(
         launches=len(kernels.quantizers()),
         loaded=loaded,
         stored=stored,
+        streamed=tiles * tile.scales_offset + delta,
         inputs=key + value + query,
         operands=operands,
-        again=_again(arch, kernels, sizes, key, value, query, row_term=row_term),
+        unfit=sum(
+            each
+            for each, read_twice in ((key, True), (value, twice > key))
+            if read_twice and each // kv_heads > _cache(arch)
+        ),
+        again=again,
     )
+
+
+def _cache(arch: Arch) -> int:
+    """What can be counted on: A100, H100 and B200 have their cache in two halves, of which each may
+    hold a copy of what the other has; and of no other GPU is it known that it keeps more.
+    """
+    return CACHES[arch.name] // 2
 
 
 def _again(
-    arch: Arch, kernels: Variant, sizes: Sizes, key: int, value: int, query: int, *, row_term: bool
+    arch: Arch,
+    kernels: Variant,
+    sizes: Sizes,
+    key: int,
+    value: int,
+    query: int,
+    row_term: bool,
+    streaming: bool,
 ) -> int:
-    """What of K and V is read a second time from memory."""
-    quantize, cache = kernels.quantize, CACHES[arch.name] // 2
-    if quantize is None:  # everything is read before anything is read again
-        return key + value if key + value + query > cache else 0
-    found = 0
-    key_first = row_term and quantize.qk is Format.INT4
-    if key_first and key + query > cache:
-        found += key
-    in_order = (0 if key_first else key) + (value if quantize.scales_value else 0)
-    if in_order == 0:
+    """What of K and V one launch reads a second time from memory."""
+    quantize, attend = kernels.quantize, kernels.attend
+    assert quantize is not None
+    smooths = quantize.qk is Format.INT4
+    key_first = row_term and smooths
+    found = key if key_first and key + query + value > _cache(arch) else 0
+    in_order = [] if key_first else [key]
+    if quantize.scales_value:
+        in_order.append(value)
+    if not in_order:
         return found
-    tile = kernels.attend.tile
-    running = arch.multiprocessors * (_BLOCKS - (quantize.qk is Format.INT4))
+    blocks = sizes.batch * sizes.kv_heads * sizes.key_blocks
+    delta = sizes.group * sizes.query_blocks * TILE_MMA.kv_block * _FLOAT_BYTES if smooths else 0
+    tile = attend.tile
+    stored = [] if key_first else [tile.value_offset + delta]
+    if quantize.scales_value:
+        stored.append(tile.scales_offset - tile.value_offset)
     units = Units(
-        statistics=(sizes.chunks, quantize.slices),
+        chunks=sizes.chunks,
+        slices=quantize.slices,
         blocks=sizes.key_blocks,
-        bytes_read=sizes.key_length * kernels.attend.head_dim * _ITEM_BYTES[quantize.dtype],
-        bytes_written=sizes.key_blocks * tile.bytes // 2,
-        ahead=sizes.ahead(kernels, row_term=row_term),
-        number=(1 if key_first or not quantize.scales_value else 2) * sizes.batch * sizes.kv_heads,
+        loaded=tuple(each // blocks for each in in_order),
+        streamed=tuple(stored),
+        ahead=sizes.ahead(kernels, arch.multiprocessors, row_term=row_term),
+        number=len(in_order) * sizes.batch * sizes.kv_heads,
     )
-    return found + round(in_order * missed(units, cache, running))
-
-
-class Units(NamedTuple):
-    """The units of quantize.cuh, K or V of a head each, and their order.
-
-    Attributes:
-        statistics: the tasks of a unit: chunks of tokens, slices of channels.
-        blocks: its tasks that convert.
-        bytes_read, bytes_written: of a unit.
-        ahead: units whose statistics come before the first conversion.
-        number: of units.
-    """
-
-    statistics: tuple[int, int]
-    blocks: int
-    bytes_read: int
-    bytes_written: int
-    ahead: int
-    number: int
-
-
-@functools.cache
-def missed(units: Units, cache: int, running: float) -> float:
-    """How much of K and V the cache has lost when it is read for the second time, from 0 to 1.
-
-    A cache of which the least recently used goes first, and which takes what is written as what is
-    read. Tasks touch it in the order of their tickets, but each may be late by as many tasks as run
-    at the same time, at random. Units in the middle count, of as many as show a steady state.
-
-    Args:
-        cache: bytes that can be counted on: ``traffic`` takes half of what there is. A100, H100
-            and B200 have it in two halves, of which each may hold a copy of what the other has.
-        running: blocks at the same time.
-    """
-    if (units.bytes_read + units.bytes_written) * units.number <= cache:
-        return 0.0
-    units, running = _coarser(units, running)
-    count = min(units.number, 2 * units.ahead + 6)
-    counted = range(min(units.ahead + 1, count - 1), max(units.ahead + 2, count - units.ahead - 1))
-    dice = random.Random(0)
-    (chunks, slices), blocks = units.statistics, units.blocks
-    part = units.bytes_read // (blocks * slices)
-    touches: list[tuple[float, tuple[int, int, int], int]] = []  # when, what, and how many bytes
-    ticket = 0
-
-    def statistics(unit: int) -> None:
-        nonlocal ticket
-        for chunk, piece in itertools.product(range(chunks), range(slices)):
-            late = ticket + dice.random() * running
-            of_chunk = range(chunk * blocks // chunks, (chunk + 1) * blocks // chunks)
-            touches.extend((late, (unit, block, piece), part) for block in of_chunk)
-            ticket += 1
-
-    def conversion(unit: int) -> None:
-        nonlocal ticket
-        for block in range(blocks):
-            late = ticket + dice.random() * running
-            touches.extend((late, (unit, block, piece), part) for piece in range(slices))
-            touches.append((late, (unit, block, -1), units.bytes_written // blocks))
-            ticket += 1
-
-    for unit in range(min(units.ahead, count)):
-        statistics(unit)
-    for unit in range(count):
-        if unit + units.ahead < count:
-            statistics(unit + units.ahead)
-        conversion(unit)
-
-    kept: OrderedDict[tuple[int, int, int], int] = OrderedDict()
-    seen: set[tuple[int, int, int]] = set()
-    total = second = lost = 0
-    for _, what, size in sorted(touches):
-        if what in seen and what[0] in counted:
-            second += 1
-            lost += what not in kept
-        seen.add(what)
-        total += 0 if what in kept else size
-        kept[what] = size
-        kept.move_to_end(what)
-        while total > cache:
-            total -= kept.popitem(last=False)[1]
-    return lost / second
-
-
-def _coarser(units: Units, running: float) -> tuple[Units, float]:
-    """The same in fewer units and tasks, which show as much of a cache."""
-    group = -(-units.ahead // _MOST_AHEAD) if units.ahead > _MOST_AHEAD else 1
-    chunks, slices = units.statistics
-    blocks = units.blocks * group
-    tasks = -(-blocks // _MOST_BLOCKS)
-    grouped = Units(
-        statistics=(min(chunks * group, _MOST_BLOCKS), slices),
-        blocks=-(-blocks // tasks),
-        bytes_read=units.bytes_read * group,
-        bytes_written=units.bytes_written * group,
-        ahead=units.ahead // group,
-        number=max(1, units.number // group),
-    )
-    return grouped, running / tasks
+    running = arch.multiprocessors * (_BLOCKS - smooths)
+    lost = missed(units, _cache(arch), running, streaming=streaming)
+    return found + round(sum(in_order) * lost)

@@ -301,6 +301,8 @@ def to_dict(question: Question, found: Answer) -> dict[str, Any]:
                 "stored_bytes": found.traffic.stored,
                 "least_bytes": found.traffic.bound,
                 "memory_ratio": found.traffic.ratio,
+                "least_bytes_of_cache": found.traffic.bound_of_cache,
+                "memory_ratio_of_cache": found.traffic.ratio_of_cache,
             }
         about["tile"] = {
             "queries": attend.tile_rows,
@@ -362,6 +364,11 @@ def _lines(question: Question, found: Answer) -> list[str]:
                 f"quantization: {found.traffic.ratio:.2f} times {least:.1f} MB, the least that "
                 "memory has to move, by a model of the cache"
             )
+            if found.traffic.unfit:
+                lines += _prose(
+                    f"a head of K or V is larger than what of the cache can be counted on: "
+                    f"{found.traffic.ratio_of_cache:.2f} times what it takes to read these twice"
+                )
         lines.append(f"scratch: {found.scratch_bytes} bytes{also}")
     if found.cache_bytes is not None:
         lines.append(f"cache: {found.cache_bytes} bytes for {found.sizes.key_length} tokens")

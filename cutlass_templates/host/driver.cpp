@@ -135,6 +135,7 @@ struct Driver {
     bool detect_races = true;
     bool dry_run = false;
     bool count_bytes = false;
+    int64_t cache_bytes = 0;
     CUctx_st contexts[kMaxDevices] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
     std::set<CUmodule> modules;
     std::set<CUstream> capturing;
@@ -280,7 +281,8 @@ CUresult launch(CUfunction function, CUlaunchConfig const& config, void** params
                                        dependent,
                                        state.detect_races,
                                        state.ranges,
-                                       count_bytes ? &bytes : nullptr};
+                                       count_bytes ? &bytes : nullptr,
+                                       state.cache_bytes};
     lock.unlock();
     std::string const failure = sage::host::execute(launch);
     if (count_bytes) {  // for tests of one thread, whose launch is still the last one
@@ -633,6 +635,7 @@ SAGE_API void sage_host_reset() {
     state.detect_races = true;
     state.dry_run = false;
     state.count_bytes = false;
+    state.cache_bytes = 0;
     state.capturing.clear();
     state.ranges = std::make_shared<std::vector<Range>>();
     state.launches.clear();
@@ -690,6 +693,12 @@ SAGE_API void sage_host_count_bytes(bool on) {
     driver().count_bytes = on;
 }
 
+// They also count what a cache of so many bytes would not have (traffic.hpp).
+SAGE_API void sage_host_follow_cache(int64_t bytes) {
+    Lock const lock(driver().mutex);
+    driver().cache_bytes = bytes;
+}
+
 // While a stream is capturing, its launches are logged only, and no module can be loaded.
 SAGE_API void sage_host_set_capturing(CUstream stream, bool on) {
     Lock const lock(driver().mutex);
@@ -710,8 +719,8 @@ SAGE_API char const* sage_host_message() {
 
 // The last 10,000 launches, oldest first, as a JSON array of objects: symbol, grid, block,
 // shared_bytes, stream, context (as integers), dependent, captured, and of global memory the bytes
-// that were loaded, loaded_once and stored (traffic.hpp), if they were counted. Valid as
-// sage_host_message's.
+// that were loaded, loaded_once, stored, streamed and missed (traffic.hpp), if they were counted.
+// Valid as sage_host_message's.
 SAGE_API char const* sage_host_launches() {
     static thread_local std::string text;
     Lock const lock(driver().mutex);
@@ -727,7 +736,9 @@ SAGE_API char const* sage_host_launches() {
                 ", \"captured\": " + (launch.captured ? "true" : "false") +
                 ", \"loaded\": " + std::to_string(launch.bytes.loaded) +
                 ", \"loaded_once\": " + std::to_string(launch.bytes.loaded_once) +
-                ", \"stored\": " + std::to_string(launch.bytes.stored) + "}";
+                ", \"stored\": " + std::to_string(launch.bytes.stored) +
+                ", \"streamed\": " + std::to_string(launch.bytes.streamed) +
+                ", \"missed\": " + std::to_string(launch.bytes.missed) + "}";
     }
     text += "]";
     return text.c_str();

@@ -236,7 +236,7 @@ std::string Executor::execute(Launch const& launch) {
         shadow_.reset(static_cast<size_t>(shared_bytes_));
         publications_.begin_launch();
     }
-    if (launch.bytes != nullptr) traffic_.begin_launch();
+    if (launch.bytes != nullptr) traffic_.begin_launch(launch.cache);
 
     // Blocks may run in any order, too.
     std::vector<int64_t> blocks(static_cast<size_t>(launch.grid));
@@ -450,6 +450,12 @@ void Executor::access(Access access, void const* address, int bytes, Site site) 
             return check_published(address, bytes, site);
         case Access::kStoreGlobal:
             return check_global(address, bytes, true, "store_global", site);
+        case Access::kStoreStreaming:
+            check_global(address, bytes, true, "store_streaming", site);
+            if (launch_->bytes != nullptr) {
+                traffic_.stream(reinterpret_cast<uintptr_t>(address), static_cast<size_t>(bytes));
+            }
+            return;
         case Access::kLoadShared:
         case Access::kStoreShared: {
             bool const store = access == Access::kStoreShared;

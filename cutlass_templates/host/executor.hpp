@@ -26,7 +26,8 @@ struct Launch {
     bool dependent;  // on the launch before it in the stream, which may not have ended
     bool detect_races;
     std::shared_ptr<std::vector<Range> const> ranges;  // empty: all of memory
-    Bytes* bytes;  // where to count global memory; null: not counted
+    Bytes* bytes;   // where to count global memory; null: not counted
+    int64_t cache;  // bytes of the cache that is followed then
 };
 
 // Runs the launch; returns what failed, or "". Safe to call from several host threads at once.

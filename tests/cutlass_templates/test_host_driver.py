@@ -73,6 +73,8 @@ def test_a_launch_runs_the_kernel_and_is_logged(host: Host) -> None:
             "loaded": 0,
             "loaded_once": 0,
             "stored": 0,
+            "streamed": 0,
+            "missed": 0,
         }
     ]
     host.reset()

@@ -53,6 +53,7 @@ _TRAP: Final = "BPT.TRAP"  # CuTe's "this architecture has no such instruction"
 _CALL: Final = "CALL"  # of an emulation, or of a division's slow path
 _RETURN: Final = "RET"  # ptxas leaves some loops by a CALL too, from which nothing returns
 _ASYNC_COPY: Final = "LDGSTS"
+_STREAMING_STORE: Final = "STG.E.EF"  # of what leaves the caches first
 _LOAD_MATRIX: Final = "LDSM"
 _QK_PRODUCTS: Final[Mapping[Format, str]] = {
     Format.INT4: "IMMA.16864.S4",
@@ -215,6 +216,8 @@ def _computing(spec: KernelSpec) -> tuple[str, ...]:
     if isinstance(spec, HopperAttendSpec):
         of_mask = (_TENSOR_COPY,) if spec.mask_places else ()
         return (*_WGMMA_PRODUCTS, _BULK_COPY, *of_mask, _SET_REGISTERS)
+    if isinstance(spec, QuantizeSpec):
+        return (_STREAMING_STORE,)
     if not isinstance(spec, AttendSpec):
         return ()
     accumulator = "F16" if spec.accumulator is Accumulator.FP16 else "F32"

@@ -462,7 +462,7 @@ class Call:
             self.key_totals,
             self.value_totals,
             self.batch * self.kv_heads,
-            self.sizes.ahead(self.kernels, row_term=self.row_term != 0),
+            self.sizes.ahead(self.kernels, self.target.processors, row_term=self.row_term != 0),
         )
         self.target.clear(self.counters, self._counter_bytes)
         self.target.launch(quantize, self._blocks[0], packed)

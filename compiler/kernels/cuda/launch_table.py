@@ -51,7 +51,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 7
+FORMAT: Final = 8
 
 _ABSENT: Final = -1
 _Word = str | int

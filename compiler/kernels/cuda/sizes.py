@@ -27,7 +27,9 @@ _QUERY_SCALES: Final = TILE_MMA.q_block // 4  # of a query block
 _FLOAT_BYTES: Final = 4
 _COUNTER_BYTES: Final = 32  # of a head: kCounters of params.cuh
 _TAKEN_BYTES: Final = 4
-_AHEAD_BYTES: Final = 3 << 20  # of K and V that are read before the first is read again
+# Of K and V, for each multiprocessor: what statistics read ahead of the first conversion. A block's
+# tokens, 64 of 128 channels; a multiprocessor has up to three of them on their way.
+_AHEAD_BYTES: Final = 16 << 10
 # Of an L2 cache of 50 MB in two halves, as H100's, which both keep what both read.
 _CACHED_BYTES: Final = 16 << 20
 
@@ -236,20 +238,26 @@ class Sizes(NamedTuple):
             taken,
         )
 
-    def ahead(self, kernels: Variant, *, row_term: bool) -> int:
-        """Units whose statistics come before the first conversion, of quantizers in one launch.
+    def ahead(self, kernels: Variant, multiprocessors: int, *, row_term: bool) -> int:
+        """Tasks of statistics before the first conversion, beside those of its own unit, of
+        quantizers in one launch.
 
         A unit is K or V of a head, see quantize.cuh. There are as many as it takes for the
-        statistics of a unit to be there when its conversion begins, but no more than a cache keeps
-        until then; none where a unit is so large that waiting for it takes little of its time.
+        statistics of a unit to be there soon after its conversion begins: more would take the
+        place of what is to be read again.
+
+        Args:
+            multiprocessors: of the device.
         """
         quantize = kernels.quantize
         assert quantize is not None
         of_key = not (row_term and quantize.qk is Format.INT4)
         units = self.batch * self.kv_heads * (of_key + quantize.scales_value)
-        channels = max(quantize.head_dim, quantize.value_head_dim)
-        unit = self.key_length * channels * (4 if quantize.dtype == "float32" else 2)
-        return 0 if unit > 3 * _AHEAD_BYTES else min(units, -(-_AHEAD_BYTES // unit))
+        channels = max(quantize.head_dim, quantize.value_head_dim) // quantize.slices
+        of_task = self.chunk_tokens * channels * (4 if quantize.dtype == "float32" else 2)
+        return min(
+            units * self.chunks * quantize.slices, -(-multiprocessors * _AHEAD_BYTES // of_task)
+        )
 
     def query_scratch(
         self, attend: AttendSpec | HopperAttendSpec, *, row_term: bool, splits: int = 1

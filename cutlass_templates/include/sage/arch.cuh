@@ -14,6 +14,8 @@
 //   T load_global(T const*)         sizeof(T) of 1, 2, 4, 8 or 16 bytes, naturally aligned; memory
 //   void store_global(T*, T)        is touched in no other way than by these, copy_async and what
 //                                   follows. What a launch stores, these do not load.
+//   void store_streaming(T*, T)     As store_global, of what this launch does not load: a hint that
+//                                   it leaves the caches first (st.global.cs).
 //   T load_written(T const*)        As load_global, of what the same launch may have stored: by
 //                                   this block before a barrier, or by another one before it
 //                                   arrived at a counter that this one has awaited. Or what a

@@ -92,7 +92,9 @@ struct QuantizeKey {
         if (part == 0 && at.first_column()) arch::store_global(scales + group, scale);
         SAGE_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-            store_codes<Format, Codes>(codes, t * At::kRows + at.row, at.channel, key[t], scale);
+            store_codes<Format, Codes>(
+                codes, t * At::kRows + at.row, at.channel, key[t], scale,
+                [](auto* to, auto code) { arch::store_streaming(to, code); });
         }
     }
 
@@ -164,12 +166,12 @@ struct QuantizeKey {
                 }
             }
             if (low < p.mean_rows) {
-                arch::store_global(reinterpret_cast<float2*>(delta + low * delta_width),
-                                   make_float2(sums[0], sums[1]));
+                arch::store_streaming(reinterpret_cast<float2*>(delta + low * delta_width),
+                                      make_float2(sums[0], sums[1]));
             }
             if (high < p.mean_rows) {
-                arch::store_global(reinterpret_cast<float2*>(delta + high * delta_width),
-                                   make_float2(sums[2], sums[3]));
+                arch::store_streaming(reinterpret_cast<float2*>(delta + high * delta_width),
+                                      make_float2(sums[2], sums[3]));
             }
         }
     }

@@ -143,7 +143,7 @@ struct ScheduleParams {
     float* key_totals;    // (B, Hkv, D): what the key_sums of all chunks are together
     float* value_totals;  // (B, Hkv, D): the largest value_amax of all chunks
     int64_t heads;        // B * Hkv
-    int64_t ahead;        // units whose statistics come before the first conversion
+    int64_t ahead;        // tasks of statistics before the first conversion, beside its own
 };
 constexpr int kCounters = 8;  // of a head: a sector of the cache
 

@@ -5,8 +5,9 @@
 // A block takes a ticket, and its number is the task. A unit is K or V of one head; the order is
 //
 //   what K needs of Q (INT4): with row terms the statistics of all K, and then Q
-//   statistics of the units 0 .. ahead - 1
-//   for each unit u: statistics of unit u + ahead, conversion of unit u
+//   statistics of the first unit, and the next `ahead` tasks of statistics
+//   for each unit: its conversion, from the last tokens to the first, and then as many tasks of
+//     statistics as a unit has
 //   conversions that are left: of a V without scales, of K where all its statistics came first
 //   Q, if it was not before
 //
@@ -14,6 +15,10 @@
 // blocks which have them run or are done: nobody waits for a block that has not begun, however few
 // run at a time. Sums are added up in the order of chunks, by whichever block of a unit's
 // statistics comes last: the bits are those of separate launches.
+//
+// What was read last is read again first, so that of a unit which the cache does not hold it has
+// the end still; and what is made of it, which nobody in the launch reads, is stored streaming, so
+// that it takes no room of what is to be read again.
 #pragma once
 
 #include <sage/key.cuh>
@@ -119,32 +124,35 @@ struct Quantize {
         }
 
         int const tensors = (key_first ? 0 : 1) + (OfValue::kScaled ? 1 : 0);
-        int const units = heads * tensors, ahead = static_cast<int>(p.schedule.ahead);
-        int64_t const begin = int64_t{ahead} * statistics;
+        int const units = heads * tensors, of_units = units * statistics;
+        int const wanted = statistics + static_cast<int>(p.schedule.ahead);
+        int const begin = wanted < of_units ? wanted : of_units;
         int64_t const end = int64_t{units} * (statistics + blocks);
         if (ticket < end) {
-            int const period = statistics + blocks;
-            Split const at(ticket < begin ? 0 : ticket - begin, period);
-            bool is_statistics = true;
-            int unit, index;
-            if (ticket < begin) {
-                Split const before(ticket, statistics);
-                unit = before.outer;
-                index = before.inner;
-            } else if (at.outer < units - ahead) {
-                is_statistics = at.inner < statistics;
-                unit = is_statistics ? at.outer + ahead : at.outer;
-                index = is_statistics ? at.inner : at.inner - statistics;
-            } else {  // statistics are all done
-                Split const after(ticket - begin - int64_t{units - ahead} * period, blocks);
-                is_statistics = false;
-                unit = units - ahead + after.outer;
-                index = after.inner;
+            // Of all statistics, and of all conversions.
+            int const position = static_cast<int>(ticket) - begin;
+            bool is_statistics = position < 0;
+            int index = static_cast<int>(ticket);
+            if (position >= 0) {
+                int const period = blocks + statistics;
+                Split const left(of_units - begin, statistics);  // the last ones are no whole unit
+                Split const at(position, period);
+                int const unit = at.outer < left.outer ? at.outer : left.outer;
+                int const after = position - unit * period;
+                int const between = unit < left.outer ? statistics : left.inner;
+                is_statistics = after >= blocks && after < blocks + between;
+                if (is_statistics) {
+                    index = begin + unit * statistics + after - blocks;
+                } else {
+                    index = unit * blocks + after - (after < blocks ? 0 : between);
+                }
             }
-            Split const of_head(unit, tensors);
+            Split const of_unit(index, is_statistics ? statistics : blocks);
+            Split const of_head(of_unit.outer, tensors);
             bool const is_value = tensors == 2 ? of_head.inner == 1 : key_first;
             int64_t const of_kind =
-                int64_t{of_head.outer} * (is_statistics ? statistics : blocks) + index;
+                is_statistics ? int64_t{of_head.outer} * statistics + of_unit.inner
+                              : int64_t{of_head.outer} * blocks + blocks - 1 - of_unit.inner;
             return {is_statistics ? (is_value ? Kind::kValueStatistics : Kind::kKeyStatistics)
                                   : (is_value ? Kind::kValue : Kind::kKey),
                     of_kind, of_head.outer};

@@ -251,7 +251,8 @@ struct QuantizeQuery {
             row = packed.inner;
         }
         store_codes<Format, Codes>(static_cast<char*>(p.codes) + block * Codes::kBytes, row,
-                                   place.at.channel, x, scale);
+                                   place.at.channel, x, scale,
+                                   [](auto* to, auto code) { arch::store_global(to, code); });
     }
 
     SAGE_DEVICE static void smoothed(float (&x)[kChunk], Kept const& query,

@@ -231,11 +231,11 @@ SAGE_DEVICE void mean_of_keys(float (&mean)[kChunk], float const* key_sums, int6
     for (int i = 0; i < kChunk; ++i) mean[i] = arch::divide(mean[i], count);
 }
 
-// Rounds 8 channels to the integers of Format and stores them as `token`'s codes of a (tokens, D)
-// matrix in an order of order.cuh.
-template <class Format, class Order>
+// Rounds 8 channels to the integers of Format, as `token`'s codes of a (tokens, D) matrix in an
+// order of order.cuh, and stores them by `store(address, word or two)`.
+template <class Format, class Order, class Store>
 SAGE_DEVICE void store_codes(char* codes, int token, int channel, float const (&x)[kChunk],
-                             float scale) {
+                             float scale, Store store) {
     uint32_t packed[2] = {0, 0};
     constexpr uint32_t kMask = (1u << Format::kBits) - 1;
     constexpr int kPerWord = 32 / Format::kBits;
@@ -247,9 +247,9 @@ SAGE_DEVICE void store_codes(char* codes, int token, int channel, float const (&
     }
     char* const address = codes + Order::offset(token, channel * Format::kBits / 8);
     if constexpr (Format::kBits == 8) {
-        arch::store_global(reinterpret_cast<uint2*>(address), make_uint2(packed[0], packed[1]));
+        store(reinterpret_cast<uint2*>(address), make_uint2(packed[0], packed[1]));
     } else {
-        arch::store_global(reinterpret_cast<uint32_t*>(address), packed[0]);
+        store(reinterpret_cast<uint32_t*>(address), packed[0]);
     }
 }
 

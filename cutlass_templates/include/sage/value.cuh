@@ -136,8 +136,9 @@ struct QuantizeValue {
                         arch::pack_half(at_token(column, token), at_token(column, token + 1));
                 }
             }
-            arch::store_global(reinterpret_cast<uint4*>(codes + Codes::offset(channel, part * 16)),
-                               make_uint4(packed[0], packed[1], packed[2], packed[3]));
+            arch::store_streaming(
+                reinterpret_cast<uint4*>(codes + Codes::offset(channel, part * 16)),
+                make_uint4(packed[0], packed[1], packed[2], packed[3]));
         }
     }
 

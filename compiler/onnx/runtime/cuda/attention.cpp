@@ -15,7 +15,7 @@ constexpr int64_t kFar = 1 << 30;  // beyond any length, and twice of it within 
 constexpr float kLeastSoftcap = 1e-30f;
 constexpr double kGreatestSoftcap = 1e30;
 constexpr int64_t kMostChunks = 32, kLeastChunk = 256;
-constexpr int64_t kAheadBytes = 3 << 20;
+constexpr int64_t kAheadBytes = 16 << 10;
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kCachedBytes = 16 << 20;
 constexpr int64_t kScalesOfBlock = sage::kQueryBlock / 4;  // of queries
@@ -156,12 +156,14 @@ int64_t Work::quantizing_blocks(const Attention& a) const {
 }
 
 // Of Sizes.ahead.
-int64_t Work::units_ahead(const Attention& a) const {
+int64_t Work::tasks_ahead(const Attention& a, int64_t multiprocessors) const {
     const bool of_key = plan_->smooths_query == 0 || sizes_[kRowTerm] == 0;
     const int64_t units = a.batch * a.kv_heads * (of_key + (plan_->scales_value != 0));
     const int64_t element = a.dtype == Dtype::kFloat32 ? 4 : 2;
-    const int64_t unit = a.key_length * most(plan_->padded, plan_->padded_value) * element;
-    return unit > 3 * kAheadBytes ? 0 : least(units, blocks_of(kAheadBytes, unit));
+    const int64_t channels = most(plan_->padded, plan_->padded_value) / plan_->slices;
+    const int64_t of_task = chunk_tokens_ * channels * element;
+    return least(units * chunks_ * plan_->slices,
+                 blocks_of(multiprocessors * kAheadBytes, of_task));
 }
 
 bool Work::lay_out(const Attention& a, Error& error) {
@@ -304,7 +306,7 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
                                               end_key_,
                                               1};
     const sage::ScheduleParams schedule = {counters, key_totals, value_totals, a.batch * a.kv_heads,
-                                           units_ahead(a)};
+                                           tasks_ahead(a, device.multiprocessors())};
     const sage::QuantizeParams<> quantize = {statistics, quantize_query, quantize_key,
                                              quantize_value, schedule};
     const int64_t fitting_heads = most(1, kCachedBytes / (key_blocks_ * plan_->tile_bytes));

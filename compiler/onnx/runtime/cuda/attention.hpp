@@ -84,7 +84,7 @@ class Work {
 
     void see(const Attention& a);
     int64_t quantizing_blocks(const Attention& a) const;
-    int64_t units_ahead(const Attention& a) const;
+    int64_t tasks_ahead(const Attention& a, int64_t multiprocessors) const;
     bool lay_out(const Attention& a, Error& error);
     Flags flags(const Attention& a, char* const (&parts)[kParts]) const;
     bool load(Device& device, const Attention& a, CUstream stream, Error& error) const;

@@ -13,7 +13,7 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kTitle[] = "sage-launches 7 ";              // with FORMAT of launch_table.py
+constexpr char kTitle[] = "sage-launches 8 ";              // with FORMAT of launch_table.py
 constexpr char kTemplates[] = SAGE_TEMPLATES_DIGEST "\n";  // by setup.py
 constexpr char kEnd[] = "end ";
 constexpr char kWordCharacters[] =

@@ -46,6 +46,10 @@ SAGE_DEVICE void store_global(T* address, T value) {
     *address = value;
 }
 template <class T>
+SAGE_DEVICE void store_streaming(T* address, T value) {
+    __stcs(address, value);
+}
+template <class T>
 SAGE_DEVICE T load_shared(T const* address) {
     return *address;
 }

@@ -6,6 +6,7 @@ outside of them fails.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -191,6 +192,7 @@ def attend(
     rotary: Rotary | None = None,
     launches: int | None = None,
     count_bytes: bool = False,
+    cache: int = 0,
     multiprocessors: int | None = None,
 ) -> Result:
     """Run one attention.
@@ -205,6 +207,7 @@ def attend(
         rotary: how Q and K are rotated.
         launches: how many of its kernels to run, the first ones; by default all.
         count_bytes: of global memory, for the log of launches.
+        cache: bytes of a cache that is followed then.
         multiprocessors: of the device; by default those of the architecture's usual board.
 
     Raises:
@@ -214,6 +217,7 @@ def attend(
     here.reset()
     here.seed(seed)
     here.library.sage_host_count_bytes(count_bytes)
+    here.library.sage_host_follow_cache(ctypes.c_int64(cache))
     here.set_capability(*ARCHS[arch].capability)
     for tensor in (call.query, call.key, call.value, call.sinks):
         if tensor is not None:

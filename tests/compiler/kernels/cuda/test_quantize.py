@@ -15,11 +15,13 @@ from sage_compiler.kernels.cuda import sizes
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.kernel import Target
+from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.spec import QuantizeSpec
 from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import RECIPES, Format
+from sage_compiler.second_reading import Units, missed
 from sage_compiler.semantics import MaskClass, RotaryPairs
-from sage_compiler.traffic import Units, missed, traffic
+from sage_compiler.traffic import CACHES, traffic
 from tests.compiler.kernels.cuda.emulation import (
     ARCH,
     Result,
@@ -41,12 +43,11 @@ COUNTERS = -4  # of the parts of the scratch memory
 OPERANDS = range(2, 9)
 
 
-def be_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Statistics of so many units come first; those calls here that have fewer have all."""
-    units = sizes.Sizes.ahead  # of short sequences
+def be_ahead(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
+    """So many tasks of statistics come before the first conversion, or all of them."""
 
-    def ahead(self: sizes.Sizes, kernels: Variant, *, row_term: bool) -> int:
-        return min(most, units(self, kernels, row_term=row_term))
+    def ahead(self: sizes.Sizes, kernels: Variant, multiprocessors: int, *, row_term: bool) -> int:
+        return tasks
 
     monkeypatch.setattr(sizes.Sizes, "ahead", ahead)
 
@@ -73,12 +74,14 @@ def assert_same(one: Result, other: Result) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPE_NAMES)
-@pytest.mark.parametrize("ahead", [0, 3, 8])
+@pytest.mark.parametrize("ahead", [0, 15, 1000])
 @pytest.mark.parametrize("want_lse", [False, True])
 def test_one_launch_makes_what_four_do(
     recipe: str, ahead: int, want_lse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the statistics of none, of some and of all heads before the first conversion."""
+    """With the statistics of no other, of part of one, of some and of all heads before the first
+    conversion.
+    """
     be_ahead(monkeypatch, ahead)
     call = some_call(torch.float16 if ahead % 2 else torch.bfloat16)
     expected = quantized(call, recipe, want_lse=want_lse, change=apart)
@@ -170,10 +173,9 @@ BREAKS = {
         "static_cast<uint32_t>(arch::block_index())",
         NOT_YET,
     ),
-    "conversions before the statistics of their unit": (
-        "Split const at(ticket < begin ? 0 : ticket - begin, period);",
-        "Split at(ticket < begin ? 0 : ticket - begin, period);"
-        "at.inner = (at.inner + statistics) % period;",
+    "conversions before the last statistics of their unit": (
+        "int const wanted = statistics + ",
+        "int const wanted = statistics - 1 + ",
         NOT_YET,
     ),
 }
@@ -245,6 +247,7 @@ def test_the_bytes_are_those_of_the_account(
     assert len(launches) == told.launches
     assert sum(each["loaded"] for each in launches) == told.loaded
     assert sum(each["stored"] for each in launches) == told.stored
+    assert sum(each["streamed"] for each in launches) == told.streamed
 
 
 def test_what_a_kernel_does_not_load_is_missed() -> None:
@@ -273,11 +276,96 @@ def test_inputs_are_read_once_where_they_fit(arch: str, recipe: str, longest: in
         assert four.ratio > 1.39
 
 
+@pytest.mark.parametrize(("length", "most"), [(32768, 1.01), (65536, 1.07), (131072, 1.2)])
+@pytest.mark.parametrize(("arch", "recipe"), [("sm_90a", "int8_fp8"), ("sm_89", "int8_fp8")])
+def test_heads_that_hardly_fit_are_read_again_in_part(
+    arch: str, recipe: str, length: int, most: float
+) -> None:
+    """By the model: more where stores have no hint, and no more than twice."""
+    kernels, shape = (
+        variant(arch, "bfloat16", 128, recipe),
+        sizes.Sizes.of(4, 32, 32, length, length),
+    )
+    hinted, plain = (
+        traffic(ARCHS[arch], kernels, shape, streaming=streaming) for streaming in (True, False)
+    )
+    assert hinted.ratio < most
+    assert hinted.ratio <= plain.ratio <= (hinted.inputs * 5 / 3 + hinted.stored) / hinted.bound
+    fits = length * 256 <= CACHES[arch] // 2
+    assert hinted.unfit == (0 if fits else 2 * hinted.inputs // 3)
+    assert hinted.bound_of_cache == hinted.bound + hinted.unfit
+
+
 def test_a_cache_keeps_what_was_touched_last() -> None:
-    """By hand: a second reading comes after a unit is read, or after more than the cache has."""
-    units = Units((4, 1), 16, bytes_read=1600, bytes_written=800, ahead=0, number=9)
-    assert missed(units, 2400, running=1) == 0  # a unit, and what is made of it
-    assert missed(units, 1500, running=1) == 1  # each token goes before its turn comes
-    assert missed(units._replace(ahead=1), 2400, running=1) == 1
-    assert missed(units._replace(ahead=1), 3 * 1600 + 2 * 800, running=1) == 0
-    assert 0 < missed(units, 2400, running=8) < 1
+    """By hand, one block after another: 16 blocks of 100 bytes, of which 50 are made."""
+    units = Units(4, 1, 16, loaded=(100,), streamed=(50,), ahead=0, number=9)
+    assert missed(units, 16 * 100 + 50, running=1) == 0  # what is made has gone first
+    assert missed(units, 800, running=1) == 8 / 16  # the last half is read again first
+    assert missed(units, 0, running=1) == 1
+    # What is made takes room: 4 blocks and what was made of them, and the one that is read.
+    assert missed(units, 800, running=1, streaming=False) == 11 / 16
+    assert missed(units, 16 * 150, running=1, streaming=False) == 0
+    # Between two readings of a unit two others are read, but at the ends.
+    ahead = units._replace(ahead=4)
+    assert missed(ahead, 2 * 1600, running=1) > 0.7
+    assert missed(ahead, 3 * 1600 + 50, running=1) == 0
+    assert 0 < missed(units, 1600, running=8) < 1
+
+
+def test_what_is_followed_is_bounded() -> None:
+    """Of heads without end, and of any number of heads."""
+    for length, heads in ((1 << 24, 1), (300, 1 << 20)):
+        kernels = variant("sm_90a", "bfloat16", 32, "int8_fp8")
+        shape = sizes.Sizes.of(1, heads, heads, 128, length)
+        assert traffic(ARCHS["sm_90a"], kernels, shape).again >= 0
+
+
+AHEAD_IN_CACHE = 3
+WITHIN = 0.04  # half a block of a unit, whose channels the model has in one piece or not at all
+CACHES_IN_UNITS = (0.5, 0.75, 1.0, 1.5)
+
+
+def missing(cache: float, kernels: Loader | None = None) -> tuple[float, float]:
+    """Of 6 units, how often a byte of K and V is loaded that is not in a cache of so many units: as
+    the kernels on a CPU do, and as the model says.
+    """
+    call = make_call(64, 1024, 64, torch.bfloat16, kv_heads=3)
+    unit = call.key.nbytes // 3
+    found = quantized(call, "int8_fp8", kernels=kernels, count_bytes=True, cache=int(cache * unit))
+    (logged,) = the_host().launches()
+    units = Units(4, 2, 16, (8192,), (4096,), ahead=AHEAD_IN_CACHE, number=6)
+    assert found.call.kernels.quantize is not None
+    return (logged["missed"] - call.query.nbytes) / (6 * unit), 1 + missed(
+        units, int(cache * unit), running=1
+    )
+
+
+@pytest.mark.parametrize("cache", CACHES_IN_UNITS)
+def test_tasks_touch_a_cache_in_the_order_of_the_model(
+    cache: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_ahead(monkeypatch, AHEAD_IN_CACHE)
+    found, told = missing(cache)
+    assert found == pytest.approx(told, abs=WITHIN)
+
+
+@pytest.mark.parametrize(
+    ("header", "old", "new"),
+    [
+        ("quantize", "blocks - 1 - of_unit.inner;", "of_unit.inner;"),
+        ("quantize", "static_cast<int>(p.schedule.ahead);", "2 * statistics;"),
+        (
+            "key",
+            "arch::store_streaming(to, code);",
+            "arch::store_global(to, code);",
+        ),
+        ("value", "arch::store_streaming(", "arch::store_global("),
+    ],
+)
+def test_another_order_is_seen(
+    header: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_ahead(monkeypatch, AHEAD_IN_CACHE)
+    kernels = broken("quantize", replacing(old, new), header)
+    found = [missing(cache, kernels) for cache in (0.75, 1.0)]
+    assert any(abs(counted - told) > 2 * WITHIN for counted, told in found), found

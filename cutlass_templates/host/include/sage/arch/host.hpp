@@ -77,6 +77,11 @@ inline void store_global(T* to, T value, Site site = SAGE_CALL_SITE) {
 }
 
 template <class T>
+inline void store_streaming(T* to, T value, Site site = SAGE_CALL_SITE) {
+    store(host::Access::kStoreStreaming, to, value, site);
+}
+
+template <class T>
 inline void store_shared(T* to, T value, Site site = SAGE_CALL_SITE) {
     store(host::Access::kStoreShared, to, value, site);
 }

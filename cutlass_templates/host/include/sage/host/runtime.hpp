@@ -9,7 +9,7 @@
 namespace sage::host {
 
 // Changes with everything in this file.
-constexpr uint64_t kAbi = 0x5341'4745'0000'0006;
+constexpr uint64_t kAbi = 0x5341'4745'0000'0007;
 
 // How an Entry begins, so that other symbols are not taken for one.
 constexpr uint64_t kEntryMark = 0x656e'7472'792d'7361;
@@ -20,7 +20,14 @@ struct Site {
     int line;
 };
 
-enum class Access : int { kLoadGlobal, kLoadWritten, kStoreGlobal, kLoadShared, kStoreShared };
+enum class Access : int {
+    kLoadGlobal,
+    kLoadWritten,
+    kStoreGlobal,
+    kStoreStreaming,
+    kLoadShared,
+    kStoreShared
+};
 
 // What the 32 lanes of a warp do together. The argument of each is the struct of that name below.
 enum class Collective : int {
