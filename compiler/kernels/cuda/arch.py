@@ -274,7 +274,7 @@ _RINGS: Final = (
         stages=4,
         mask_places=1,
         reason="the output takes up to 128 registers, so scores are of 64 keys, and P V is made of "
-        "64 or 96 channels at a time; four stages take 128 KiB at most and Q 64, which leaves room "
+        "32 to 96 channels at a time; four stages take 128 KiB at most and Q 64, which leaves room "
         "for one tile of a mask: it is read as soon as there are scores, and then the next comes",
     ),
 )

@@ -70,7 +70,7 @@ class AttendHopper {
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
                                    : kTileScales      ? 32
-                                   : kValueDim == 192 ? 96
+                                   : kValueDim == 192 ? (kCopiesMask ? 64 : 96)
                                    : kMasked          ? 32
                                                       : 64;
     static constexpr int kParts = kValueDim / kAtOnce;

@@ -83,7 +83,7 @@ def assert_same(copied: emulation.Result, read: emulation.Result) -> None:
     [
         *((64, kind) for kind in KINDS),
         (128, torch.bool),
-        (128, torch.float32),
+        (192, torch.bool),
         (256, torch.float32),
     ],
     ids=str,
