@@ -372,6 +372,7 @@ class Call:
         self.rotary = rotary
         batch, heads, query_length, head_dim = query.shape
         self.splits = splits
+        self._is_packed = lengths is not None
         if lengths is None:
             sizes = Sizes.of(batch, heads, key.shape[1], query_length, key.shape[2])
         else:
@@ -438,7 +439,7 @@ class Call:
             self.value_totals,
             self.taken,
         ) = present
-        self._counter_bytes = parts[-4]
+        self._counter_bytes, *_, self._taken_bytes = parts[-4:]
 
     def run(self) -> None:
         """Start the kernels."""
@@ -468,6 +469,8 @@ class Call:
         self.target.launch(quantize, self._blocks[0], packed)
 
     def _statistics(self) -> None:
+        if self._is_packed and self.taken:  # no sequence's Q is sure to be quantized
+            self.target.clear(self.taken, self._taken_bytes)
         self.target.launch(self.kernels.statistics, self._blocks[0], self._statistics_params())
 
     def _query(self) -> None:
@@ -507,7 +510,7 @@ class Call:
             self.means,
             self.row_term,
             self._counts(),
-            self.taken,
+            0 if self._is_packed else self.taken,
             *(NO_FLAGS if self.mask is None else flags(self.mask.live)),
             self.heads,
             self.group,

@@ -131,6 +131,7 @@ _SLICE_CHANNELS: Final = 32
 _SLOT_BYTES: Final = 16  # for what one thread tells all
 _QUERIES: Final = 2  # query blocks in shared memory, each with the task that it belongs to
 _TASK_BYTES: Final = 4
+_SEQUENCE_BYTES: Final = 20  # and with its sequence
 _MERGE_THREADS: Final = 128
 _MERGE_CHANNELS: Final = 4  # that one of them has of a row
 
@@ -568,8 +569,8 @@ class HopperAttendSpec(OperandSpec):
         mask_places: tiles of a mask in shared memory, which the producer copies there by a tensor
             map where there can be one; 0: a mask is read where it lies, always.
 
-    All but those of packed batches are persistent: a grid has no more blocks than there are
-    multiprocessors, and each goes on with another task until all are done.
+    It is persistent: a grid has no more blocks than there are multiprocessors, and each goes on
+    with another task until all are done.
     """
 
     value_head_dim: int
@@ -592,6 +593,7 @@ class HopperAttendSpec(OperandSpec):
     accumulator: ClassVar[Accumulator] = Accumulator.FP32
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
+    persistent: ClassVar[bool] = True
 
     @property
     def params_bytes(self) -> int:
@@ -599,9 +601,8 @@ class HopperAttendSpec(OperandSpec):
         return plain + (params.MASK_MAP.size if self.mask_places else 0)
 
     @property
-    def persistent(self) -> bool:
-        """Whether a grid is."""
-        return not self.varlen
+    def instance(self) -> str:
+        return f"sage::{self.template}<{', '.join(self.arguments)}>"
 
     @property
     def query_tile(self) -> QueryTile:
@@ -615,7 +616,7 @@ class HopperAttendSpec(OperandSpec):
 
     @property
     def launches_dependents(self) -> bool:
-        return self.split or self.varlen
+        return self.split  # of a packed batch it is the last one
 
     @property
     def threads(self) -> int:
@@ -629,7 +630,8 @@ class HopperAttendSpec(OperandSpec):
             stage += self.value_head_dim * _FLOAT_BYTES
         mask = TILE_MMA.q_block * TILE_MMA.kv_block * _FLOAT_BYTES + 2 * _MBARRIER_BYTES
         mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
-        queries = _QUERIES * (self.query_block_bytes + _TASK_BYTES)
+        task = _TASK_BYTES + (_SEQUENCE_BYTES if self.varlen else 0)
+        queries = _QUERIES * (self.query_block_bytes + task)
         return queries + self.stages * stage + self.mask_places * mask + mbarriers
 
     @property
@@ -659,6 +661,7 @@ class HopperAttendSpec(OperandSpec):
             str(self.tiles),
             str(self.stages),
             str(self.mask_places),
+            _cpp(self.varlen),
         )
 
 

@@ -82,8 +82,13 @@ class Attend {
     // As Varlen wants it.
     SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
         static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
-        return narrow_attend<Output, QueryTile::kBytes, Packed::kBytes, padded_dim(kValueDim),
-                             kDelta>(p, batch, block);
+        Sequence const sequence = attended_sequence(p, batch, block);
+        int64_t const task = attended_task(p, sequence, block);
+        if (task >= 0) {
+            narrow_attend<Output, QueryTile::kBytes, Packed::kBytes, padded_dim(kValueDim), kDelta>(
+                p, batch, sequence);
+        }
+        return task;
     }
 
  private:

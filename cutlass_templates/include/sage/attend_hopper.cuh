@@ -13,15 +13,14 @@
 
 #include <sage/arch/hopper.cuh>
 #include <sage/copied_mask.cuh>
-#include <sage/hopper_deal.cuh>
 #include <sage/hopper_memory.cuh>
 #include <sage/hopper_task.cuh>
+#include <sage/hopper_work.cuh>
 #include <sage/mask.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
 #include <sage/tokens.cuh>
-#include <sage/varlen.cuh>
 
 namespace sage {
 
@@ -29,32 +28,54 @@ namespace sage {
 constexpr int kWarpgroup = 128;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 
+// A block of a persistent grid. With kSequences the tasks are those of a packed batch.
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
           bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages,
-          int kMaskPlaces>
+          int kMaskPlaces = 0, bool kSequences = false>
 class AttendHopper {
- public:
+    static_assert(!kSequences || (!kPackedHeads && !kSplitKeys && !kMasked && !kTileScales),
+                  "a sequence is cut into query blocks");
     // Whether tiles of a mask can be copied to shared memory.
     static constexpr bool kCopiesMask = kMaskPlaces > 0;
     static_assert(!kCopiesMask || (kMasked && !kPackedHeads), "the rows are queries of one head");
-    using Params = cute::conditional_t<kCopiesMask, MaskedAttendParams, AttendParams>;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, kMaskPlaces>;
     using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
+    struct Narrow {
+        SAGE_DEVICE static void narrow(AttendParams& p, Sequences const& batch,
+                                       Sequence const& sequence) {
+            narrow_attend<Output, Memory::Query::kBytes, Memory::kPackedBytes,
+                          padded_dim(kValueDim), false>(p, batch, sequence);
+        }
+    };
+    using OfTask = cute::conditional_t<kCopiesMask, MaskedAttendParams, AttendParams>;
+    using Work = cute::conditional_t<kSequences, WorkOfSequences<Narrow>, WorkOfCall<Task, OfTask>>;
+    using Memory =
+        HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, kMaskPlaces, Work::kWords>;
     using Rows = typename Task::Rows;
-    using Deal = HopperDeal<Task>;
+    using Deal = HopperDeal;
+
+ public:
+    using Params = typename Work::Params;
     static constexpr int kThreads = kConsumers + kWarpgroup;
     static constexpr int kMinBlocks = 1;
     static constexpr int kSharedBytes = Memory::kBytes;
 
-    // Of a persistent grid.
-    SAGE_DEVICE static void run(Params const& p) { run<true>(p, 0); }
-
-    // As Varlen wants it: of one block for each task.
-    SAGE_DEVICE static void run(Params const& p, int64_t task) { run<false>(p, task); }
-    SAGE_DEVICE static int64_t narrow(Params& p, Sequences const& batch, int64_t block) {
-        static_assert(!kPackedHeads && !kSplitKeys, "a sequence is cut into query blocks");
-        return narrow_attend<Output, Memory::Query::kBytes, Memory::kPackedBytes,
-                             padded_dim(kValueDim), false>(p, batch, block);
+    SAGE_DEVICE static void run(Params const& p) {
+        int const thread = arch::thread_index();
+        if constexpr (kSplitKeys) arch::launch_dependents();  // Merge
+        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
+        arch::barrier();
+        if (thread >= kConsumers) {
+            arch::registers_decrease<kProducerRegisters>();
+            arch::await_prerequisites();
+            if (thread == kConsumers) produce(p);
+            if constexpr (kCopiesMask) {
+                if (thread == kConsumers + 32) produce_masks(p);
+            }
+        } else {
+            arch::registers_increase<kConsumerRegisters>();
+            arch::await_prerequisites();
+            consume(p);
+        }
     }
 
  private:
@@ -82,62 +103,45 @@ class AttendHopper {
     // there is.
     static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
     static constexpr bool kTight =
-        kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads);
+        kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads || kSequences);
     static constexpr int kProducerRegisters = kTight ? 24 : 40;
     static constexpr int kConsumerRegisters = kTight ? 240 : 232;
-
-    template <bool kPersistent>
-    SAGE_DEVICE static void run(Params const& p, int64_t task) {
-        int const thread = arch::thread_index();
-        if constexpr (kSplitKeys) arch::launch_dependents();  // Merge
-        if (thread == kConsumers) Memory::make_mbarriers(kConsumers / 32);
-        arch::barrier();
-        if (thread >= kConsumers) {
-            arch::registers_decrease<kProducerRegisters>();
-            arch::await_prerequisites();
-            if (thread == kConsumers) produce<kPersistent>(p, task);
-            if constexpr (kCopiesMask) {
-                if (thread == kConsumers + 32) produce_masks(p);
-            }
-        } else {
-            arch::registers_increase<kConsumerRegisters>();
-            arch::await_prerequisites();
-            consume(p);
-        }
-    }
 
     // --- the producer: one thread
 
     // It is ahead of the consumers by what the rings hold, so also in their next task.
-    template <bool kPersistent>
-    SAGE_DEVICE static void produce(Params const& p, int64_t task) {
+    SAGE_DEVICE static void produce(Params const& launch) {
         Stages stages;
         Queries queries;
-        int index = kPersistent ? Deal::first(p) : static_cast<int>(task);
-        for (; index != Deal::kNone; index = kPersistent ? Deal::next(p) : Deal::kNone) {
-            index = arch::warp_uniform(index);
+        int position = Deal::first();
+        for (; position != Deal::kNone; position = Deal::next(Work::call(launch))) {
+            wait_for_place(queries);
+            int* const words = Memory::task_words(queries.stage());
+            int const index = arch::warp_uniform(Work::find(launch, position, words));
+            if (index < 0) continue;
+            arch::store_shared(Memory::task(queries.stage()), index);
             stages.turn = arch::warp_uniform(stages.turn);
-            Task const task(p, index);
-            give(index, queries);
+            Work const work(launch, words);
+            Task const task(work.params(), index);
             if (task.is_step(task.first_step())) {
-                copy_query(p, task, queries.stage());
+                copy_query(work.params(), task, queries.stage());
             } else {
                 arch::mbarrier_arrive(Memory::query_full(queries.stage()));
             }
             queries.advance();
-            copy_steps(p, task, stages);
+            copy_steps(work.params(), task, stages);
         }
-        give(index, queries);
+        wait_for_place(queries);
+        arch::store_shared(Memory::task(queries.stage()), Deal::kNone);
         arch::mbarrier_arrive(Memory::query_full(queries.stage()));
     }
 
-    // Writes the next task, or that there is none, where the consumers look for it.
-    SAGE_DEVICE static void give(int index, Queries const& place) {
+    // Until consumers do not look any more for a task where they will for the next.
+    SAGE_DEVICE static void wait_for_place(Queries const& place) {
         arch::mbarrier_wait(Memory::query_empty(place.stage()), place.parity() ^ 1);
-        arch::store_shared(Memory::task(place.stage()), index);
     }
 
-    SAGE_DEVICE static void copy_query(Params const& p, Task const& task, int place) {
+    SAGE_DEVICE static void copy_query(AttendParams const& p, Task const& task, int place) {
         constexpr int kBytes = Memory::Query::kBytes;
         arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes);
         arch::copy_bulk(Memory::query(place),
@@ -145,7 +149,7 @@ class AttendHopper {
                         kBytes, Memory::query_full(place));
     }
 
-    SAGE_DEVICE static void copy_steps(Params const& p, Task const& task, Stages& place) {
+    SAGE_DEVICE static void copy_steps(AttendParams const& p, Task const& task, Stages& place) {
         SAGE_ROLLED
         for (int tile = task.first_step(); task.is_step(tile); tile = task.step_after(tile)) {
             arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity() ^ 1);
@@ -169,7 +173,7 @@ class AttendHopper {
         }
     }
 
-    SAGE_DEVICE static char const* packed(Params const& p, Task const& task, int tile) {
+    SAGE_DEVICE static char const* packed(AttendParams const& p, Task const& task, int tile) {
         return static_cast<char const*>(p.key_value_tiles) +
                int64_t{task.copied(tile)} * Memory::kPackedBytes;
     }
@@ -217,7 +221,7 @@ class AttendHopper {
 
     // --- the consumers
 
-    Params const& p_;
+    OfTask const& p_;
     Task const* task_;
     int warpgroup_;
     int begin_of_whole_, end_of_whole_;  // keys that all queries of the warpgroup see
@@ -231,7 +235,7 @@ class AttendHopper {
     uint32_t weights_[kValueSteps][4];
     float output_[kParts][kAtOnce / 2];
 
-    SAGE_DEVICE static void consume(Params const& p) {
+    SAGE_DEVICE static void consume(Params const& launch) {
         int const warpgroup = arch::warp_uniform(arch::thread_index() / kWarpgroup);
         Stages stages;
         Queries queries;
@@ -242,11 +246,13 @@ class AttendHopper {
             int const place = arch::warp_uniform(queries.stage());
             int const index = arch::warp_uniform(arch::load_shared(Memory::task(place)));
             if (index == Deal::kNone) break;
-            Task const task(p, index);
-            AttendHopper state(p, task, warpgroup);
+            Work work(launch, Memory::task_words(place));
+            Task const task(work.params(), index);
+            AttendHopper state(work.params(), task, warpgroup);
             stages.turn = arch::warp_uniform(stages.turn);
             if constexpr (kCopiesMask) masks.turn = arch::warp_uniform(masks.turn);
             state.attend(place, stages, masks);
+            work.refresh(launch, Memory::task_words(place));
             state.end(place);
         }
         if (warpgroup == 0) take_turn(warpgroup);  // so that no turn is left over
@@ -261,7 +267,7 @@ class AttendHopper {
         arch::named_barrier_arrive<kConsumers>(2 - warpgroup);
     }
 
-    SAGE_DEVICE AttendHopper(Params const& p, Task const& task, int warpgroup)
+    SAGE_DEVICE AttendHopper(OfTask const& p, Task const& task, int warpgroup)
         : p_(p), task_(&task), warpgroup_(warpgroup) {
         begin_of_whole_ = arch::warp_uniform(task.first_key(task.last_query(warpgroup)));
         end_of_whole_ = arch::warp_uniform(task.end_key(task.first_query(warpgroup)));

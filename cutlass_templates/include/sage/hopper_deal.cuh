@@ -15,37 +15,33 @@
 
 namespace sage {
 
-// Task has, for the parameters of a launch, `of_head`: how many tasks a head makes, which are
-// behind one another, the longest first.
-template <class Task>
-class HopperDeal {
- public:
+// Positions in the order of tasks.
+struct HopperDeal {
     static constexpr int kNone = -1;
 
-    // The first task of this block, of a grid that has no more blocks than tasks.
-    SAGE_DEVICE static int first(AttendParams const& p) {
-        return at(p, static_cast<uint32_t>(arch::block_index()));
-    }
+    // That of this block's first task, of a grid that has no more blocks than tasks.
+    SAGE_DEVICE static int first() { return static_cast<int>(arch::block_index()); }
 
     // Another one, or kNone: then the block is done.
     SAGE_DEVICE static int next(AttendParams const& p) {
         auto const blocks = static_cast<uint32_t>(arch::grid_size());
         if (blocks >= p.tasks) return kNone;
         uint32_t const position = blocks + arch::take_ticket(p.taken);
-        return position < p.tasks ? at(p, position) : kNone;
-    }
-
- private:
-    // The task at a position of the order.
-    SAGE_DEVICE static int at(AttendParams const& p, uint32_t position) {
-        int const of_head = Task::of_head(p), heads = static_cast<int>(p.heads_at_once);
-        Split const group(position, heads * of_head);
-        int const first = static_cast<int>(position) - group.inner;
-        // The last group may have fewer heads.
-        int const left = Split(static_cast<int>(p.tasks) - first, of_head).outer;
-        Split const task(group.inner, left < heads ? left : heads);
-        return first + task.inner * of_head + task.outer;
+        return position < p.tasks ? static_cast<int>(position) : kNone;
     }
 };
+
+// The task at a position, of one call. Task has, for the parameters of a launch, `of_head`: how
+// many tasks a head makes, which are behind one another, the longest first.
+template <class Task>
+SAGE_DEVICE int task_at(AttendParams const& p, int position) {
+    int const of_head = Task::of_head(p), heads = static_cast<int>(p.heads_at_once);
+    Split const group(position, heads * of_head);
+    int const first = position - group.inner;
+    // The last group may have fewer heads.
+    int const left = Split(static_cast<int>(p.tasks) - first, of_head).outer;
+    Split const task(group.inner, left < heads ? left : heads);
+    return first + task.inner * of_head + task.outer;
+}
 
 }  // namespace sage

@@ -9,7 +9,9 @@ namespace sage {
 
 // The shared memory of a block: a ring of tasks with their Q, one of stages, one of kMaskPlaces
 // tiles of a mask, scales of K, with kTileScales those of V, and mbarriers.
-template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages, int kMaskPlaces>
+// kTaskWords are told of a task besides its index.
+template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages, int kMaskPlaces,
+          int kTaskWords>
 struct HopperMemory {
     static constexpr int kQueries = 2;  // Q of the next task comes while this one is worked on
     static constexpr int kKeys = kTiles * kKeyBlock;
@@ -38,7 +40,7 @@ struct HopperMemory {
     static constexpr int kMbarriers = kValueScales + kStages * kValueScaleBytes;
     static constexpr int kTasks =
         kMbarriers + (2 * kQueries + 4 * kStages + 2 * kMaskPlaces) * sizeof(uint64_t);
-    static constexpr int kBytes = kTasks + kQueries * sizeof(int);
+    static constexpr int kBytes = kTasks + kQueries * (1 + kTaskWords) * sizeof(int);
     static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
 
     // Bytes that a stage's mbarriers expect.
@@ -48,10 +50,11 @@ struct HopperMemory {
     SAGE_DEVICE static char* query(int place) {
         return arch::shared_memory() + place * Query::kBytes;
     }
-    // The index of the task whose Q it is.
+    // The index of the task whose Q it is, and what else is told of it.
     SAGE_DEVICE static int* task(int place) {
         return reinterpret_cast<int*>(arch::shared_memory() + kTasks) + place;
     }
+    SAGE_DEVICE static int* task_words(int place) { return task(kQueries) + place * kTaskWords; }
     SAGE_DEVICE static char* key(int stage) {
         return arch::shared_memory() + kRing + stage * kStageBytes;
     }

@@ -80,6 +80,22 @@ class Sequence {
         return Sequence(batch, keys(batch).sequence_of<kLeastChunk>(tile, count(batch)));
     }
 
+    // As words, for threads that need not look for it again.
+    static constexpr int kWords = 5;
+    SAGE_DEVICE void store_shared(int* words) const {
+        int const own[kWords] = {index_, query_, query_length_, key_, key_length_};
+        SAGE_UNROLL
+        for (int i = 0; i < kWords; ++i) arch::store_shared(words + i, own[i]);
+    }
+    SAGE_DEVICE Sequence(Sequences const& batch, int const* words)
+        : index_(word(words, 0)),
+          query_(word(words, 1)),
+          query_length_(word(words, 2)),
+          key_(word(words, 3)),
+          key_length_(word(words, 4)) {
+        find_diagonal(batch);
+    }
+
     SAGE_DEVICE int64_t index() const { return index_; }
 
     SAGE_DEVICE int64_t first_query_token() const { return query_; }
@@ -138,6 +154,14 @@ class Sequence {
         key_length_ = (is_one ? of_keys.at(index + 1) : key_) - key_;
         if (query_length_ < 0) query_length_ = 0;
         if (key_length_ < 0) key_length_ = 0;
+        find_diagonal(batch);
+    }
+
+    SAGE_DEVICE static int word(int const* words, int index) {
+        return arch::warp_uniform(arch::load_shared(words + index));
+    }
+
+    SAGE_DEVICE void find_diagonal(Sequences const& batch) {
         int64_t const diagonal = batch.bottom_right != 0 ? key_length_ - query_length_ : 0;
         lower_ = clamped(diagonal - batch.left, -kFar, kFar);
         upper_ = clamped(diagonal + batch.right, -kFar, kFar);
@@ -188,15 +212,21 @@ struct Varlen {
     }
 };
 
-// `narrow` of an attention kernel, one block per (query block, head). Known of it: the bytes of a
-// query block's codes, those of a packed tile, the channels that V's scales have, and whether Q was
-// smoothed.
+// Of an attention kernel, one block per (query block, head): the sequence of a block, and which of
+// its tasks the block has; negative: none.
+SAGE_DEVICE Sequence attended_sequence(AttendParams const& p, Sequences const& batch,
+                                       int64_t block) {
+    return Sequence::with_query_block(batch, Split(block, p.heads).outer);
+}
+SAGE_DEVICE int64_t attended_task(AttendParams const& p, Sequence const& sequence, int64_t block) {
+    return sequence.task_of_queries(block - sequence.first_query_block() * p.heads, p.heads);
+}
+
+// Makes of its parameters those of a sequence. Known of the kernel: the bytes of a query block's
+// codes, those of a packed tile, the channels that V's scales have, and whether Q was smoothed.
 template <class Output, int kQueryBytes, int kTileBytes, int kValueDim, bool kDelta>
-SAGE_DEVICE int64_t narrow_attend(AttendParams& p, Sequences const& batch, int64_t block) {
-    Sequence const sequence = Sequence::with_query_block(batch, Split(block, p.heads).outer);
+SAGE_DEVICE void narrow_attend(AttendParams& p, Sequences const& batch, Sequence const& sequence) {
     int64_t const before = sequence.first_query_block() * p.heads;
-    int64_t const task = sequence.task_of_queries(block - before, p.heads);
-    if (task < 0) return task;
     int64_t const kv_heads = Split(p.heads, p.group).outer;
     p.query_codes = static_cast<char const*>(p.query_codes) + before * kQueryBytes;
     p.query_scales += before * (kQueryBlock / kQueryWarp * kQueryGroups);
@@ -215,7 +245,6 @@ SAGE_DEVICE int64_t narrow_attend(AttendParams& p, Sequences const& batch, int64
     p.lower = sequence.lower();
     p.upper = sequence.upper();
     if (p.key_length == 0) p.dead_value = 0.0f;  // whatever rows without keys are elsewhere
-    return task;
 }
 
 }  // namespace sage

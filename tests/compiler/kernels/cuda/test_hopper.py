@@ -467,8 +467,8 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
     ),
     "Q is given back before it was read": (
         replacing(
-            "AttendHopper state(p, task, warpgroup);",
-            "AttendHopper state(p, task, warpgroup); "
+            "AttendHopper state(work.params(), task, warpgroup);",
+            "AttendHopper state(work.params(), task, warpgroup); "
             "arch::mbarrier_arrive_warp(Memory::query_empty(place));",
         ),
         "race between|a product of wgmma|all 8 arrivals|mbarrier_arrive|deadlock",
@@ -511,8 +511,9 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
     ),
     "nobody says that there is no task": (
         replacing(
-            "give(index, queries); arch::mbarrier_arrive(Memory::query_full(queries.stage())); }",
-            "}",
+            "arch::store_shared(Memory::task(queries.stage()), Deal::kNone); "
+            "arch::mbarrier_arrive(Memory::query_full(queries.stage()));",
+            "",
         ),
         "deadlock",
         TEMPLATE,

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import re
 import types
 from collections.abc import Iterator, Sequence
 from math import inf
@@ -154,10 +155,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def assert_as_each_alone(
-    batch: Batch, way: Way, *, kernels: Loader | None = None, seed: int = 0
-) -> None:
-    result = way.attend(batch.call, lengths=batch.lengths(), kernels=kernels, seed=seed)
+def assert_as_each_alone(batch: Batch, way: Way, *, seed: int = 0, **options: object) -> None:
+    result = way.attend(batch.call, lengths=batch.lengths(), seed=seed, **options)
     assert result.lse is not None
     for tokens, part in batch.parts():
         output, lse = alone(part, way)
@@ -174,6 +173,24 @@ def test_each_sequence_is_as_alone(way: Way) -> None:
     # More keys than chunks of the least size serve, between sequences of none.
     long = make_batch((0, 3, 2), (7, 8400, 0), mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
     assert_as_each_alone(long, way)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7])
+def test_a_persistent_grid_does_the_tasks_of_all_sequences(multiprocessors: int) -> None:
+    for seed in range(2):
+        batch = random_batch(20 + seed, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT, sinks=seed == 1)
+        assert_as_each_alone(batch, WGMMA, seed=seed, multiprocessors=multiprocessors)
+    WGMMA.attend(batch.call, lengths=batch.lengths(), multiprocessors=multiprocessors)
+    assert the_host().launches()[-1]["grid"] == multiprocessors
+
+
+def test_tasks_are_counted_where_no_query_is_quantized() -> None:
+    """Sequences without keys or without queries: their output is zeros, or the sinks'."""
+    batch = make_batch((0, 300, 200), (70, 0, 0), kv_heads=2, sinks=True)
+    result = WGMMA.attend(batch.call, lengths=batch.lengths(), multiprocessors=2)
+    assert result.lse is not None and batch.call.sinks is not None
+    assert not result.output.any()
+    assert torch.equal(result.lse, batch.call.sinks[:, None].expand_as(result.lse[0])[None])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -599,6 +616,51 @@ def test_what_is_broken_is_noticed(name: str, old: str, new: str) -> None:
     # DriverError: what is read or written outside of the tensors ends the launch.
     with pytest.raises((AssertionError, DriverError)):
         assert_as_each_alone(BATCH, Way("int4_fp8"), kernels=kernels)
+
+
+@pytest.mark.parametrize(
+    ("header", "old", "new", "found_by"),
+    [
+        # the words of a sequence: mixed up, those of another place, written too early
+        ("varlen", "key_(word(words, 3))", "key_(word(words, 1))", None),
+        (
+            "hopper_memory",
+            "task(kQueries) + place * kTaskWords",
+            "task(kQueries)",
+            "race between (store|load)_shared",
+        ),
+        (
+            "attend_hopper",
+            "wait_for_place(queries); int* const words",
+            "int* const words",
+            "race between (store|load)_shared",
+        ),
+        # a task with nothing to do
+        ("attend_hopper", "if (index < 0) continue;", "if (index < 0) break;", None),
+        # the order, and the same task again
+        ("hopper_deal", "blocks + arch::take_ticket", "blocks + 1 + arch::take_ticket", None),
+        (
+            "hopper_work",
+            "attended_sequence(p.call, p.sequences, position)",
+            "attended_sequence(p.call, p.sequences, position / 2)",
+            None,
+        ),
+    ],
+)
+def test_what_is_broken_between_sequences_is_noticed(
+    header: str, old: str, new: str, found_by: str | None
+) -> None:
+    kernels = broken("attend_hopper", replacing(old, new), header)
+    with pytest.raises(AssertionError if found_by is None else DriverError):
+        assert_as_each_alone(BATCH, WGMMA, kernels=kernels, multiprocessors=1)
+    assert found_by is None or re.search(found_by, the_host().message())
+
+
+def test_a_counter_that_is_not_cleared_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel.Target, "clear", lambda *_: None)
+    with pytest.raises(DriverError):
+        WGMMA.attend(BATCH.call, lengths=BATCH.lengths(), multiprocessors=1)
+    assert "must be zero before the launch" in the_host().message()
 
 
 @pytest.mark.parametrize(
