@@ -17,6 +17,7 @@ from sage_compiler import rates
 from sage_compiler.kernels.cuda.loops import (
     CodeError,
     Instruction,
+    Mark,
     is_product,
     parse,
     steady_path,
@@ -65,6 +66,8 @@ _MOVES: Final = re.compile(r"\S+, -?RZ, RZ, |IMAD\.MOV")
 
 _INTEGER_PRODUCTS: Final = ("IMMA", "IGMMA")
 _FEEDING: Final = ("LDSM", "LDGSTS")
+_GLOBAL_LOAD: Final = "LDG"
+_WIDTHS: Final = ("U8", "S8", "U16", "S16", "64", "128")  # of a load; without one it is of 32 bits
 _FLOAT_LANES: Final = ("FADD", "FFMA", "FMUL")
 _MAXIMA: Final = ("FMNMX", "FMNMX3")
 _WARP: Final = 32
@@ -107,13 +110,28 @@ def classify(instruction: Instruction) -> Class:
 Attend = AttendSpec | HopperAttendSpec
 
 
-def minimum(spec: Attend) -> dict[Class, int]:
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of a kernel's main loop.
+
+    Attributes:
+        reads_mask: whether it is of a tile of which a mask of float16 is read, two neighbours at a
+            time. Not by wgmma.
+    """
+
+    spec: Attend
+    reads_mask: bool = False
+
+
+def minimum(spec: Attend, *, reads_mask: bool = False) -> dict[Class, int]:
     """The instructions that a warp cannot do without for a step of keys, by this algorithm.
 
     For each score: the bias of its integer, a maximum, an FMA, exp2, the row sum, half a packing;
     another multiplication where something is added to it before the maximum, a delta or a mask, or
     it has a softcap. For each element of the output: its decay. Each operand is read once.
     Addresses, branches and moves could all be had for nothing.
+
+    A mask that is read takes half a load for each score, a conversion, a multiplication, a sum.
 
     By wgmma an integer becomes a float by a conversion, not by a bias, and a tensor core reads
     operands by itself, of up to 256 columns in one instruction; who copies them is another warp.
@@ -136,6 +154,12 @@ def minimum(spec: Attend) -> dict[Class, int]:
         conversions = scores // 2 + (outputs if is_half else 0)
         floats += scores
         memory = _operands(spec) + shuffles
+    if reads_mask:
+        conversions, floats, memory = (
+            conversions + scores,
+            floats + 2 * scores,
+            memory + scores // 2,
+        )
     return {
         Class.TENSOR: tensor,
         Class.EXP2: scores + rows,
@@ -231,6 +255,7 @@ class Cost:
         softmax: instructions between the last product of Q K^T and the first of P V; None by
             wgmma.
         registers: of a thread; by wgmma, at launch.
+        reads_mask: as of ``Turn``.
     """
 
     spec: Attend
@@ -240,6 +265,7 @@ class Cost:
     keys: int
     softmax: int | None
     registers: int
+    reads_mask: bool = False
 
     @property
     def clocks(self) -> Clocks:
@@ -275,6 +301,7 @@ class Cost:
             "arch": self.spec.arch,
             "symbol": self.spec.symbol,
             "registers": self.registers,
+            "reads_mask": self.reads_mask,
             "keys": self.keys,
             "instructions": dict(self.counts),
             "minimum": dict(self.minimum),
@@ -286,7 +313,7 @@ class Cost:
 
 
 def costs(
-    specs: Sequence[Attend], compiler: Compiler, disassembler: Disassembler, jobs: int
+    turns: Sequence[Turn], compiler: Compiler, disassembler: Disassembler, jobs: int
 ) -> Iterator[Cost]:
     """Compile and look at kernels, in ``jobs`` processes.
 
@@ -294,17 +321,18 @@ def costs(
         KernelUnavailableError: one does not compile, or cannot be disassembled.
         CodeError: the code of one has not the form that it is read by.
     """
-    return each(partial(_examine, compiler, disassembler), specs, jobs)
+    return each(partial(_examine, compiler, disassembler), turns, jobs)
 
 
-def of_listing(spec: Attend, listing: str, registers: int) -> Cost:
-    """What a kernel costs, from its machine code.
+def of_listing(turn: Turn, listing: str, registers: int) -> Cost:
+    """What a turn of a kernel costs, from its machine code.
 
     Raises:
         CodeError: it has not the form that it is read by.
     """
+    spec = turn.spec
     try:
-        path = steady_path(parse(listing), _is_work)
+        path = steady_path(parse(listing), _is_work, _marks(turn))
         counts = Counter(map(classify, path))
     except CodeError as error:
         raise CodeError(f"{spec.symbol}: {error}") from None
@@ -313,11 +341,40 @@ def of_listing(spec: Attend, listing: str, registers: int) -> Cost:
         spec,
         {kind: counts[kind] for kind in Class},
         Counter(instruction.name for instruction in path),
-        {kind: steps * least for kind, least in minimum(spec).items()},
+        {kind: steps * least for kind, least in minimum(spec, reads_mask=turn.reads_mask).items()},
         steps * spec.keys,
         None if isinstance(spec, HopperAttendSpec) else _between_products(path),
         registers,
+        turn.reads_mask,
     )
+
+
+def _marks(turn: Turn) -> tuple[Mark, ...]:
+    """By what a turn of a kernel with a mask is known: of a tile that is shown whole, or read.
+
+    A turn loads what the mask shows of a later tile, 8 bits, if there is one. Each kind of mask has
+    ways of its own to be loaded and to be added. So that the one does not go with the other here,
+    what is read is what float16 takes: loads of two neighbours, 32 bits, and a conversion of each,
+    which no other kind has.
+    """
+    spec = turn.spec
+    if not spec.masked or isinstance(spec, HopperAttendSpec):
+        return ()
+    scores = spec.warp_rows // 16 * spec.keys // 8 * 4 if turn.reads_mask else 0
+    return (
+        Mark(lambda each: _loaded(each) == "", scores // 2),
+        Mark(lambda each: _loaded(each) == "U8", 1),
+        Mark(lambda each: _loaded(each) not in (None, "", "U8"), 0),
+        Mark(lambda each: each.opcode.startswith(_TO_FLOAT), scores),
+    )
+
+
+def _loaded(instruction: Instruction) -> str | None:
+    """The width of a load from global memory, as its opcode has it; None of anything else."""
+    name, *modifiers = instruction.opcode.split(".")
+    if name != _GLOBAL_LOAD:
+        return None
+    return next((each for each in modifiers if each in _WIDTHS), "")
 
 
 def _steps(spec: Attend, path: Sequence[Instruction]) -> int:
@@ -354,6 +411,6 @@ def _is_work(instruction: Instruction) -> bool:
     return classify(instruction) in (Class.TENSOR, Class.EXP2) or instruction.name in _FEEDING
 
 
-def _examine(compiler: Compiler, disassembler: Disassembler, spec: Attend) -> Cost:
-    binary = compiler.compile(render(spec), spec.arch)
-    return of_listing(spec, disassembler.listing(binary.image), binary.resources.registers)
+def _examine(compiler: Compiler, disassembler: Disassembler, turn: Turn) -> Cost:
+    binary = compiler.compile(render(turn.spec), turn.spec.arch)
+    return of_listing(turn, disassembler.listing(binary.image), binary.resources.registers)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from sage_compiler.commands import kernels_compiling, options
-from sage_compiler.costs import Attend, Class, Cost, costs
+from sage_compiler.costs import Attend, Class, Cost, Turn, costs
 from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import HEAD_DIMS
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, AttendSpec
 from sage_compiler.kernels.cuda.variants import half_sums, variant, variants
 from sage_compiler.precision import Accumulator
 from sage_compiler.text import columns
@@ -51,11 +51,12 @@ def add_command(actions: options.Commands) -> None:
 def attend_specs(arch: str) -> list[Attend]:
     """The attention kernels whose cost is told, each once, in one dtype.
 
-    Those of a pack; of the recipe that ``auto`` means every head_dim, with an explicit mask and
-    without; and those of FP16 sums.
+    Those of a pack that do whole query blocks; of the recipe that ``auto`` means every head_dim,
+    with an explicit mask and without; and those of FP16 sums.
     """
     recipes = ARCHS[arch].recipes
-    found = [each.attend for each in variants(arch)]
+    packed = [each.attend for each in variants(arch)]
+    found = [attend for attend in packed if attend.query_tile == QUERY_BLOCK]
     found += [
         variant(arch, _DTYPE, head_dim, recipes[0], masked=masked).attend
         for head_dim in HEAD_DIMS
@@ -70,13 +71,24 @@ def attend_specs(arch: str) -> list[Attend]:
     return sorted((spec for spec in dict.fromkeys(found) if spec.dtype == _DTYPE), key=place)
 
 
+def turns(specs: Iterable[Attend]) -> list[Turn]:
+    """Those of which the cost is told: of a kernel with a mask both, by ``mma.sync``."""
+    return [
+        Turn(spec, reads_mask)
+        for spec in specs
+        for reads_mask in (False, True)
+        if not reads_mask or (spec.masked and isinstance(spec, AttendSpec))
+    ]
+
+
 def _cost(arguments: argparse.Namespace) -> int:
     specs = [spec for arch in kernels_compiling.archs(arguments) for spec in attend_specs(arch)]
     document = None if arguments.write is None else _read(arguments.write)
     compiler = kernels_compiling.compiler(arguments)
     jobs = kernels_compiling.jobs(arguments)
-    found = costs(specs, compiler, Disassembler.find(), jobs)
-    rows = list(kernels_compiling.progress(found, len(specs)))
+    wanted = turns(specs)
+    found = costs(wanted, compiler, Disassembler.find(), jobs)
+    rows = list(kernels_compiling.progress(found, len(wanted)))
     if document is not None:
         before, after = document
         with options.writing(arguments.write):
@@ -96,7 +108,7 @@ def instructions(rows: Iterable[Cost]) -> list[Sequence[str]]:
         pairs = [(row.counts[kind], row.minimum[kind]) for kind in Class]
         pairs.append((sum(row.counts.values()), sum(row.minimum.values())))
         cells = [str(got) if got == least else f"{got} ({least})" for got, least in pairs]
-        own = (row.spec.arch, _name(row.spec), str(row.registers), str(row.keys))
+        own = (row.spec.arch, _name(row), str(row.registers), str(row.keys))
         lines.append((*own, *cells))
     return lines
 
@@ -118,7 +130,7 @@ def clocks(rows: Iterable[Cost]) -> list[Sequence[str]]:
         )
         ends = (each and each / found.tensor for each in (found.bound, found.in_step))
         cells = [*(_number(each, 0) for each in taken), *(_number(each, 2) for each in ends)]
-        lines.append((row.spec.arch, _name(row.spec), *cells))
+        lines.append((row.spec.arch, _name(row), *cells))
     return lines
 
 
@@ -137,9 +149,11 @@ def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
     return "".join([rows[0], "|---" * len(lines[0]) + "|\n", *rows[1:]])
 
 
-def _name(spec: Attend) -> str:
+def _name(row: Cost) -> str:
+    spec = row.spec
+    mask = ", mask read" if row.reads_mask else ", mask" if spec.masked else ""
     half = " (FP16 sums)" if spec.accumulator is Accumulator.FP16 else ""
-    return f"{spec.qk}_{spec.pv}{half} {spec.head_dim}{', mask' if spec.masked else ''}"
+    return f"{spec.qk}_{spec.pv}{half} {spec.head_dim}{mask}"
 
 
 def _read(path: Path) -> tuple[str, str]:

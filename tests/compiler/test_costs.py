@@ -9,13 +9,13 @@ import pytest
 
 from sage_compiler import cli, rates
 from sage_compiler.commands import kernels_compiling, kernels_cost
-from sage_compiler.costs import Attend, Class, Cost, classify, costs, minimum, of_listing
+from sage_compiler.costs import Attend, Class, Cost, Turn, classify, costs, minimum, of_listing
 from sage_compiler.errors import InvalidOptionError, KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.loops import CodeError, Instruction
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import HEAD_DIMS, AttendSpec, HopperAttendSpec
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, AttendSpec, HopperAttendSpec
 from sage_compiler.kernels.cuda.variants import variant, variants
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.test_loops import LISTING
@@ -34,6 +34,7 @@ def attend(
 # Both products in the cheapest formats that there are, so that all else shows the most.
 ADA = attend("sm_89", "int4_fp8", 128)
 HOPPER = attend("sm_90a", "int8_fp8", 128)
+MASKED = attend("sm_89", "int8_fp8", 128, masked=True)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_an_unknown_instruction_is_said() -> None:
     with pytest.raises(CodeError, match=r"WOBBLE\.X is of no class"):
         classify(Instruction(0, "", "WOBBLE.X", "", None))
     with pytest.raises(CodeError, match=f"{ADA.symbol}: WOBBLE is of no class"):
-        of_listing(ADA, LISTING.replace("LDS RZ", "WOBBLE RZ").replace("@!PT", "    "), 0)
+        of_listing(Turn(ADA), LISTING.replace("LDS RZ", "WOBBLE RZ").replace("@!PT", "    "), 0)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +110,13 @@ def test_the_least(
     assert found[Class.FLOAT] == floats
     assert found[Class.MEMORY] == memory
     assert not found[Class.INTEGER] + found[Class.MOVE] + found[Class.CONTROL]
+
+
+def test_the_least_where_a_mask_is_read() -> None:
+    """Of 32 scores of a thread half a load each, a conversion, a multiplication and a sum."""
+    shown, read = minimum(MASKED), minimum(MASKED, reads_mask=True)
+    more = {kind: read[kind] - shown[kind] for kind in Class if read[kind] != shown[kind]}
+    assert more == {Class.MEMORY: 16, Class.CONVERSION: 32, Class.FLOAT: 64}
 
 
 def test_clocks_are_those_of_the_ceilings() -> None:
@@ -167,7 +175,7 @@ def real() -> tuple[Cost, str]:
         compiler, disassembler = toolchain.find("nvrtc"), Disassembler.find()
     except KernelUnavailableError as error:
         pytest.skip(str(error))
-    (found,) = costs([ADA], compiler, disassembler, jobs=1)
+    (found,) = costs([Turn(ADA)], compiler, disassembler, jobs=1)
     return found, compiler.identity
 
 
@@ -178,8 +186,46 @@ def by_wgmma() -> tuple[Cost, str]:
         compiler, disassembler = toolchain.find("nvrtc"), Disassembler.find()
     except KernelUnavailableError as error:
         pytest.skip(str(error))
-    (found,) = costs([HOPPER], compiler, disassembler, jobs=1)
+    (found,) = costs([Turn(HOPPER)], compiler, disassembler, jobs=1)
     return found, compiler.identity
+
+
+@pytest.fixture(scope="module")
+def with_mask() -> list[tuple[Cost, str]]:
+    """The same of a kernel with a mask: of a tile that is shown whole, and of one that is read."""
+    try:
+        compiler, disassembler = toolchain.find("nvrtc"), Disassembler.find()
+    except KernelUnavailableError as error:
+        pytest.skip(str(error))
+    turns = kernels_cost.turns([MASKED])
+    found = costs(turns, compiler, disassembler, jobs=1)
+    return [(cost, compiler.identity) for cost in found]
+
+
+@pytest.fixture
+def mask_shown(with_mask: list[tuple[Cost, str]]) -> tuple[Cost, str]:
+    return with_mask[0]
+
+
+@pytest.fixture
+def mask_read(with_mask: list[tuple[Cost, str]]) -> tuple[Cost, str]:
+    return with_mask[1]
+
+
+def test_a_tile_of_which_a_mask_is_read(
+    mask_shown: tuple[Cost, str], mask_read: tuple[Cost, str]
+) -> None:
+    (shown, _), (read, _) = mask_shown, mask_read
+    assert (shown.reads_mask, read.reads_mask) == (False, True)
+    assert (shown.names["LDG"], read.names["LDG"]) == (1, 1 + 16)
+    for kind in (Class.TENSOR, Class.EXP2, Class.CONVERSION):
+        assert (shown.counts[kind], read.counts[kind]) == (shown.minimum[kind], read.minimum[kind])
+    # What the mask shows of a tile is loaded besides; and nothing is divided in a turn.
+    assert shown.counts[Class.MEMORY] == shown.minimum[Class.MEMORY] + 1
+    assert read.names["HADD2"] == 32 and "I2F" not in shown.names
+    # A score that its element hides, or not: of no more than a comparison each.
+    assert read.counts[Class.FLOAT] - shown.counts[Class.FLOAT] == 32 * 3
+    assert sum(read.counts.values()) < 1.5 * sum(shown.counts.values())
 
 
 def test_the_loop_of_a_real_kernel_is_found(real: tuple[Cost, str]) -> None:
@@ -217,7 +263,7 @@ def test_the_loop_of_a_kernel_of_wgmma_is_found(by_wgmma: tuple[Cost, str]) -> N
     assert sum(found.counts.values()) < 1.5 * sum(found.minimum.values())
 
 
-@pytest.mark.parametrize("kernel", ["real", "by_wgmma"])
+@pytest.mark.parametrize("kernel", ["real", "by_wgmma", "mask_shown", "mask_read"])
 def test_the_document_has_what_the_tool_finds(kernel: str, request: pytest.FixtureRequest) -> None:
     found, compiler = request.getfixturevalue(kernel)
     text = DOCUMENT.read_text(encoding="utf-8")
@@ -232,13 +278,18 @@ def test_the_document_has_what_the_tool_finds(kernel: str, request: pytest.Fixtu
 
 def test_a_turn_has_whole_steps() -> None:
     with pytest.raises(CodeError, match=r"has 1 products of Q K\^T; 16 are those of 64 keys"):
-        of_listing(ADA, LISTING, registers=99)
+        of_listing(Turn(ADA), LISTING, registers=99)
 
 
 def test_every_default_kernel_has_a_row() -> None:
     """What a pack has and what `auto` means, at every head_dim; the loop does not see the dtype."""
     for arch, offered in ARCHS.items():
-        wanted = {replace(each.attend, dtype="bfloat16") for each in variants(arch)}
+        packed = [each.attend for each in variants(arch)]
+        wanted = {
+            replace(attend, dtype="bfloat16")
+            for attend in packed
+            if attend.query_tile == QUERY_BLOCK
+        }
         for head_dim, masked in itertools.product(HEAD_DIMS, (False, True)):
             wanted.add(attend(arch, offered.recipes[0], head_dim, masked=masked))
         found = kernels_cost.attend_specs(arch)
@@ -250,7 +301,10 @@ def test_the_document_has_every_kernel() -> None:
     begin, end = text.index("<!-- sagec"), text.index("<!-- end")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("| sm_")]
     specs = [spec for arch in ARCHS for spec in kernels_cost.attend_specs(arch)]
-    fakes = [Cost(spec, dict.fromkeys(Class, 1), {}, {}, 64, 0, 0) for spec in specs]
+    fakes = [
+        Cost(turn.spec, dict.fromkeys(Class, 1), {}, {}, 64, 0, 0, turn.reads_mask)
+        for turn in kernels_cost.turns(specs)
+    ]
     wanted = [tuple(row[:2]) for row in kernels_cost.clocks(fakes)[1:]]
     assert len(set(wanted)) == len(wanted)
     named = [tuple(row.strip("| ").split(" | ")[:2]) for row in rows]
@@ -264,9 +318,12 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Compiler:
         identity = "fake 1.0"
 
-    def of(specs: list[Attend], *_: object) -> list[Cost]:
+    def of(turns: list[Turn], *_: object) -> list[Cost]:
         counts = dict.fromkeys(Class, 1) | {Class.EXP2: 0, Class.CONTROL: 4}
-        return [Cost(spec, counts, {"IMMA": 1}, minimum(spec), 64, 0, 99) for spec in specs]
+        return [
+            Cost(turn.spec, counts, {"IMMA": 1}, minimum(turn.spec), 64, 0, 99, turn.reads_mask)
+            for turn in turns
+        ]
 
     monkeypatch.setattr(kernels_compiling, "find", lambda *names: Compiler())
     monkeypatch.setattr(Disassembler, "find", lambda: Disassembler(()))
@@ -278,7 +335,8 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["kernels", "cost", "--arch", "sm_120a"]) == 0
     lines = capsys.readouterr().out.splitlines()
     first, second = lines[: lines.index("")], lines[lines.index("") + 1 :]
-    assert len(first) == len(second) == 1 + len(kernels_cost.attend_specs("sm_120a"))
+    turns = kernels_cost.turns(kernels_cost.attend_specs("sm_120a"))
+    assert len(first) == len(second) == 1 + len(turns)
     assert first[0].split() == ["arch", "kernel", "registers", "keys", *Class, "all"]
     row = next(line for line in first if "int8_fp8 128 " in line)
     assert "1 (64)" in row and "0 (34)" in row and row.endswith("10 (352)")

@@ -86,8 +86,23 @@ def _target(opcode: str, operands: str, labels: dict[str, int]) -> int | None:
     return labels[found[1]] if found[1] else int(found[2], 16)
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What tells a way through a loop from the others.
+
+    Attributes:
+        is_it: which instructions.
+        times: how many of them the way has, no more and no less.
+    """
+
+    is_it: Callable[[Instruction], bool]
+    times: int
+
+
 def steady_path(
-    instructions: Sequence[Instruction], is_work: Callable[[Instruction], bool]
+    instructions: Sequence[Instruction],
+    is_work: Callable[[Instruction], bool],
+    marks: Sequence[Mark] = (),
 ) -> list[Instruction]:
     """What one turn of a kernel's main loop executes where nothing is special.
 
@@ -98,13 +113,15 @@ def steady_path(
 
     Args:
         is_work: what every turn does that is not special: products, and what feeds them.
+        marks: by which a special turn is asked for; without them, the steady one.
 
     Returns:
         The instructions, from the loop's first on, in the order of execution. One whose predicate
         is false is among them: it takes its slot all the same.
 
     Raises:
-        CodeError: the products are in no loop, or it has two entries, or work in a loop inside.
+        CodeError: the products are in no loop, or it has two entries, or work in a loop inside,
+            or no way through it has the marks.
     """
     graph = _Graph(instructions)
     products = {at for at, each in enumerate(instructions) if is_product(each)}
@@ -114,24 +131,59 @@ def steady_path(
     work = {at for at in body if is_work(instructions[at])}
     _open_loops(graph, body, entry, work)
 
-    # Backwards: from each instruction to the end of the turn, the most work, then the fewest steps.
-    best: dict[int, tuple[int, int]] = {}
-    following: dict[int, int] = {}
+    # Backwards: from each instruction to the end of the turn, the most work, then the fewest steps;
+    # of the ways with each count of the marks, and what follows on them.
+    ends_with = (0,) * len(marks)
+    best: dict[int, dict[_Counts, _Way]] = {}
     for at in reversed(graph.order(body, entry)):
-        ways = [way for way in graph.after[at] if way in best]
-        onwards = max(ways, key=best.__getitem__, default=None)
-        ends = entry in graph.after[at]
-        if onwards is None and not ends:
-            continue  # it leaves the loop
-        left = (0, 0)
-        if onwards is not None and (not ends or best[onwards] > left):
-            following[at] = onwards
-            left = best[onwards]
-        best[at] = (left[0] + (at in work), left[1] - 1)
-    path = [entry]
-    while path[-1] in following:
-        path.append(following[path[-1]])
+        own = tuple(int(mark.is_it(instructions[at])) for mark in marks)
+        ways: list[tuple[_Counts, _Way, int | None]] = []
+        if entry in graph.after[at]:
+            ways.append((ends_with, _Way(0, 0, None), None))
+        for further in graph.after[at]:
+            if further == entry:
+                continue
+            ways += [(left, onwards, further) for left, onwards in best.get(further, {}).items()]
+        found: dict[_Counts, _Way] = {}
+        for left, onwards, way in ways:
+            counts = tuple(map(sum, zip(own, left, strict=True)))
+            if any(count > mark.times for count, mark in zip(counts, marks, strict=True)):
+                continue
+            following = None if way is None else (way, left)
+            longer = _Way(onwards.work + (at in work), onwards.steps + 1, following)
+            known = found.get(counts)
+            if known is None or longer.is_better_than(known):
+                found[counts] = longer
+        best[at] = found  # none of an instruction from which every way leaves the loop
+    wanted = tuple(mark.times for mark in marks)
+    if wanted not in best[entry]:
+        raise CodeError("no turn of the main loop is the one that is asked for")
+    path, step = [entry], best[entry][wanted].following
+    while step is not None:
+        path.append(step[0])
+        step = best[step[0]][step[1]].following
     return [instructions[at] for at in path]
+
+
+_Counts = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way from an instruction to the end of the turn.
+
+    Attributes:
+        work, steps: how much it has of both.
+        following: the next instruction, and the counts of the marks from there on; None at the end.
+    """
+
+    work: int
+    steps: int
+    following: tuple[int, _Counts] | None
+
+    def is_better_than(self, other: _Way) -> bool:
+        """Whether it has more work, or as much in fewer steps."""
+        return (self.work, -self.steps) > (other.work, -other.steps)
 
 
 def _main_loop(graph: _Graph, products: set[int]) -> tuple[set[int], int]:

@@ -10,7 +10,7 @@
 // tile are divided among blocks, whose sums merge.cuh joins.
 #pragma once
 
-#include <sage/mask.cuh>
+#include <sage/mask_row.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/query_rows.cuh>
@@ -65,6 +65,12 @@ class Attend {
     using Scores = typename Qk::Atom::Accumulator[kBands][kKeyAtoms][4];
     using Weights = uint32_t[kBands][ValueTile::kSteps][4];
 
+    // A tile's mask is loaded before Q K^T, which hides how long that takes, where there are
+    // registers for it; else in parts, each where it is applied.
+    static constexpr bool kLoadsMaskAhead = kMasked && kHeadDim > 64 && kHeadDim <= 128;
+    static constexpr int kMaskAtoms = kLoadsMaskAhead ? kKeyAtoms : 2;
+    using MaskTile = MaskRow<kMaskAtoms>[kBands][kHalves];
+
  public:
     static constexpr int kThreads = kTileRows / kWarpRows * 32;
     static constexpr int kMinBlocks = 256 / kThreads;  // 8 warps, as far as registers go
@@ -96,6 +102,7 @@ class Attend {
     Rows const rows_;
     int const part_;             // of the keys, of p.parts
     int first_tile_, end_tile_;  // of keys that the block sees
+    bool const mask_pairs_;
     char* const shared_;
     uint32_t query_[kKeepQuery ? kSteps : 1][kBands][4];
 
@@ -108,7 +115,11 @@ class Attend {
         : Attend(p, Split(task, kSplitKeys ? p.parts : 1)) {}
 
     SAGE_DEVICE Attend(Params const& p, Split const& task)
-        : p_(p), rows_(p, task.outer), part_(task.inner), shared_(arch::shared_memory()) {
+        : p_(p),
+          rows_(p, task.outer),
+          part_(task.inner),
+          mask_pairs_(kMasked && has_pairs(p.mask)),
+          shared_(arch::shared_memory()) {
         first_tile_ = first_key(rows_.first_query()) / kKeyBlock;
         end_tile_ = (end_key(rows_.last_query()) + kKeyBlock - 1) / kKeyBlock;
         if constexpr (kSplitKeys) take_part();
@@ -158,9 +169,11 @@ class Attend {
     SAGE_DEVICE void run() {
         rows_.template copy_codes_async<QueryTile, kThreads>(shared_);
         if constexpr (kKeepQuery) keep_query();
+        uint32_t shown = first_shown();
         SAGE_UNROLL
         for (int place = 0; place < kStages - 1; ++place) {
-            if (first_tile_ + place < end_tile_) copy_shown(place, first_tile_ + place);
+            int const tile = first_tile_ + place;
+            if (tile < end_tile_ && shows(shown, place)) copy_stage(place, tile);
             arch::copy_async_commit();
         }
         float query_scales[Rows::kScales];
@@ -171,18 +184,32 @@ class Attend {
             arch::copy_async_wait<kStages - 2>();
             // Now the tile is there for all threads, and the place of the tile before it is free.
             arch::barrier();
-            if (tile + kStages - 1 < end_tile_) copy_shown(next, tile + kStages - 1);
+            if (tile + kStages - 1 < end_tile_ && shows(shown, kStages - 1)) {
+                copy_stage(next, tile + kStages - 1);
+            }
             arch::copy_async_commit();
 
-            uint8_t const shown = shown_of(tile);
-            if (shown != kHidesAll) {
+            uint32_t const further = next_shown(tile);
+            if (shows(shown, 0)) {
+                bool const mixed = kMasked && (shown & 3) == kMixed;
+                MaskTile mask;
+                if (kLoadsMaskAhead && mixed) {
+                    SAGE_UNROLL
+                    for (int band = 0; band < kBands; ++band) {
+                        SAGE_UNROLL
+                        for (int half = 0; half < kHalves; ++half) {
+                            load_mask(mask[band][half], band, half, tile * kKeyBlock);
+                        }
+                    }
+                }
                 Scores scores;
                 multiply_query_key(scores, stage(now));
                 Weights weights;
                 float decay[kBands][kHalves];
-                softmax(weights, decay, scores, query_scales, tile, shown, stage(now));
+                softmax(weights, decay, scores, query_scales, tile, mixed, mask, stage(now));
                 multiply_weights_value(weights, decay, stage(now));
             }
+            shown = (shown | further) >> 2;
 
             now = now + 1 == kStages ? 0 : now + 1;
             next = next + 1 == kStages ? 0 : next + 1;
@@ -196,35 +223,44 @@ class Attend {
         }
     }
 
-    // What the mask shows of a tile.
-    SAGE_DEVICE uint8_t shown_of(int tile) const {
-        if constexpr (!kMasked) return kShowsAll;
-        return rows_.shown(tile);
+    // What the mask shows of tiles, two bits each: the lowest are of the one in turn, those above
+    // of the ones behind it. Each is loaded a turn before it decides what is copied.
+    static_assert(kHidesAll < 4 && kShowsAll < 4 && kMixed < 4 && kStages < 16);
+    SAGE_DEVICE uint32_t first_shown() const {
+        uint32_t shown = 0;
+        if constexpr (kMasked) {
+            SAGE_UNROLL
+            for (int i = 0; i < kStages; ++i) shown |= shown_of(first_tile_ + i) << 2 * i;
+        }
+        return shown;
+    }
+    SAGE_DEVICE uint32_t next_shown(int tile) const {
+        return kMasked ? shown_of(tile + kStages) << 2 * kStages : 0;
+    }
+    SAGE_DEVICE uint32_t shown_of(int tile) const {
+        return tile < end_tile_ ? rows_.shown(tile) : kHidesAll;
+    }
+    SAGE_DEVICE static bool shows(uint32_t shown, int i) {
+        return !kMasked || (shown >> 2 * i & 3) != kHidesAll;
     }
 
-    // Hides what a bool mask hides, and adds a float one, to scores in units of log 2: x are those
-    // of a row, from `first_column` on two of every eight.
-    SAGE_DEVICE void apply_mask(float (&x)[kKeyAtoms][2], int band, int half,
-                                int first_column) const {
-        if (!rows_.exists(band, half)) return;
-        Split const head(rows_.head(band, half), p_.heads);
-        int64_t const of_row = head.outer * p_.mask.batch_stride +
-                               head.inner * p_.mask.head_stride +
-                               rows_.query(band, half) * p_.mask.query_stride;
-        SAGE_UNROLL
-        for (int atom = 0; atom < kKeyAtoms; ++atom) {
+    SAGE_DEVICE void load_mask(MaskRow<kMaskAtoms>& mask, int band, int half, int first) const {
+        mask.load(p_.mask, rows_.mask_row(band, half), first + first_column(), p_.key_length,
+                  mask_pairs_);
+    }
+
+    SAGE_DEVICE void apply_mask(float (&x)[kKeyAtoms][2], MaskRow<kMaskAtoms> const& ahead,
+                                int band, int half, int tile) const {
+        if constexpr (kLoadsMaskAhead) {
+            ahead.apply(x, p_.mask.kind);
+        } else {
             SAGE_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int const key = first_column + atom * 8 + i;
-                if (key >= p_.key_length) continue;
-                float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
-                x[atom][i] = added == -infinity() ? added : x[atom][i] + added;
+            for (int atom = 0; atom < kKeyAtoms; atom += kMaskAtoms) {
+                MaskRow<kMaskAtoms> part;
+                load_mask(part, band, half, tile * kKeyBlock + atom * 8);
+                part.apply(x + atom, p_.mask.kind);
             }
         }
-    }
-
-    SAGE_DEVICE void copy_shown(int place, int tile) const {
-        if (shown_of(tile) != kHidesAll) copy_stage(place, tile);
     }
 
     SAGE_DEVICE void copy_stage(int place, int tile) const {
@@ -322,7 +358,7 @@ class Attend {
     // P of a tile, packed as an operand, and by what the sums so far decay.
     SAGE_DEVICE void softmax(Weights& weights, float (&decay)[kBands][kHalves],
                              Scores const& scores, float const (&query_scales)[Rows::kScales],
-                             int tile, uint8_t shown, char const* stage) {
+                             int tile, bool mixed, MaskTile const& mask, char const* stage) {
         // Some of the block's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
         bool const masked = first + kKeyBlock > end_key(rows_.first_query()) ||
@@ -366,7 +402,7 @@ class Attend {
                     }
                 }
                 if constexpr (kMasked) {
-                    if (shown == kMixed) apply_mask(x, band, half, first + column);
+                    if (mixed) apply_mask(x, mask[band][half], band, half, tile);
                 }
                 if (masked) {
                     int const query = rows_.query(band, half);

@@ -32,9 +32,9 @@ SAGE_DEVICE float natural_bias(Mask const& mask, int64_t index) {
 
 // From natural units to those of log 2: finite stays finite.
 SAGE_DEVICE float in_log2(float natural) {
-    if (natural == infinity() || natural == -infinity()) return natural;
     float const scaled = natural * kLog2E;
-    return scaled > kLargest ? kLargest : scaled < -kLargest ? -kLargest : scaled;
+    bool const overflows = magnitude(scaled) > kLargest && magnitude(natural) <= kLargest;
+    return overflows ? with_sign(kLargest, natural) : scaled;
 }
 
 // What an element of a mask adds to a score, in units of log 2.

@@ -88,6 +88,12 @@ SAGE_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 // The bits of |x|: ordered as the magnitudes are, infinity above them and NaN above infinity.
 SAGE_DEVICE uint32_t magnitude_bits(float x) { return arch::bits(x) & kMagnitudeMask; }
+SAGE_DEVICE float magnitude(float x) { return arch::from_bits(magnitude_bits(x)); }
+
+// A magnitude with the sign of another number.
+SAGE_DEVICE float with_sign(float magnitude, float signed_number) {
+    return arch::from_bits(arch::bits(magnitude) | (arch::bits(signed_number) & ~kMagnitudeMask));
+}
 
 // amax / limit; positive for a group of zeros, NaN for a group that is not finite.
 SAGE_DEVICE float scale_of(uint32_t amax_bits, float limit) {

@@ -46,6 +46,10 @@ class HeadRows {
         block_ = uniform<kUniform>(static_cast<int>(p.query_blocks) - 1 - task.inner);
         head_ = uniform<kUniform>(task.outer);
         kv_head_ = uniform<kUniform>(Split(head_, p.group).outer);  // G divides H
+        Split const head(head_, p.heads);
+        shown_ = p.tiles.data + head.outer * p.tiles.batch_stride +
+                 head.inner * p.tiles.head_stride + block_ * p.tiles.token_stride;
+        mask_of_head_ = head.outer * p.mask.batch_stride + head.inner * p.mask.head_stride;
     }
 
     SAGE_DEVICE int64_t tile() const { return head_ * p_.query_blocks + block_; }  // of memory
@@ -81,16 +85,20 @@ class HeadRows {
     }
 
     // What the mask shows of a tile of keys.
-    SAGE_DEVICE uint8_t shown(int key_tile) const {
-        Split const head(head_, p_.heads);
-        return arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
-                                 head.inner * p_.tiles.head_stride +
-                                 block_ * p_.tiles.token_stride + key_tile);
+    SAGE_DEVICE uint8_t shown(int key_tile) const { return arch::load_global(shown_ + key_tile); }
+
+    // Where the mask has a row; of rows that do not exist that of the last query.
+    SAGE_DEVICE int64_t mask_row(int band, int half) const {
+        int const last = static_cast<int>(p_.query_length) - 1, wanted = query(band, half);
+        return mask_of_head_ + (wanted < last ? wanted : last) * p_.mask.query_stride;
     }
 
  private:
     AttendParams const& p_;
     int block_, head_, kv_head_;
+    // Of a kernel with a mask, the same in every turn.
+    uint8_t const* shown_;
+    int64_t mask_of_head_;
 };
 
 // Query heads packed into the tile: (query, head) pairs of all G heads of one key/value head, the
@@ -118,8 +126,18 @@ class PackedRows {
                 Split const pair(first_row_ + row, p.group);
                 query_[band][half] = pair.outer;
                 head_[band][half] = head_of(pair);
+                Split const head(head_[band][half], p.heads);
+                int const last = static_cast<int>(p.query_length) - 1;
+                mask_rows_[band][half] =
+                    head.outer * p.mask.batch_stride + head.inner * p.mask.head_stride +
+                    (pair.outer < last ? pair.outer : last) * p.mask.query_stride;
             }
         }
+        Split const first_head(kv_head_ * p.group, p.heads);
+        first_block_ = first_query() / kQueryBlock;
+        last_block_ = last_query() / kQueryBlock;
+        shown_ = p.tiles.data + first_head.outer * p.tiles.batch_stride +
+                 first_head.inner * p.tiles.head_stride;
     }
 
     SAGE_DEVICE int64_t tile() const { return kv_head_ * p_.row_blocks + first_row_ / kTileRows; }
@@ -166,20 +184,19 @@ class PackedRows {
 
     // What the masks of the tile's queries, of all heads, show of a tile of keys together.
     SAGE_DEVICE uint8_t shown(int key_tile) const {
-        Split const head(kv_head_ * p_.group, p_.heads);
         int const members = p_.tiles.head_stride == 0 ? 1 : static_cast<int>(p_.group);
-        int const last_block = last_query() / kQueryBlock;
         uint32_t found = 0;  // a bit for each kind
         for (int member = 0; member < members; ++member) {
-            for (int block = first_query() / kQueryBlock; block <= last_block; ++block) {
-                found |=
-                    1u << arch::load_global(p_.tiles.data + head.outer * p_.tiles.batch_stride +
-                                            (head.inner + member) * p_.tiles.head_stride +
-                                            block * p_.tiles.token_stride + key_tile);
+            for (int block = first_block_; block <= last_block_; ++block) {
+                found |= 1u << arch::load_global(shown_ + member * p_.tiles.head_stride +
+                                                 block * p_.tiles.token_stride + key_tile);
             }
         }
         return found == 1u << kHidesAll ? kHidesAll : found == 1u << kShowsAll ? kShowsAll : kMixed;
     }
+
+    // Where the mask has a row; of rows that do not exist that of the last query of their head.
+    SAGE_DEVICE int64_t mask_row(int band, int half) const { return mask_rows_[band][half]; }
 
  private:
     // The pair of a row of the tile, or the last one where there are fewer.
@@ -194,6 +211,10 @@ class PackedRows {
     AttendParams const& p_;
     int kv_head_, first_row_;
     int query_[kBands][kHalves], head_[kBands][kHalves];
+    // Of a kernel with a mask, the same in every turn.
+    int64_t mask_rows_[kBands][kHalves];
+    uint8_t const* shown_;  // by the first head
+    int first_block_, last_block_;
 };
 
 }  // namespace sage

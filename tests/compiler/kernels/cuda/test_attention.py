@@ -317,6 +317,65 @@ def test_what_does_not_count_is_clipped(recipe: str, accumulator: Accumulator) -
     assert_right(dataclasses.replace(call, attn_mask=mask), recipe, accumulator)
 
 
+MASK_KINDS = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+
+
+def mask_elements(head_dim: int, kind: torch.dtype, layout: str) -> Call:
+    """A call whose mask is in pairs of neighbours, or not: with rows of an odd length, from an odd
+    element on, or with neighbours apart. A tile is whole, another one ends with the keys."""
+    call = make_call(70, 127, head_dim, torch.float16, group=2, seed=head_dim)
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(1, 2, 70, 127, generator=generator)
+    mask = drawn > -0.5
+    if kind is not torch.bool:
+        mask = drawn.masked_fill(~mask, torch.finfo(kind).min).to(kind)
+    if layout == "padding":
+        return dataclasses.replace(call, attn_mask=mask[:, :1, :1])
+    begin, head, query, key = {
+        "pairs": (0, 70 * 128, 128, 1),
+        "odd rows": (0, 70 * 127, 127, 1),
+        "odd begin": (1, 70 * 128, 128, 1),
+        "apart": (0, 70 * 254, 254, 2),
+        "turned": (0, 70 * 127, 1, 70),
+    }[layout]
+    # Behind the last element there is nothing.
+    memory = torch.zeros(begin + head + 69 * query + 126 * key + 1, dtype=kind)
+    placed = memory.as_strided(mask.shape, (2 * head, head, query, key), begin).copy_(mask)
+    return dataclasses.replace(call, attn_mask=placed)
+
+
+@pytest.mark.parametrize("layout", ["pairs", "odd rows", "odd begin", "apart", "turned", "padding"])
+@pytest.mark.parametrize("head_dim", [64, 96], ids=["where it is applied", "ahead"])
+def test_elements_of_masks(head_dim: int, layout: str) -> None:
+    for kind in MASK_KINDS:
+        assert_right(mask_elements(head_dim, kind, layout), "int8_fp16", Accumulator.FP32)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "old", "new"),
+    [
+        ("odd begin", torch.bool, "% (2 * bytes) == 0", ">= 0"),
+        ("odd rows", torch.float16, "mask.query_stride) % 2 == 0", "0) % 2 == 0"),
+        ("apart", torch.float32, "mask.key_stride == 1 &&", ""),
+        ("turned", torch.bfloat16, "data + key * mask.key_stride", "data + key"),
+        ("pairs", torch.float16, "pairs + atom * 4", "pairs + atom"),
+        ("pairs", torch.bool, ">> 8 * i & 0xff", "& 0xff"),
+        ("pairs", torch.float16, "natural.y * kLog2E", "natural.x * kLog2E"),
+        ("pairs", torch.float32, "words[1] = arch::bits(pair.y)", "words[1] = words[0]"),
+        ("pairs", torch.float32, "+ 1 < key_length", "< key_length + 2"),
+        ("odd rows", torch.bool, "if (key < key_length)", ""),
+        ("odd rows", torch.bfloat16, "<< 8 * sizeof(Word)", "<< 8"),
+    ],
+)
+def test_broken_elements_are_noticed(layout: str, kind: torch.dtype, old: str, new: str) -> None:
+    loader = broken("attend", replacing(old, new), "mask_row")
+    # DriverError: what is read outside of the mask, or across its alignment, ends the launch.
+    with pytest.raises((AssertionError, DriverError)):
+        for head_dim in (64, 96):
+            call = mask_elements(head_dim, kind, layout)
+            assert_right(call, "int8_fp16", Accumulator.FP32, kernels=loader)
+
+
 def test_hidden_tiles_are_not_read() -> None:
     """With keys in one tile only, no other is copied or computed."""
     call = make_call(128, 256, 64, torch.float16)
@@ -559,8 +618,10 @@ def test_broken_smoothing_is_noticed(kind: str, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "old", "new"),
     [
-        ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
-        ("attend", "if (shown != kHidesAll) {", "if (shown == kMixed) {"),
+        ("attend", "if (mixed) apply_mask(x, mask[band][half], band, half, tile);", ""),
+        ("attend", "if (shows(shown, 0)) {", "if ((shown & 3) == kMixed) {"),
+        ("attend", "shown = (shown | further) >> 2;", "shown = shown | further;"),
+        ("attend", "<< 2 * kStages : 0", "<< 2 * (kStages - 1) : 0"),
         ("attend", "capped(x[atom][i] + row_term)", "x[atom][i] * kLog2E"),
         ("attend", "if (p_.sinks != nullptr) end", "if (false) end"),
         ("statistics", "seen & kCounts ? sum + x : sum", "sum + x"),

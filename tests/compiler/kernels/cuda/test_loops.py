@@ -8,6 +8,7 @@ import pytest
 from sage_compiler.kernels.cuda.loops import (
     CodeError,
     Instruction,
+    Mark,
     is_product,
     parse,
     steady_path,
@@ -72,6 +73,23 @@ def test_the_steady_path_goes_around_what_is_special() -> None:
         "BAR.SYNC.DEFER_BLOCKING", "BRA", "LDGSTS.E.BYPASS.128", "IMMA.16832.S8.S8", "BRA",
         "BRA.DIV", "SHFL.BFLY", "LDS", "CALL.REL.NOINC", "BRA",
     ]  # fmt: skip
+
+
+def is_hiding(instruction: Instruction) -> bool:
+    return instruction.name == "FSEL"
+
+
+def test_a_special_path_is_found_by_its_marks() -> None:
+    code = parse(LISTING)
+    steady = steady_path(code, is_work)
+    masked = steady_path(code, is_work, [Mark(is_hiding, 2)])
+    assert [each for each in masked if each not in steady] == [
+        each for each in code if is_hiding(each)
+    ]
+    assert [each for each in masked if not is_hiding(each)] == steady
+    assert steady_path(code, is_work, [Mark(is_hiding, 0)]) == steady
+    with pytest.raises(CodeError, match="no turn of the main loop is the one that is asked for"):
+        steady_path(code, is_work, [Mark(is_hiding, 1)])
 
 
 def test_targets_may_be_addresses() -> None:
@@ -168,7 +186,7 @@ def ways(code: list[Instruction], entry: int) -> Iterator[list[int]]:
 
 
 def test_random_loops_have_the_path_that_trying_all_finds() -> None:
-    different = waited = 0
+    different = waited = special = 0
     for seed in range(300):
         draw = random.Random(seed)
         length = draw.randrange(4, 14)
@@ -199,6 +217,26 @@ def test_random_loops_have_the_path_that_trying_all_finds() -> None:
         path = steady_path(code, is_work)
         assert (sum(map(is_work, path)), -len(path)) == best
         assert [each.address // 16 for each in path] in turns
+        # With so many additions of one kind, and of another, as one of the turns has.
+        chosen = draw.choice(turns)
+        marks = [
+            Mark(
+                lambda each, name=name: each.name == name,
+                sum(code[at].name == name for at in chosen),
+            )
+            for name in ("FADD", "IADD3")
+        ]
+        alike = [
+            way
+            for way in turns
+            if all(sum(mark.is_it(code[at]) for at in way) == mark.times for mark in marks)
+        ]
+        marked = steady_path(code, is_work, marks)
+        assert [each.address // 16 for each in marked] in alike
+        assert (sum(map(is_work, marked)), -len(marked)) == max(
+            (sum(is_work(code[at]) for at in way), -len(way)) for way in alike
+        )
+        special += marked != path
         different += len(turns) > 1
         waited += any(each.name == "SYNCS" for each in path)
-    assert different > 100 and waited > 100
+    assert different > 100 and waited > 100 and special > 50
