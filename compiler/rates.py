@@ -17,9 +17,12 @@ from torch import Tensor
 
 from sage_compiler.errors import InvalidOptionError
 from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.sizes import FAR, Sizes
 from sage_compiler.kernels.cuda.spec import HEAD_DIMS, KeyValueTile
+from sage_compiler.kernels.cuda.variants import variant
 from sage_compiler.precision import EXACT, RECIPES, TILE_MMA, Format
 from sage_compiler.semantics import Semantics
+from sage_compiler.traffic import Account, account
 
 CPU: Final = "cpu"
 TARGETS: Final[tuple[str, ...]] = tuple(ARCHS)
@@ -208,8 +211,7 @@ _EXP2_LANES: Final = 16  # MUFU.EX2 per clock and multiprocessor, on all targets
 _EXPOSED: Final = 0.5  # of the softmax: the rest hides behind other warps' products (assumed)
 _FP32_SLOWDOWN: Final = 6  # SDPA in float32 makes 3 products of TF32, at half the rate of FP16
 _LAUNCH: Final = 5e-6  # seconds a kernel; docs/cuda-kernels.md: 26 us of Python for five
-_KERNELS: Final = 5  # statistics, query, key, value, attend
-_READS: Final = 2  # of K and V by the quantizers: for statistics, and for codes
+_LAUNCHES_BESIDE: Final = 2  # what quantizes: a memset of its counters before, attend behind it
 _DELTA_BYTES: Final = 4  # INT4: a float for each key and query block
 _MASK_KERNELS: Final = 50  # what looks through an explicit mask first (docs/cuda-kernels.md) ...
 _MASK_BYTES: Final = 9  # ... and the bytes it passes for each element
@@ -254,8 +256,8 @@ def seconds(target: str, recipe: str, work: Work) -> float | None:
 
     Returns:
         Seconds; None where there is no such kernel: a recipe that the target has no instructions
-        for, a head_dim above those of the kernels, an itemsize other than 2 and 4; and on "cpu",
-        where times are measured.
+        for, a head_dim or a length above those of the kernels, an itemsize other than 2 and 4; and
+        on "cpu", where times are measured.
 
     Raises:
         InvalidOptionError: an unknown target or recipe.
@@ -266,7 +268,11 @@ def seconds(target: str, recipe: str, work: Work) -> float | None:
     if recipe == EXACT:
         return _LAUNCH + attention
     bandwidth = _BOARDS[parse_target(target)].bandwidth
-    launches, passed = _KERNELS, _quantization_bytes(recipe, work)
+    if not work.pairs:
+        return _LAUNCH + attention
+    quantizing = _quantizing(parse_target(target), recipe, work)
+    launches = quantizing.launches + _LAUNCHES_BESIDE
+    passed = quantizing.inputs + quantizing.unfit + quantizing.stored
     if work.mask_bytes:
         # One mask for all heads of a batch item: the usual case.
         launches += _MASK_KERNELS
@@ -319,7 +325,11 @@ def attention_seconds(target: str, recipe: str, work: Work) -> float | None:
     if target == CPU or work.itemsize not in (2, 4):
         return None
     longest = max(work.head_dim, work.value_head_dim)
-    if recipe != EXACT and (recipe not in ARCHS[target].recipes or longest > HEAD_DIMS[-1]):
+    if recipe != EXACT and (
+        recipe not in ARCHS[target].recipes
+        or longest > HEAD_DIMS[-1]
+        or max(work.query_length, work.key_length) >= FAR
+    ):
         return None
     return _attention_seconds(_BOARDS[target], recipe, work)
 
@@ -395,16 +405,16 @@ def _attention_bytes(recipe: str, work: Work) -> float:
     return mask + output + _code_bytes(recipe, work)
 
 
-def _quantization_bytes(recipe: str, work: Work) -> int:
-    """What the quantizers read and write."""
-    queries = work.batch * work.heads * work.query_length
-    keys = work.batch * work.kv_heads * work.key_length
-    read = queries * work.head_dim + _READS * keys * (work.head_dim + work.value_head_dim)
-    return read * work.itemsize + _code_bytes(recipe, work)
+def _quantizing(target: str, recipe: str, work: Work) -> Account:
+    """What the quantizers launch, read and write, of the channels that kernels have."""
+    dtype = "float32" if work.itemsize == 4 else "bfloat16"  # float16 may have a V without scales
+    kernels = variant(target, dtype, work.head_dim, recipe, value_head_dim=work.value_head_dim)
+    sizes = Sizes.of(work.batch, work.heads, work.kv_heads, work.query_length, work.key_length)
+    return account(ARCHS[target], kernels, sizes)
 
 
 def _code_bytes(recipe: str, work: Work) -> int:
-    """Quantized Q, K and V and the delta of INT4: written by one kernel, read by another."""
+    """Quantized Q, K and V and the delta of INT4, which the attention kernel reads."""
     qk, pv = RECIPES[recipe].qk, RECIPES[recipe].pv
     tile = KeyValueTile.of(work.head_dim, work.value_head_dim, qk, pv)
     tiles = work.batch * work.kv_heads * -(-work.key_length // TILE_MMA.kv_block)

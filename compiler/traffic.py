@@ -9,7 +9,7 @@ of the second time the cache does not have any more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Final
 
@@ -42,8 +42,8 @@ B200 and RTX 5090, as their vendor's documents have it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """What the quantizers of one attention move, in bytes.
+class Account:
+    """What the quantizers of one attention load and store, in bytes.
 
     Attributes:
         launches: of kernels.
@@ -54,7 +54,6 @@ class Traffic:
             can be loaded and stored.
         unfit: of the inputs, K and V whose heads are larger than the cache: by the order of work
             they cannot be kept until they are read again.
-        again: of the inputs, what is read a second time, and not in the cache any more.
     """
 
     launches: int
@@ -64,7 +63,6 @@ class Traffic:
     inputs: int
     operands: int
     unfit: int
-    again: int
 
     @property
     def bound(self) -> int:
@@ -75,6 +73,17 @@ class Traffic:
     def bound_of_cache(self) -> int:
         """The same where inputs fit into the cache, and twice what does not."""
         return self.bound + self.unfit
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic(Account):
+    """The same, and what memory has to move of it.
+
+    Attributes:
+        again: of the inputs, what is read a second time, and not in the cache any more.
+    """
+
+    again: int
 
     @property
     def moved(self) -> int:
@@ -103,14 +112,20 @@ def traffic(
         row_term: as of ``Sizes.scratch``.
         streaming: as of ``missed``.
     """
+    told = account(arch, kernels, sizes, row_term=row_term)
+    return Traffic(
+        **{field.name: getattr(told, field.name) for field in fields(told)},
+        again=_again(arch, kernels, sizes, row_term, streaming),
+    )
+
+
+def account(arch: Arch, kernels: Variant, sizes: Sizes, *, row_term: bool = False) -> Account:
+    """What of ``traffic`` needs no model but the size of the cache."""
     attend = kernels.attend
-    item = _ITEM_BYTES[attend.dtype]
     smooths = attend.qk is Format.INT4
     scales_value = value_is_scaled(attend.dtype, attend.pv)
     heads, kv_heads = sizes.batch * sizes.heads, sizes.batch * sizes.kv_heads
-    key = kv_heads * sizes.key_length * attend.head_dim * item
-    value = kv_heads * sizes.key_length * attend.value_head_dim * item
-    query = heads * sizes.query_length * attend.head_dim * item
+    query, key, value = _inputs(kernels, sizes)
     padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)
 
     tiles, rows = kv_heads * sizes.key_blocks, heads * sizes.query_blocks
@@ -140,12 +155,7 @@ def traffic(
         loaded += sizes.chunks * of_statistics  # whoever comes last adds up those of all
         stored += of_statistics + (1 + kv_heads) * _SECTOR
 
-    again = twice
-    if one_launch:
-        again = _again(arch, kernels, sizes, key, value, query, row_term, streaming)
-    elif key + value + query <= _cache(arch):  # everything is read before anything is read again
-        again = 0
-    return Traffic(
+    return Account(
         launches=len(kernels.quantizers()),
         loaded=loaded,
         stored=stored,
@@ -157,7 +167,18 @@ def traffic(
             for each, read_twice in ((key, True), (value, twice > key))
             if read_twice and each // kv_heads > _cache(arch)
         ),
-        again=again,
+    )
+
+
+def _inputs(kernels: Variant, sizes: Sizes) -> tuple[int, int, int]:
+    """Bytes of Q, K and V."""
+    attend = kernels.attend
+    item = _ITEM_BYTES[attend.dtype]
+    keys = sizes.batch * sizes.kv_heads * sizes.key_length * item
+    return (
+        sizes.rows * attend.head_dim * item,
+        keys * attend.head_dim,
+        keys * attend.value_head_dim,
     )
 
 
@@ -168,19 +189,12 @@ def _cache(arch: Arch) -> int:
     return CACHES[arch.name] // 2
 
 
-def _again(
-    arch: Arch,
-    kernels: Variant,
-    sizes: Sizes,
-    key: int,
-    value: int,
-    query: int,
-    row_term: bool,
-    streaming: bool,
-) -> int:
-    """What of K and V one launch reads a second time from memory."""
-    quantize, attend = kernels.quantize, kernels.attend
-    assert quantize is not None
+def _again(arch: Arch, kernels: Variant, sizes: Sizes, row_term: bool, streaming: bool) -> int:
+    """What of K and V is read a second time from memory."""
+    quantize = kernels.quantize
+    query, key, value = _inputs(kernels, sizes)
+    if quantize is None:  # everything is read before anything is read again
+        return key + value if query + key + value > _cache(arch) else 0
     smooths = quantize.qk is Format.INT4
     key_first = row_term and smooths
     found = key if key_first and key + query + value > _cache(arch) else 0
@@ -191,7 +205,7 @@ def _again(
         return found
     blocks = sizes.batch * sizes.kv_heads * sizes.key_blocks
     delta = sizes.group * sizes.query_blocks * TILE_MMA.kv_block * _FLOAT_BYTES if smooths else 0
-    tile = attend.tile
+    tile = kernels.attend.tile
     stored = [] if key_first else [tile.value_offset + delta]
     if quantize.scales_value:
         stored.append(tile.scales_offset - tile.value_offset)

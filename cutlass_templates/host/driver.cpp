@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "executor.hpp"
+#include "tensor_map.hpp"
 
 // What cuda.h declares and this library defines, under the same names and values.
 using CUdevice = int;
@@ -549,6 +550,21 @@ SAGE_API CUresult cuStreamSynchronize(CUstream stream) {
     Lock const lock(driver().mutex);
     return driver().capturing.count(stream) != 0 ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
                                                  : CUDA_SUCCESS;
+}
+
+// Into a format that the executor reads, tensor_map.hpp.
+SAGE_API CUresult cuTensorMapEncodeTiled(void* map, int data_type, uint32_t rank, void* address,
+                                         uint64_t const* dims, uint64_t const* strides,
+                                         uint32_t const* box, uint32_t const* element_strides,
+                                         int interleave, int swizzle, int l2_promotion,
+                                         int oob_fill) {
+    Lock const lock(driver().mutex);
+    std::string const why = sage::host::TensorMap::encode(
+        {data_type, rank, address, dims, strides, box, element_strides, interleave, swizzle,
+         l2_promotion, oob_fill},
+        map);
+    if (why.empty()) return CUDA_SUCCESS;
+    return refuse(CUDA_ERROR_INVALID_VALUE, "cuTensorMapEncodeTiled: " + why);
 }
 
 // At once, as launches.

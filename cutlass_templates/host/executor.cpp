@@ -14,6 +14,7 @@
 #include "publication.hpp"
 #include "shadow.hpp"
 #include "stores.hpp"
+#include "tensor_map.hpp"
 #include "traffic.hpp"
 #include "warp.hpp"
 #include "wgmma.hpp"
@@ -59,6 +60,10 @@ struct Thread {
     size_t uncommitted = 0;
     size_t mbarrier = 0;  // the offset of the one it waits at, and
     int parity = 0;       // for which phase
+};
+
+struct alignas(TensorMap::kAlignment) ParameterLine {
+    char bytes[TensorMap::kAlignment];
 };
 
 struct NamedBarrier {
@@ -139,6 +144,8 @@ class Executor {
     void mbarrier_arrive(void* mbarrier, int bytes, Site site);
     void mbarrier_wait(void* mbarrier, int parity, Site site);
     void copy_bulk(void* shared, void const* global, int bytes, void* mbarrier, Site site);
+    void copy_tensor(void* shared, void const* map, int const* at, int dims, void* mbarrier,
+                     Site site);
     void fence_async();
     void named_barrier(int id, int threads, bool waits, Site site);
     void set_registers(int registers, Site site);
@@ -158,6 +165,7 @@ class Executor {
     void check_shared(void const* address, int bytes, char const* operation, Site site);
     void check_no_mbarrier(void const* address, int bytes, char const* operation, Site site);
     void check_global(void const* address, int bytes, bool store, char const* operation, Site site);
+    void check_span(char const* begin, char const* end, char const* operation, Site site);
     void check_published(void const* address, int bytes, Site site);
     void check_prerequisites(uintptr_t begin, size_t size, bool store, char const* operation,
                              Site site);
@@ -170,6 +178,7 @@ class Executor {
     void read_rows(Warp const& warp);
     Mbarrier& mbarrier_at(void const* address, char const* operation, Site site);
     void complete_if_due(size_t offset);
+    void issue(BulkCopy copy, Mbarrier& state);
     void land(size_t index);
     void perform_wgmma(Warp& warp, Site site);
     void check_end_of_block();
@@ -200,6 +209,7 @@ class Executor {
     std::vector<Warp> warps_;
     std::vector<int> ready_;
     std::vector<char> arena_;
+    std::vector<ParameterLine> params_;     // of the launch, as aligned as any may be
     std::map<size_t, Mbarrier> mbarriers_;  // by offset
     std::vector<BulkCopy> bulk_copies_;     // in flight
     NamedBarrier named_[kNamedBarriers];
@@ -216,6 +226,8 @@ std::string Executor::execute(Launch const& launch) {
     threads_.resize(static_cast<size_t>(threads_count_));
     warps_.resize(static_cast<size_t>(threads_count_ / kLanes));
     arena_.resize(static_cast<size_t>(shared_bytes_) + 2 * kRedzone + kSharedAlignment);
+    params_.resize((launch.entry.params_bytes + sizeof(ParameterLine) - 1) / sizeof(ParameterLine));
+    std::memcpy(params_.data(), launch.params, launch.entry.params_bytes);
     auto const low = reinterpret_cast<uintptr_t>(arena_.data()) + kRedzone;
     shared_ = reinterpret_cast<char*>((low + kSharedAlignment - 1) & ~(kSharedAlignment - 1));
     prerequisites_.begin_launch(launch.stream, launch.dependent, stores_);
@@ -277,7 +289,7 @@ void Executor::run_block(int64_t block) {
 }
 
 void Executor::run_thread() {
-    running->launch_->entry.run(running->launch_->params);
+    running->launch_->entry.run(running->params_.data());
     running->exit_thread();
 }
 
@@ -647,20 +659,60 @@ void Executor::copy_bulk(void* shared, void const* global, int bytes, void* mbar
         fail(format("copy_bulk of %d bytes: it must be a multiple of 16", bytes) + at(site));
     }
     Mbarrier& state = mbarrier_at(mbarrier, "copy_bulk", site);
-    auto* const to = static_cast<char*>(shared);
     auto const* const from = static_cast<char const*>(global);
     for (int i = 0; i < bytes; i += 16) {
         check_global(from + i, 16, false, "copy_bulk from global memory", site);
-        check_shared(to + i, 16, "copy_bulk to shared memory", site);
-        check_no_mbarrier(to + i, 16, "copy_bulk", site);
+    }
+    auto const offset = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
+    issue({static_cast<char*>(shared), from, bytes, offset, state.phase, site}, state);
+}
+
+void Executor::copy_tensor(void* shared, void const* map, int const* at, int dims, void* mbarrier,
+                           Site site) {
+    interrupt();
+    Mbarrier& state = mbarrier_at(mbarrier, "copy_tensor", site);
+    // In global memory a map would need a fence of its own before it is used.
+    auto const* const params = reinterpret_cast<char const*>(params_.data());
+    auto const place = static_cast<char const*>(map) - params;
+    TensorMap decoded;
+    if (place < 0 || place % static_cast<ptrdiff_t>(TensorMap::kAlignment) != 0 ||
+        place + TensorMap::kBytes > launch_->entry.params_bytes || !decoded.decode(map)) {
+        fail("copy_tensor by what is no tensor map among the parameters, 64-byte aligned" +
+             sage::host::at(site));
+    }
+    if (decoded.rank() != dims) {
+        fail(format("copy_tensor at %d coordinates of a tensor of %d dims", dims, decoded.rank()) +
+             sage::host::at(site));
+    }
+    auto* const to = static_cast<char*>(shared);
+    if ((to - shared_) % 128 != 0) {
+        fail(format("copy_tensor to offset %td of shared memory: it must be a multiple of 128",
+                    to - shared_) +
+             sage::host::at(site));
+    }
+    auto const box = std::make_shared<TensorBox const>(decoded, at);
+    for (int64_t index = 0; index < box->rows(); ++index) {
+        TensorBox::Row const row = box->row(index);
+        check_span(row.from, row.from + (row.end - row.begin), "copy_tensor from global memory",
+                   site);
+    }
+    auto const offset = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
+    issue({to, nullptr, decoded.box_bytes(), offset, state.phase, site, box}, state);
+}
+
+// To shared memory, of whole units of 16 bytes; a swizzle stays within them all.
+void Executor::issue(BulkCopy copy, Mbarrier& state) {
+    std::string const operation = std::string(copy.name()) + " to shared memory";
+    for (char* to = copy.to; to < copy.to + copy.bytes; to += 16) {
+        check_shared(to, 16, operation.c_str(), copy.site);
+        check_no_mbarrier(to, 16, copy.name(), copy.site);
         if (launch_->detect_races) {
-            check_race(shadow_.issue_bulk(static_cast<size_t>(to + i - shared_), current_), to + i,
-                       "copy_bulk", site);
+            check_race(shadow_.issue_bulk(static_cast<size_t>(to - shared_), current_), to,
+                       copy.name(), copy.site);
         }
     }
-    state.on_the_way += bytes;
-    auto const offset = static_cast<size_t>(static_cast<char*>(mbarrier) - shared_);
-    bulk_copies_.push_back({to, from, bytes, offset, state.phase, site});
+    state.on_the_way += copy.bytes;
+    bulk_copies_.push_back(std::move(copy));
 }
 
 // A bulk copy has come, and its mbarrier is told.
@@ -669,15 +721,20 @@ void Executor::land(size_t index) {
     bulk_copies_.erase(bulk_copies_.begin() + static_cast<ptrdiff_t>(index));
     Mbarrier& state = mbarriers_.at(copy.mbarrier);
     if (state.phase != copy.phase) {
-        fail(format("copy_bulk of %d bytes lands in phase %d of mbarrier %d, which did not expect "
-                    "it: it was issued in phase %d",
-                    copy.bytes, state.phase, state.index, copy.phase) +
+        fail(format("%s of %d bytes lands in phase %d of mbarrier %d, which did not expect it: it "
+                    "was issued in phase %d",
+                    copy.name(), copy.bytes, state.phase, state.index, copy.phase) +
              at(copy.site));
     }
-    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    auto const offset = static_cast<size_t>(copy.to - shared_);
+    if (copy.box == nullptr) {
+        std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    } else {
+        copy.box->copy(shared_, offset);
+    }
     if (launch_->detect_races) {
-        for (int i = 0; i < copy.bytes; i += 16) {
-            shadow_.land_bulk(static_cast<size_t>(copy.to + i - shared_), state.index);
+        for (size_t i = 0; i < static_cast<size_t>(copy.bytes); i += 16) {
+            shadow_.land_bulk(offset + i, state.index);
         }
         shadow_.release_bulk(state.index, state.arrived);
     }
@@ -836,6 +893,19 @@ void Executor::check_global(void const* address, int bytes, bool store, char con
                     "in any order, and a device loads through a cache that is not kept coherent",
                     operation, bytes, address) +
              at(site));
+    }
+}
+
+// Loads of as many bytes as alignment and length give.
+void Executor::check_span(char const* begin, char const* end, char const* operation, Site site) {
+    while (begin != end) {
+        int bytes = 16;
+        while (reinterpret_cast<uintptr_t>(begin) % static_cast<uintptr_t>(bytes) != 0 ||
+               bytes > end - begin) {
+            bytes /= 2;
+        }
+        check_global(begin, bytes, false, operation, site);
+        begin += bytes;
     }
 }
 
@@ -1058,6 +1128,9 @@ Runtime const kRuntime = {
     [](void* mbarrier, int parity, Site site) { running().mbarrier_wait(mbarrier, parity, site); },
     [](void* shared, void const* global, int bytes, void* mbarrier, Site site) {
         running().copy_bulk(shared, global, bytes, mbarrier, site);
+    },
+    [](void* shared, void const* map, int const* at, int dims, void* mbarrier, Site site) {
+        running().copy_tensor(shared, map, at, dims, mbarrier, site);
     },
     [](Site) { running().fence_async(); },
     [](int id, int threads, bool waits, Site site) {

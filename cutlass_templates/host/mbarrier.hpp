@@ -3,10 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <sage/host/runtime.hpp>
 #include <string>
 
 #include "shadow.hpp"
+#include "tensor_map.hpp"
 
 namespace sage::host {
 
@@ -46,6 +48,8 @@ struct BulkCopy {
     size_t mbarrier;  // its offset
     int phase;        // in which it was issued
     Site site;
+    std::shared_ptr<TensorBox const> box = nullptr;  // what it copies, in place of `from`
+    char const* name() const { return box == nullptr ? "copy_bulk" : "copy_tensor"; }
 };
 
 }  // namespace sage::host

@@ -143,6 +143,47 @@ def test_quantization_is_counted() -> None:
     assert attention is not None and 0.01 < whole / attention - 1 < 0.1
 
 
+@pytest.mark.parametrize(
+    ("target", "recipe", "length", "itemsize", "passed"),
+    [
+        # Of each channel of a token, Q, K and V: its bytes, and those of its codes.
+        ("sm_90a", "int8_fp8", 32768, 2, (2 + 2 + 2) + (1 + 1 + 1)),
+        ("sm_80", "int8_fp16", 32768, 2, (2 + 2 + 2) + (1 + 1 + 2)),
+        ("sm_80", "int8_fp16", 32768, 4, (4 + 4 + 4) + (1 + 1 + 2)),
+        # K and V are read twice: a head has 32 MiB, and 3 or 25 MiB count of the cache.
+        ("sm_90a", "int8_fp8", 131072, 2, (2 + 4 + 4) + (1 + 1 + 1)),
+        ("sm_86", "int8_fp16", 16384, 2, (2 + 4 + 4) + (1 + 1 + 2)),
+        ("sm_86", "int8_fp16", 8192, 2, (2 + 2 + 2) + (1 + 1 + 2)),
+    ],
+)
+def test_quantizing_takes_what_is_launched(
+    target: str, recipe: str, length: int, itemsize: int, passed: int
+) -> None:
+    """The bytes by hand, but for scales and sums."""
+    work = replace(LONG, query_length=length, key_length=length, itemsize=itemsize)
+    attention = attention_seconds(target, recipe, work)
+    assert attention is not None
+    quantizing = time(target, recipe, work) - attention - 3 * 5e-6
+    channels = 4 * 32 * length * 128
+    bandwidth = {"sm_80": 2039e9, "sm_86": 936e9, "sm_90a": 3350e9}[target]
+    assert quantizing * bandwidth == pytest.approx(passed * channels, rel=0.01)
+
+
+def test_a_call_is_three_launches() -> None:
+    """A memset, what quantizes, and attention, each of 5 us; 64 tokens take no time."""
+    few = Work(1, 1, 1, 64, 64, 64, 64, itemsize=2, visible=1.0)
+    for target in TARGETS:
+        for recipe in candidates(target):
+            attention = attention_seconds(target, recipe, few)
+            assert attention is not None
+            assert time(target, recipe, few) - attention == pytest.approx(15e-6, abs=1e-7)
+
+
+def test_quantizing_nothing_takes_no_time() -> None:
+    nothing = replace(LONG, batch=0)
+    assert time("sm_89", "int8_fp8", nothing) == time("sm_89", EXACT, nothing)
+
+
 def test_float32_and_masks_cost_more() -> None:
     masked = replace(LONG, mask_bytes=1)
     assert time("sm_80", "int8_fp16", masked) > time("sm_80", "int8_fp16", LONG)
@@ -163,6 +204,7 @@ def test_float32_and_masks_cost_more() -> None:
         ("sm_89", "int8_fp8", {"head_dim": 320}),
         ("sm_89", "int8_fp8", {"value_head_dim": 320}),
         ("sm_89", "int8_fp8", {"itemsize": 8}),
+        ("sm_89", "int8_fp8", {"key_length": 1 << 30}),
         ("sm_89", EXACT, {"itemsize": 8}),
     ],
 )

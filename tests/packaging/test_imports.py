@@ -87,7 +87,7 @@ ALLOWED: Final[Mapping[str, Collection[str]]] = {
     "prepare": ("passes",),
     # where both meet, and Inductor
     "fence": (),
-    "rates": (*VOCABULARY, "kernels"),
+    "rates": (*VOCABULARY, "kernels", "traffic"),
     "costs": (*VOCABULARY, "kernels", "rates"),
     "second_reading": (),
     "traffic": (*VOCABULARY, "kernels", "second_reading"),

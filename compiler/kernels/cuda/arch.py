@@ -53,12 +53,14 @@ class Ring:
         tiles: of 64 keys that a step takes.
         masked_tiles: the same where an explicit mask is read.
         stages: steps in shared memory.
+        mask_places: tiles of a mask in shared memory beside them, with 32 KiB each, for float.
     """
 
     longest: int
     tiles: int
     masked_tiles: int
     stages: int
+    mask_places: int
     reason: str
 
 
@@ -250,24 +252,30 @@ _RINGS: Final = (
         tiles=2,
         masked_tiles=2,
         stages=4,
-        reason="products of 128 keys read Q half as often as of 64; four stages take 73 KiB",
+        mask_places=4,
+        reason="products of 128 keys read Q half as often as of 64; four stages take 73 KiB, and "
+        "beside them there is room for the masks of two steps",
     ),
     Ring(
         longest=128,
         tiles=2,
         masked_tiles=1,
         stages=4,
+        mask_places=4,
         reason="products of 128 keys read Q half as often as of 64, and scores, P, P V and output "
         "take 208 registers, of 240; beside the addresses of a mask they would spill up to 196 "
-        "bytes, so there a step is 64 keys; four stages take 145 KiB at most",
+        "bytes, so there a step is 64 keys; four stages take 145 KiB at most, but 64 with a mask, "
+        "which leaves room for four tiles of it",
     ),
     Ring(
         longest=256,
         tiles=1,
         masked_tiles=1,
         stages=4,
+        mask_places=1,
         reason="the output takes up to 128 registers, so scores are of 64 keys, and P V is made of "
-        "64 or 96 channels at a time; four stages take 161 KiB at most",
+        "32 to 96 channels at a time; four stages take 128 KiB at most and Q 64, which leaves room "
+        "for one tile of a mask: it is read as soon as there are scores, and then the next comes",
     ),
 )
 

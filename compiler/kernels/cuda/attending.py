@@ -16,6 +16,7 @@ from sage_compiler.kernels.cuda import params
 from sage_compiler.kernels.cuda.masks import NO_FLAGS, NO_MASK, Mask, flags
 from sage_compiler.kernels.cuda.sizes import Reach, Sizes
 from sage_compiler.kernels.cuda.spec import AttendSpec, HopperAttendSpec, KernelSpec
+from sage_compiler.kernels.cuda.tensor_map import TensorMap
 from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.kernels.quantize import E4M3_MAX, FP16_ACCUMULATOR_MAX, FP16_MAX, P_FACTOR
 from sage_compiler.precision import Accumulator, Format
@@ -31,6 +32,9 @@ class Launcher(Protocol):
         self, spec: KernelSpec, blocks: int, packed: bytes, *, dependent: bool = False
     ) -> None:
         """Start one kernel, ``dependent`` on the one before it in the stream."""
+
+    def encode(self, tensor: TensorMap) -> bytes | None:
+        """What the kernels take of a tensor whose boxes they copy; None where they cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,7 @@ class Attending:
             max(self.semantics.softcap or 0.0, _LEAST_SOFTCAP),
             nan if self.semantics.dead_rows is DeadRows.NAN else 0.0,
         )
+        packed += self._mask_map()
         blocks = min(tasks, self.multiprocessors) if self.kernels.attend.persistent else tasks
         self.target.launch(self.kernels.attend, blocks, packed, dependent=True)
 
@@ -153,6 +158,18 @@ class Attending:
             _value_limit(attend),
         )
         self.target.launch(merge, -(-sizes.rows // merge.rows), packed, dependent=True)
+
+    def _mask_map(self) -> bytes:
+        """What a kernel that copies tiles of the mask takes besides; of others nothing."""
+        attend = self.kernels.attend
+        if not isinstance(attend, HopperAttendSpec) or attend.mask_places == 0:
+            return b""
+        assert self.mask is not None
+        boxes = self.mask.boxes()
+        encoded = None if boxes is None else self.target.encode(boxes)
+        if boxes is None or encoded is None:
+            return params.MASK_MAP.pack(0, b"")
+        return params.MASK_MAP.pack(boxes.box[2], encoded)
 
     def _results(self) -> tuple[int, int, int]:
         """Sinks, output and LSE."""

@@ -63,6 +63,7 @@ _PV_PRODUCTS: Final[Mapping[Format, str]] = {Format.FP8: "QMMA.16832", Format.FP
 _HALF_PRODUCT: Final = "HMMA"
 _WGMMA_PRODUCTS: Final = ("IGMMA", "QGMMA")
 _BULK_COPY: Final = "UBLKCP"
+_TENSOR_COPY: Final = "UTMALDG"
 _SET_REGISTERS: Final = "USETMAXREG"
 _LOCAL_MEMORY: Final = ("LDL", "STL")
 # Of launches that depend on one another: griddepcontrol.wait and .launch_dependents.
@@ -72,6 +73,7 @@ _READ_ONLY: Final = ".CONSTANT"  # of a load: nobody stores there while the kern
 _GLOBAL_MEMORY: Final = (
     *("LD", "LDG", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS"),
     _BULK_COPY,
+    _TENSOR_COPY,
 )
 _SERIALIZED: Final = "(C75"  # ptxas waits for products of wgmma, one by one, and says so
 # The same in PTX: a multiplication that its GPUs lack cannot be named in it, a trap or a call can.
@@ -86,6 +88,7 @@ _SHOWN: Final = (
     *_PV_PRODUCTS.values(),
     *_WGMMA_PRODUCTS,
     _BULK_COPY,
+    _TENSOR_COPY,
     _AWAIT_PREREQUISITES,
     _LAUNCH_DEPENDENTS,
     "HMMA.1688",
@@ -211,7 +214,8 @@ def _overlapping(spec: KernelSpec) -> Iterator[str]:
 def _computing(spec: KernelSpec) -> tuple[str, ...]:
     """The products of an attention kernel, and what brings their operands."""
     if isinstance(spec, HopperAttendSpec):
-        return (*_WGMMA_PRODUCTS, _BULK_COPY, _SET_REGISTERS)
+        of_mask = (_TENSOR_COPY,) if spec.mask_places else ()
+        return (*_WGMMA_PRODUCTS, _BULK_COPY, *of_mask, _SET_REGISTERS)
     if isinstance(spec, QuantizeSpec):
         return (_STREAMING_STORE,)
     if not isinstance(spec, AttendSpec):

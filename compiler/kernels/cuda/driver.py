@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any, Final
 
 from sage_compiler.errors import KernelUnavailableError, SageError
+from sage_compiler.kernels.cuda.tensor_map import TensorMap
 
 _SYSTEM_DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -81,6 +82,19 @@ _SIGNATURES: Final[Mapping[str, list[Any]]] = {
     # function, grid, block, dynamic shared bytes, stream, parameters, extra
     "cuLaunchKernel": [_Handle, *[_Uint] * 6, _Uint, _Handle, ctypes.c_void_p, ctypes.c_void_p],
 }
+
+# Of CUDA 12 and later. Map, data type, rank, address, sizes, strides, box, element strides,
+# interleave, swizzle, promotion in L2, what is out of bounds.
+_ENCODE: Final = "cuTensorMapEncodeTiled"
+_ENCODE_SIGNATURE: Final[list[Any]] = [
+    _Handle,
+    ctypes.c_int,
+    _Uint,
+    _Handle,
+    *[ctypes.POINTER(ctypes.c_uint64)] * 2,
+    *[ctypes.POINTER(_Uint)] * 2,
+    *[ctypes.c_int] * 4,
+]
 
 _Parameters = ctypes.c_char_p * 1
 
@@ -222,6 +236,8 @@ class Driver:
                 f"there is no CUDA driver: {error}; install NVIDIA's driver, or use a recipe that "
                 "this machine has kernels for"
             ) from None
+        newer = hasattr(library, _ENCODE)
+        self._encode = _function(library, _ENCODE, _ENCODE_SIGNATURE) if newer else None
         self._contexts: dict[int, int] = {}
         self._lock = threading.Lock()
         status = self.functions["cuInit"](0)
@@ -258,6 +274,10 @@ class Driver:
             with self.context(device):
                 status = self.functions["cuMemsetD8Async"](*arguments)
         self._check("cuMemsetD8Async", status)
+
+    def encode(self, tensor: TensorMap) -> bytes | None:
+        """What a kernel takes of a tensor whose boxes it copies; None where the driver has none."""
+        return None if self._encode is None else tensor.encoded(self._encode)
 
     def is_capturing(self, stream: int) -> bool:
         """Whether a CUDA graph is being captured on a stream of the thread's current context."""

@@ -27,6 +27,7 @@ from sage_compiler.kernels.cuda.loader import Loader, default_loader
 from sage_compiler.kernels.cuda.masks import KINDS, NO_FLAGS, Mask, flags
 from sage_compiler.kernels.cuda.sizes import ALIGNMENT, Reach, Sizes, arrange
 from sage_compiler.kernels.cuda.spec import KernelSpec, KeyValueTile
+from sage_compiler.kernels.cuda.tensor_map import TensorMap
 from sage_compiler.kernels.cuda.variants import CacheVariant, Variant
 from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import Gate, Kernel, Problem
@@ -99,6 +100,10 @@ class Target:
         self.loader.loaded(spec, self.device, self.stream)(
             blocks, self.stream, packed + self.sequences, dependent=dependent and overlaps
         )
+
+    def encode(self, tensor: TensorMap) -> bytes | None:
+        """As ``Driver.encode``."""
+        return self.loader.driver.encode(tensor)
 
     def clear(self, address: int, size: int) -> None:
         """Set scratch memory to zero."""

@@ -8,8 +8,8 @@ record a line, words separated by one space:
     arch NAME MAJOR MINOR RECIPES ROWS KEYS COUNTS SINKS
     kernel ARCH SYMBOL THREADS SHARED_BYTES PARAMS_BYTES IMAGE_BYTES SHA256
     attention ARCH DTYPE RECIPE LEAST MOST VALUE_LEAST VALUE_MOST WINDOW MASKED SOFTCAP
-        QUANTIZE ATTEND SMOOTHS SCALES PERSISTENT DEPENDENT QUERY_TASKS SLICES PADDED
-        PADDED_VALUE QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES         (all in one line)
+        QUANTIZE ATTEND SMOOTHS SCALES COPIES_MASK PERSISTENT DEPENDENT QUERY_TASKS SLICES
+        PADDED PADDED_VALUE QUERY_BYTES VALUE_OFFSET SCALES_OFFSET TILE_BYTES  (all in one line)
     end SHA256
 
 TEMPLATES is ``templates_digest()`` of the templates that the kernels are made of; a library reads
@@ -19,11 +19,12 @@ An ``arch`` comes before what names it. RECIPES are separated by commas, the dev
 ROWS to SINKS, QUANTIZE and ATTEND are kernels, by their position among the ``kernel`` lines from 0
 on; -1 is one that the pack does not have. An ``attention`` serves every head_dim from LEAST to
 MOST, of V from VALUE_LEAST to VALUE_MOST; WINDOW to DEPENDENT are 0 or 1, as of ``AttendSpec``,
-whether Q is smoothed, whether V has scales, and so statistics, whether ATTEND has at most one block
-for each multiprocessor, and whether it may be launched dependent on QUANTIZE. QUERY_TASKS are those
-of ``QuantizeSpec`` for a query block. PADDED are the channels of quantized operands, QUERY_BYTES
-the codes of a query block, the others are ``KeyValueTile``. The SHA256 in the last line is of all
-lines before it, that of a kernel of its image, both in hexadecimal.
+whether Q is smoothed, whether V has scales, and so statistics, whether ATTEND can copy tiles of its
+mask, and takes ``MaskedAttendParams`` for it, whether it has at most one block for each
+multiprocessor, and whether it may be launched dependent on QUANTIZE. QUERY_TASKS are those of
+``QuantizeSpec`` for a query block. PADDED are the channels of quantized operands, QUERY_BYTES the
+codes of a query block, the others are ``KeyValueTile``. The SHA256 in the last line is of all lines
+before it, that of a kernel of its image, both in hexadecimal.
 
 A kernel's image is ``ARCH/SYMBOL.cubin`` beside the table. FORMAT is raised whenever a kernel means
 something else by its parameters, or is launched otherwise.
@@ -42,6 +43,7 @@ from sage_compiler.kernels.cuda.render import templates_digest
 from sage_compiler.kernels.cuda.spec import (
     DTYPES,
     HEAD_DIMS,
+    HopperAttendSpec,
     KernelSpec,
     padded_dim,
 )
@@ -49,7 +51,7 @@ from sage_compiler.kernels.cuda.variants import Variant, variant
 from sage_compiler.precision import Format
 
 NAME: Final = "launches.txt"
-FORMAT: Final = 7
+FORMAT: Final = 8
 
 _ABSENT: Final = -1
 _Word = str | int
@@ -124,6 +126,7 @@ def _layout(kernels: Variant, arch: Arch) -> tuple[int, ...]:
     return (
         int(attend.qk is Format.INT4),
         int(quantize.scales_value),
+        int(isinstance(attend, HopperAttendSpec) and attend.mask_places > 0),
         int(attend.persistent),
         int(arch.overlaps_launches and attend.awaits_prerequisites),
         quantize.tasks_of_query_block,

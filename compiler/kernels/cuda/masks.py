@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sage_compiler.kernels.cuda.tensor_map import UNIT, WIDEST_ROW, TensorMap
 from sage_compiler.kernels.visibility import count_in_blocks, group_mask, visibility
 from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import Band
@@ -79,6 +80,34 @@ class Mask:
             keys=keys.to(torch.uint8),
             counts=counts.contiguous(),
         )
+
+    def boxes(self) -> TensorMap | None:
+        """How TMA copies tiles of the values, as copied_mask.cuh wants them; None where it cannot.
+
+        It takes keys one behind the other, and 16 bytes as the unit of where rows begin. A dim that
+        is broadcast has one element; with one query a box is one row.
+        """
+        values, size = self.values, self.values.element_size()
+        *outer, of_key = (stride * size for stride in _strides(values))
+        if of_key != size:
+            return None
+        anything = -(-values.shape[3] * size // UNIT) * UNIT  # of a dim with one element
+        boxes = TensorMap(
+            values.data_ptr(),
+            size,
+            sizes=tuple(
+                length if stride else 1
+                for length, stride in zip(values.shape, (*outer, of_key), strict=True)
+            ),
+            strides=tuple(stride or anything for stride in outer),
+            box=(
+                1,
+                1,
+                TILE_MMA.q_block if outer[2] else 1,
+                min(TILE_MMA.kv_block, WIDEST_ROW // size),
+            ),
+        )
+        return boxes if boxes.is_possible else None
 
     def packed(self) -> tuple[int, ...]:
         """As ``struct Mask``."""

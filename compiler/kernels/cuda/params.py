@@ -20,6 +20,11 @@ KEY: Final = struct.Struct(f"@{_TENSOR}6P{_FLAGS}7q")
 VALUE: Final = struct.Struct(f"@{_TENSOR}3P{_FLAGS}6q")
 SCHEDULE: Final = struct.Struct("@3P2q")
 ATTEND: Final = struct.Struct(f"@9P{_MASK}{_FLAGS}{_FLAGS}3P18q2f")
+# What ``struct MaskedAttendParams`` has behind that: rows of a box, and a tensor map.
+_TENSOR_MAP_BYTES: Final = 128
+_TENSOR_MAP_ALIGNMENT: Final = 64
+_GAP: Final = -(ATTEND.size + 8) % _TENSOR_MAP_ALIGNMENT
+MASK_MAP: Final = struct.Struct(f"@q{_GAP}x{_TENSOR_MAP_BYTES}s")
 MERGE: Final = struct.Struct("@7P10q2f")
 
 # Of a cache.

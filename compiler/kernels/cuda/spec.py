@@ -566,6 +566,8 @@ class HopperAttendSpec(OperandSpec):
         tiles: of keys that a step takes; 1 with ``tile_scales``.
         stages: steps in shared memory.
         packed_heads, split: as of ``QueryTile``.
+        mask_places: tiles of a mask in shared memory, which the producer copies there by a tensor
+            map where there can be one; 0: a mask is read where it lies, always.
 
     It is persistent: a grid has no more blocks than there are multiprocessors, and each goes on
     with another task until all are done.
@@ -580,6 +582,7 @@ class HopperAttendSpec(OperandSpec):
     packed_heads: bool = QUERY_BLOCK.packed_heads
     split: bool = QUERY_BLOCK.split
     tile_scales: bool = False
+    mask_places: int = 0
 
     kind: ClassVar[str] = "attend_hopper"
     template: ClassVar[str] = "AttendHopper"
@@ -591,6 +594,11 @@ class HopperAttendSpec(OperandSpec):
     warp_rows: ClassVar[int] = 16
     tile_rows: ClassVar[int] = QUERY_BLOCK.rows
     persistent: ClassVar[bool] = True
+
+    @property
+    def params_bytes(self) -> int:
+        plain = super(HopperAttendSpec, self).params_bytes
+        return plain + (params.MASK_MAP.size if self.mask_places else 0)
 
     @property
     def instance(self) -> str:
@@ -620,10 +628,11 @@ class HopperAttendSpec(OperandSpec):
         stage = self.keys * row + self.tiles * _KEY_SCALES
         if self.tile_scales:
             stage += self.value_head_dim * _FLOAT_BYTES
+        mask = TILE_MMA.q_block * TILE_MMA.kv_block * _FLOAT_BYTES + 2 * _MBARRIER_BYTES
         mbarriers = (2 * _QUERIES + 4 * self.stages) * _MBARRIER_BYTES
         task = _TASK_BYTES + (_SEQUENCE_BYTES if self.varlen else 0)
         queries = _QUERIES * (self.query_block_bytes + task)
-        return queries + self.stages * stage + mbarriers
+        return queries + self.stages * stage + self.mask_places * mask + mbarriers
 
     @property
     def query_block_bytes(self) -> int:
@@ -651,6 +660,7 @@ class HopperAttendSpec(OperandSpec):
             _cpp(self.split),
             str(self.tiles),
             str(self.stages),
+            str(self.mask_places),
             _cpp(self.varlen),
         )
 

@@ -246,6 +246,8 @@ def variant(
             stages=ring.stages,
             packed_heads=tile.packed_heads,
             split=tile.split,
+            # The rows of packed heads are no box of a mask.
+            mask_places=ring.mask_places if masked and not tile.packed_heads else 0,
             varlen=varlen,
         )
     else:
@@ -367,8 +369,9 @@ def cache_variant(
     )
     attend: AttendSpec | HopperAttendSpec
     if isinstance(found.attend, HopperAttendSpec):
-        # The scales of V are of a tile, and what is multiplied by them is P V of a step.
-        attend = replace(found.attend, tile_scales=True, tiles=1)
+        # The scales of V are of a tile, and what is multiplied by them is P V of a step. Beside
+        # them there is no room for a mask at every head_dim.
+        attend = replace(found.attend, tile_scales=True, tiles=1, mask_places=0)
     else:
         attend = replace(found.attend, tile_scales=True)
     padded, padded_value = padded_dim(attend.head_dim), padded_dim(attend.value_head_dim)

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
+#include <sage/copied_mask.cuh>
 #include <sage/hopper_memory.cuh>
 #include <sage/hopper_task.cuh>
 #include <sage/hopper_work.cuh>
@@ -30,10 +31,13 @@ constexpr int kConsumers = 2 * kWarpgroup;
 // A block of a persistent grid. With kSequences the tasks are those of a packed batch.
 template <class Output, int kHeadDim, int kValueDim, bool kWindow, bool kMasked, bool kSoftcap,
           bool kTileScales, bool kPackedHeads, bool kSplitKeys, int kTiles, int kStages,
-          bool kSequences = false>
+          int kMaskPlaces = 0, bool kSequences = false>
 class AttendHopper {
     static_assert(!kSequences || (!kPackedHeads && !kSplitKeys && !kMasked && !kTileScales),
                   "a sequence is cut into query blocks");
+    // Whether tiles of a mask can be copied to shared memory.
+    static constexpr bool kCopiesMask = kMaskPlaces > 0;
+    static_assert(!kCopiesMask || (kMasked && !kPackedHeads), "the rows are queries of one head");
     using Task = HopperTask<kPackedHeads, kSplitKeys, kWindow, kMasked, kTiles>;
     struct Narrow {
         SAGE_DEVICE static void narrow(AttendParams& p, Sequences const& batch,
@@ -42,8 +46,10 @@ class AttendHopper {
                           padded_dim(kValueDim), false>(p, batch, sequence);
         }
     };
-    using Work = cute::conditional_t<kSequences, WorkOfSequences<Narrow>, WorkOfCall<Task>>;
-    using Memory = HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, Work::kWords>;
+    using OfTask = cute::conditional_t<kCopiesMask, MaskedAttendParams, AttendParams>;
+    using Work = cute::conditional_t<kSequences, WorkOfSequences<Narrow>, WorkOfCall<Task, OfTask>>;
+    using Memory =
+        HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, kMaskPlaces, Work::kWords>;
     using Rows = typename Task::Rows;
     using Deal = HopperDeal;
 
@@ -62,6 +68,9 @@ class AttendHopper {
             arch::registers_decrease<kProducerRegisters>();
             arch::await_prerequisites();
             if (thread == kConsumers) produce(p);
+            if constexpr (kCopiesMask) {
+                if (thread == kConsumers + 32) produce_masks(p);
+            }
         } else {
             arch::registers_increase<kConsumerRegisters>();
             arch::await_prerequisites();
@@ -72,6 +81,7 @@ class AttendHopper {
  private:
     using Stages = RingPlace<kStages>;
     using Queries = RingPlace<Memory::kQueries>;
+    using Masks = RingPlace<kCopiesMask ? kMaskPlaces : 1>;
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
     static constexpr int kStep = 32;                 // bytes of a product
@@ -81,7 +91,7 @@ class AttendHopper {
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
                                    : kTileScales      ? 32
-                                   : kValueDim == 192 ? 96
+                                   : kValueDim == 192 ? (kCopiesMask ? 64 : 96)
                                    : kMasked          ? 32
                                                       : 64;
     static constexpr int kParts = kValueDim / kAtOnce;
@@ -178,9 +188,40 @@ class AttendHopper {
                         Memory::kScaleBytes, Memory::key_full(stage));
     }
 
+    // --- the producer of masks: a thread of another warp, so that neither waits for the other's
+    // places, and each has registers for itself
+
+    // Like a consumer, it is told the tasks.
+    SAGE_DEVICE static void produce_masks(Params const& p) {
+        Queries queries;
+        Masks masks;
+        for (;; queries.advance()) {
+            arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
+            int const index = arch::load_shared(Memory::task(queries.stage()));
+            if (index == Deal::kNone) break;
+            arch::mbarrier_arrive(Memory::query_empty(queries.stage()));
+            if (p.mask_rows != 0) copy_masks(p, Task(p, index), masks);
+        }
+    }
+
+    // The tiles of which elements are wanted.
+    SAGE_DEVICE static void copy_masks(Params const& p, Task const& task, Masks& place) {
+        SAGE_ROLLED
+        for (int step = task.first_step(); task.is_step(step); step = task.step_after(step)) {
+            SAGE_ROLLED
+            for (int tile = step; tile < step + kTiles; ++tile) {
+                if (task.shown_of(tile) != kMixed) continue;
+                arch::mbarrier_wait(Memory::mask_empty(place.stage()), place.parity() ^ 1);
+                CopiedMask::copy(p, task.rows().head(0, 0), task.rows().first_query(), tile,
+                                 Memory::mask(place.stage()), Memory::mask_full(place.stage()));
+                place.advance();
+            }
+        }
+    }
+
     // --- the consumers
 
-    AttendParams const& p_;
+    OfTask const& p_;
     Task const* task_;
     int warpgroup_;
     int begin_of_whole_, end_of_whole_;  // keys that all queries of the warpgroup see
@@ -198,6 +239,7 @@ class AttendHopper {
         int const warpgroup = arch::warp_uniform(arch::thread_index() / kWarpgroup);
         Stages stages;
         Queries queries;
+        Masks masks;
         if (warpgroup == 1) pass_turn(warpgroup);  // the other one is first
         for (;; queries.advance()) {
             arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
@@ -208,7 +250,8 @@ class AttendHopper {
             Task const task(work.params(), index);
             AttendHopper state(work.params(), task, warpgroup);
             stages.turn = arch::warp_uniform(stages.turn);
-            state.attend(place, stages);
+            if constexpr (kCopiesMask) masks.turn = arch::warp_uniform(masks.turn);
+            state.attend(place, stages, masks);
             work.refresh(launch, Memory::task_words(place));
             state.end(place);
         }
@@ -224,7 +267,7 @@ class AttendHopper {
         arch::named_barrier_arrive<kConsumers>(2 - warpgroup);
     }
 
-    SAGE_DEVICE AttendHopper(AttendParams const& p, Task const& task, int warpgroup)
+    SAGE_DEVICE AttendHopper(OfTask const& p, Task const& task, int warpgroup)
         : p_(p), task_(&task), warpgroup_(warpgroup) {
         begin_of_whole_ = arch::warp_uniform(task.first_key(task.last_query(warpgroup)));
         end_of_whole_ = arch::warp_uniform(task.end_key(task.first_query(warpgroup)));
@@ -252,8 +295,9 @@ class AttendHopper {
     // The first column, of every eight, that it holds.
     SAGE_DEVICE static int first_column() { return (arch::thread_index() & 3) * 2; }
 
-    // Q is at `query`, K and V of the first step at `place`, which becomes that of the next task.
-    SAGE_DEVICE void attend(int query, Stages& place) {
+    // Q is at `query`, K and V of the first step at `place`, and what of the mask is copied first
+    // at `masks`, which become those of the next task.
+    SAGE_DEVICE void attend(int query, Stages& place, Masks& masks) {
         int tile = task_->first_step();
         if (task_->is_step(tile)) {
             uint32_t scores[kKeys / 2];
@@ -266,7 +310,7 @@ class AttendHopper {
             arch::wgmma_hold(scores);
             arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
             float remaining[Rows::kScales][kTiles];
-            scale(scores, remaining, key_scales, tile);
+            scale(scores, remaining, key_scales, tile, masks);
             SAGE_UNROLL
             for (int half = 0; half < kHalves; ++half) {
                 softmax(scores, half, remaining);
@@ -282,7 +326,7 @@ class AttendHopper {
                 arch::wgmma_hold(scores);
                 arch::mbarrier_arrive_warp(Memory::key_empty(place.stage()));
                 float const decay[kHalves] = {decay_[0], decay_[1]};
-                scale(scores, remaining, key_scales, tile);
+                scale(scores, remaining, key_scales, tile, masks);
                 softmax(scores, 0, remaining);
                 end_product(product, decay, place.before());
                 pack(scores, 0);
@@ -404,7 +448,7 @@ class AttendHopper {
     // Scores of the keys from `tile` on, as bits of floats in the place of integers, which are
     // still to be multiplied by `remaining`.
     SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[Rows::kScales][kTiles],
-                           float const (&key_scales)[kTiles], int tile) {
+                           float const (&key_scales)[kTiles], int tile, Masks& masks) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
         bool const masked = first + kKeys > end_of_whole_ || first < begin_of_whole_;
@@ -429,7 +473,7 @@ class AttendHopper {
         }
         if constexpr (kMasked) {
             SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i);
+            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i, masks);
         }
         if (masked) hide(scores, first);
     }
@@ -520,9 +564,13 @@ class AttendHopper {
 
     // Hides what a bool mask hides of a tile, the step's i-th, and adds a float one, to scores in
     // units of log 2.
-    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile) const {
+    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile,
+                                Masks& masks) const {
         uint8_t const shown = task_->shown_of(tile);
         if (shown == kShowsAll) return;
+        if constexpr (kCopiesMask) {
+            if (shown == kMixed && p_.mask_rows != 0) return apply_copied_mask(scores, i, masks);
+        }
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             Split const head(this->head(half), p_.heads);
@@ -540,6 +588,49 @@ class AttendHopper {
                     float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
                     float const x = arch::from_bits(word);
                     word = arch::bits(added == -infinity() ? added : x + added);
+                }
+            }
+        }
+    }
+
+    // The same from shared memory. Beyond the last query and key there are zeros, whatever they
+    // mean: such keys are hidden, and such rows are nobody's.
+    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i, Masks& place) const {
+        arch::mbarrier_wait(Memory::mask_full(place.stage()), place.parity());
+        char const* const tile = Memory::mask(place.stage());
+        switch (p_.mask.kind) {
+            case MaskKind::kBool:
+                apply_copied_mask<MaskKind::kBool>(scores, i, tile);
+                break;
+            case MaskKind::kHalf:
+                apply_copied_mask<MaskKind::kHalf>(scores, i, tile);
+                break;
+            case MaskKind::kBfloat16:
+                apply_copied_mask<MaskKind::kBfloat16>(scores, i, tile);
+                break;
+            case MaskKind::kFloat:
+                apply_copied_mask<MaskKind::kFloat>(scores, i, tile);
+                break;
+        }
+        arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));
+        place.advance();
+    }
+
+    template <MaskKind kKind>
+    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i,
+                                       char const* tile) const {
+        CopiedMask::Rows<kKind> const rows(tile, first_row_of_thread<16>(), p_.mask_rows);
+        SAGE_UNROLL
+        for (int half = 0; half < kHalves; ++half) {
+            SAGE_UNROLL
+            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+                float2 const added = rows.pair(half, atom * 8 + first_column());
+                SAGE_UNROLL
+                for (int j = 0; j < 2; ++j) {
+                    uint32_t& word = scores[at(i, half, atom, j)];
+                    float const x = arch::from_bits(word);
+                    float const of_key = j == 0 ? added.x : added.y;
+                    word = arch::bits(of_key == -infinity() ? of_key : x + of_key);
                 }
             }
         }

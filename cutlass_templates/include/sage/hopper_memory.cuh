@@ -7,10 +7,11 @@
 
 namespace sage {
 
-// The shared memory of a block: a ring of tasks with their Q, one of stages, scales of K, with
-// kTileScales those of V, and mbarriers.
+// The shared memory of a block: a ring of tasks with their Q, one of stages, one of kMaskPlaces
+// tiles of a mask, scales of K, with kTileScales those of V, and mbarriers.
 // kTaskWords are told of a task besides its index.
-template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages, int kTaskWords>
+template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages, int kMaskPlaces,
+          int kTaskWords>
 struct HopperMemory {
     static constexpr int kQueries = 2;  // Q of the next task comes while this one is worked on
     static constexpr int kKeys = kTiles * kKeyBlock;
@@ -32,10 +33,13 @@ struct HopperMemory {
 
     static constexpr int kStageBytes = Key::kBytes + kTiles * ValueOfTile::kBytes;
     static constexpr int kRing = kQueries * Query::kBytes;
-    static constexpr int kScales = kRing + kStages * kStageBytes;
+    static constexpr int kMasks = kRing + kStages * kStageBytes;
+    static constexpr int kMaskBytes = kQueryBlock * kKeyBlock * sizeof(float);  // the most
+    static constexpr int kScales = kMasks + kMaskPlaces * kMaskBytes;
     static constexpr int kValueScales = kScales + kStages * kTiles * kScaleBytes;
     static constexpr int kMbarriers = kValueScales + kStages * kValueScaleBytes;
-    static constexpr int kTasks = kMbarriers + (2 * kQueries + 4 * kStages) * sizeof(uint64_t);
+    static constexpr int kTasks =
+        kMbarriers + (2 * kQueries + 4 * kStages + 2 * kMaskPlaces) * sizeof(uint64_t);
     static constexpr int kBytes = kTasks + kQueries * (1 + kTaskWords) * sizeof(int);
     static_assert(kStageBytes % 1024 == 0 && ValueOfTile::kBytes % 512 == 0);
 
@@ -57,6 +61,9 @@ struct HopperMemory {
     SAGE_DEVICE static char* value(int stage, int tile) {
         return key(stage) + Key::kBytes + tile * ValueOfTile::kBytes;
     }
+    SAGE_DEVICE static char* mask(int place) {
+        return arch::shared_memory() + kMasks + place * kMaskBytes;
+    }
     SAGE_DEVICE static char* scales(int stage, int tile) {
         return arch::shared_memory() + kScales + (stage * kTiles + tile) * kScaleBytes;
     }
@@ -73,12 +80,20 @@ struct HopperMemory {
     SAGE_DEVICE static uint64_t* query_empty(int place) {
         return mbarrier(4 * kStages + kQueries + place);
     }
+    // And of a tile of the mask.
+    SAGE_DEVICE static uint64_t* mask_full(int place) {
+        return mbarrier(4 * kStages + 2 * kQueries + place);
+    }
+    SAGE_DEVICE static uint64_t* mask_empty(int place) {
+        return mbarrier(4 * kStages + 2 * kQueries + kMaskPlaces + place);
+    }
 
     SAGE_DEVICE static void make_mbarriers(int consumer_warps) {
         SAGE_UNROLL
         for (int place = 0; place < kQueries; ++place) {
             arch::mbarrier_init(query_full(place), 1);
-            arch::mbarrier_init(query_empty(place), consumer_warps);
+            // The task is also read by whoever copies a mask.
+            arch::mbarrier_init(query_empty(place), consumer_warps + (kMaskPlaces > 0));
         }
         SAGE_UNROLL
         for (int stage = 0; stage < kStages; ++stage) {
@@ -86,6 +101,11 @@ struct HopperMemory {
             arch::mbarrier_init(value_full(stage), 1);
             arch::mbarrier_init(key_empty(stage), consumer_warps);
             arch::mbarrier_init(value_empty(stage), consumer_warps);
+        }
+        SAGE_UNROLL
+        for (int place = 0; place < kMaskPlaces; ++place) {
+            arch::mbarrier_init(mask_full(place), 1);
+            arch::mbarrier_init(mask_empty(place), consumer_warps);
         }
         arch::mbarrier_init_fence();
     }

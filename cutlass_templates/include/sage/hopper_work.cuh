@@ -21,10 +21,10 @@
 namespace sage {
 
 // Task as of task_at.
-template <class Task>
+template <class Task, class OfCall = AttendParams>
 class WorkOfCall {
  public:
-    using Params = AttendParams;
+    using Params = OfCall;
     static constexpr int kWords = 0;
 
     SAGE_DEVICE static AttendParams const& call(Params const& p) { return p; }
@@ -34,7 +34,7 @@ class WorkOfCall {
     }
 
     SAGE_DEVICE WorkOfCall(Params const& p, int const*) : p_(p) {}
-    SAGE_DEVICE AttendParams const& params() const { return p_; }
+    SAGE_DEVICE Params const& params() const { return p_; }
     SAGE_DEVICE void refresh(Params const&, int const*) {}
 
  private:

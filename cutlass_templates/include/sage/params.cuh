@@ -13,6 +13,8 @@
 #include <cstdint>
 #endif
 
+#include <sage/arch/tensor_map.cuh>
+
 namespace sage {
 
 // Tokens of a block, see "Granularity" of docs/numerics.md: 32 tokens of Q make kQueryGroups = 8
@@ -190,6 +192,16 @@ struct AttendParams {
     int64_t heads_at_once;  // which such a grid works on, so that their keys and values stay cached
     float softcap;
     float dead_value;  // the output of a row that sees no key: 0 or NaN
+};
+
+// Of an attention kernel for Hopper that can copy tiles of its mask to shared memory.
+struct MaskedAttendParams : AttendParams {
+    // Rows of a box: kQueryBlock, or 1 of a mask that broadcasts over queries; 0: there is no map,
+    // and the mask is read where it lies.
+    int64_t mask_rows;
+    // Of (B or 1, H or 1, Lq or 1, Lk); a box has the keys of one head that 128 bytes hold, but not
+    // more than kKeyBlock, and the swizzle of that width.
+    TensorMap mask_map;
 };
 
 // The kernels of a cache (sage.PackedKV): key/value tokens in packed tiles that grows. K is

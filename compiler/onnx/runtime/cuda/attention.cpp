@@ -4,6 +4,8 @@
 
 #include <initializer_list>
 
+#include "mask_map.hpp"
+
 namespace sage_cuda {
 namespace {
 
@@ -348,12 +350,16 @@ bool Work::launch(Device& device, const Attention& a, void* scratch, CUstream st
     const auto start = [&](int64_t kernel, int64_t blocks, const auto& params, bool dependent) {
         return device.launch(kernel, blocks, &params, sizeof params, stream, dependent, error);
     };
+    const auto start_attend = [&](int64_t blocks) {
+        const bool dependent = plan_->dependent != 0;
+        if (plan_->copies_mask == 0) return start(plan_->attend, blocks, attend, dependent);
+        return start(plan_->attend, blocks, with_mask_map(attend, a, device.driver()), dependent);
+    };
     const int64_t blocks = plan_->persistent != 0 ? least(rows, device.multiprocessors()) : rows;
     return SAGE_CUDA_CHECK(device.driver(), error, cuMemsetD8Async,
                            CUdeviceptr(reinterpret_cast<uintptr_t>(counters)), 0,
                            size_t(sizes_[kCounters]), stream) &&
-           start(plan_->quantize, quantizing_blocks(a), quantize, false) &&
-           start(plan_->attend, blocks, attend, plan_->dependent != 0);
+           start(plan_->quantize, quantizing_blocks(a), quantize, false) && start_attend(blocks);
 }
 
 // All kernels before any is started: a call that fails has written nothing.

@@ -28,17 +28,17 @@ bool Driver::open(const char* path, Error& error) {
             "there is no CUDA driver: %s; install NVIDIA's driver, or run with "
             "CPUExecutionProvider only",
             dlerror());
-    const Entry entries[] = {
 #define SAGE_CUDA_ENTRY(name, arguments) {#name, reinterpret_cast<void**>(&name)},
-        SAGE_CUDA_ENTRIES(SAGE_CUDA_ENTRY)
+    const Entry entries[] = {SAGE_CUDA_ENTRIES(SAGE_CUDA_ENTRY)};
+    const Entry newer[] = {SAGE_CUDA_NEWER_ENTRIES(SAGE_CUDA_ENTRY)};
 #undef SAGE_CUDA_ENTRY
-    };
     for (const Entry& entry : entries) {
         *entry.place = dlsym(library_, entry.name);
         if (*entry.place == nullptr)
             return error.set("the CUDA driver %s has no %s; update NVIDIA's driver", name,
                              entry.name);
     }
+    for (const Entry& entry : newer) *entry.place = dlsym(library_, entry.name);
     Error reason;
     int version = 0;
     if (!SAGE_CUDA_CHECK(*this, reason, cuInit, 0) ||

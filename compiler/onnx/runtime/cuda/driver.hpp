@@ -3,6 +3,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "error.hpp"
 
@@ -24,6 +25,14 @@ constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 constexpr int CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8;
 constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1;
+constexpr int CU_TENSOR_MAP_DATA_TYPE_UINT32 = 2;
+constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
+constexpr int CU_TENSOR_MAP_SWIZZLE_64B = 2;
+constexpr int CU_TENSOR_MAP_SWIZZLE_128B = 3;
+constexpr int CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2;
+constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0;
 constexpr int CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 
 struct CUlaunchAttribute {
@@ -72,6 +81,13 @@ struct CUlaunchConfig {
                        unsigned block_x, unsigned block_y, unsigned block_z,            \
                        unsigned shared_bytes, CUstream, void** params, void** extra))
 
+// Those that drivers before CUDA 12 do not have.
+#define SAGE_CUDA_NEWER_ENTRIES(X)                                                          \
+    X(cuTensorMapEncodeTiled,                                                               \
+      (void* map, int type, unsigned rank, void* address, const uint64_t* dims,             \
+       const uint64_t* strides, const unsigned* box, const unsigned* steps, int interleave, \
+       int swizzle, int promotion, int fill))
+
 // A loaded and initialized driver; threads may share it.
 class Driver {
  public:
@@ -97,6 +113,7 @@ class Driver {
 
 #define SAGE_CUDA_MEMBER(name, arguments) CUresult(*name) arguments = nullptr;
     SAGE_CUDA_ENTRIES(SAGE_CUDA_MEMBER)
+    SAGE_CUDA_NEWER_ENTRIES(SAGE_CUDA_MEMBER)  // may stay null
 #undef SAGE_CUDA_MEMBER
 
  private:

@@ -13,7 +13,7 @@ namespace sage_cuda {
 namespace {
 
 constexpr char kTable[] = "launches.txt";
-constexpr char kTitle[] = "sage-launches 7 ";              // with FORMAT of launch_table.py
+constexpr char kTitle[] = "sage-launches 8 ";              // with FORMAT of launch_table.py
 constexpr char kTemplates[] = SAGE_TEMPLATES_DIGEST "\n";  // by setup.py
 constexpr char kEnd[] = "end ";
 constexpr char kWordCharacters[] =
@@ -229,8 +229,8 @@ bool Pack::parse_record(char** words, size_t count) {
         for (int64_t* flag : {&plan.window, &plan.masked, &plan.softcap})
             record.number(*flag, 0, 1);
         for (int64_t* kernel : {&plan.quantize, &plan.attend}) record.number(*kernel, 0, kLargest);
-        for (int64_t* flag :
-             {&plan.smooths_query, &plan.scales_value, &plan.persistent, &plan.dependent})
+        for (int64_t* flag : {&plan.smooths_query, &plan.scales_value, &plan.copies_mask,
+                              &plan.persistent, &plan.dependent})
             record.number(*flag, 0, 1);
         record.number(plan.query_tasks, 1, 1 << 16).number(plan.slices, 1, 1 << 16);
         for (int64_t* size : {&plan.padded, &plan.padded_value, &plan.query_tile_bytes,

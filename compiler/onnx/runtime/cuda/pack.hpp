@@ -54,6 +54,7 @@ struct Plan {
     int64_t window, masked, softcap;
     int64_t quantize, attend;  // kernels
     int64_t smooths_query, scales_value;
+    int64_t copies_mask;           // attend takes MaskedAttendParams
     int64_t persistent;            // attend has a block for each multiprocessor at most
     int64_t dependent;             // attend waits itself for quantize
     int64_t query_tasks, slices;   // of a query block and of a chunk, of `quantize`

@@ -15,6 +15,12 @@
 //                                   By one thread; 16-byte aligned, of whole 16 bytes. Lands
 //                                   whenever it does, and then takes its bytes from the mbarrier's
 //                                   phase.
+//   void copy_tensor(void* shared, TensorMap const&, int4 at, uint64_t*)
+//                                   The same of a box of a tensor of 4 dims, x of `at` the inner
+//                                   one, that begins at these elements: swizzled by the address,
+//                                   and zeros where the tensor is not. The map is a parameter of
+//                                   the kernel, the address 128-byte aligned, and the bytes are
+//                                   always those of the whole box.
 //   void fence_async()              What this thread has stored to shared memory, wgmma sees after
 //                                   the next barrier.
 //
@@ -44,6 +50,7 @@
 #pragma once
 
 #include <sage/arch.cuh>
+#include <sage/arch/tensor_map.cuh>
 
 #if defined(SAGE_HOST)
 #include <sage/arch/hopper_host.hpp>

@@ -51,6 +51,13 @@ SAGE_DEVICE void copy_bulk(void* shared, void const* global, int bytes, uint64_t
         "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_offset(mbarrier))
         : "memory");
 }
+SAGE_DEVICE void copy_tensor(void* shared, TensorMap const& map, int4 at, uint64_t* mbarrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_offset(shared)),
+        "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(shared_offset(mbarrier))
+        : "memory");
+}
 SAGE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 template <int kThreads>

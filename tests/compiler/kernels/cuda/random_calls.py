@@ -3,7 +3,8 @@
 From the operator on, a call goes the way that it has on a GPU: the operator's checks, the
 registry's choice by ``dispatch.decide``, ``kernel.run``, the look through its mask, the launches.
 Left out is what asks torch for a GPU: the kernels stand in the registry for device "cpu", and their
-target is the look-alike of the driver, not the device and stream of the tensors.
+target is the look-alike of the driver, not the device and stream of the tensors. So go batches of
+packed sequences; and a ``PackedKV``, which keeps its tokens as on a GPU.
 
 A *run* is a number that chooses a few kinds of kernels, so that few are compiled; a call of it has
 a number too, which chooses all else. Both repeat a call:
@@ -16,9 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum, auto
 from math import inf, nan
 from typing import Any, ClassVar, Final
 from unittest import mock
@@ -26,13 +29,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import sage_compiler as sage
 from sage_compiler import ops as ops  # registers sage::attention
+from sage_compiler import packed_kv
 from sage_compiler.kernels import reference, registry
 from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.loader import Loader
+from sage_compiler.kernels.cuda.packed import CudaStore
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
+from sage_compiler.kernels.cuda.varlen import Lengths
 from sage_compiler.kernels.kernel import OPEN, Kernel
+from sage_compiler.kernels.packed import PackedShape
 from sage_compiler.precision import TILE_MMA
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass, Semantics
 from tests.compiler.kernels.cuda import emulation
@@ -52,6 +60,10 @@ CALLS: Final = 10  # of each kind
 WAYS: Final = (*(Way(recipe, accumulator=sums) for recipe, sums in RECIPE_VARIANTS), WGMMA)
 
 _WINDOWS: Final = (MaskClass.WINDOW, MaskClass.WINDOW_BOTTOM_RIGHT)
+_OF_CACHE: Final = {
+    MaskClass.CAUSAL: MaskClass.CAUSAL_BOTTOM_RIGHT,
+    MaskClass.WINDOW: MaskClass.WINDOW_BOTTOM_RIGHT,
+}
 # Around the edges of tiles of 64 keys and 128 queries, of warps, and of a thread's rows.
 _EDGES: Final = (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 192, 193, 257)
 
@@ -65,12 +77,20 @@ FEW_ELEMENTS: Final = 4096
 LSE_DISTANCE: Final = 1e-3
 
 
+class Form(Enum):
+    """What is called."""
+
+    CALL = auto()  # the operator
+    PACKED = auto()  # the operator, of sequences that are packed along the lengths
+    CACHE = auto()  # a ``PackedKV``, which keys and values were appended to
+
+
 @dataclass(frozen=True, slots=True)
 class Template:
     """What makes a call take one kernel and not another.
 
     Attributes:
-        way: whose kernels.
+        way: whose kernels; a cache has none with a 16-bit accumulator, and takes the others.
         head_dim, value_dim: of ``HEAD_DIMS``; a call has these or what is filled up to them.
     """
 
@@ -81,6 +101,7 @@ class Template:
     window: bool
     masked: bool
     softcap: bool
+    form: Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +112,8 @@ class RandomCall:
         call: as it is made; what no query sees may be NaN.
         clean: the same with finite tokens, contiguous.
         want_lse: which overload is called.
+        lengths: of the sequences of a packed batch, of queries and of keys.
+        ends: how many tokens a cache has after each append.
     """
 
     run: int
@@ -99,6 +122,8 @@ class RandomCall:
     call: Call
     clean: Call
     want_lse: bool
+    lengths: tuple[tuple[int, ...], tuple[int, ...]]
+    ends: tuple[int, ...]
     label: str
 
     def __str__(self) -> str:
@@ -127,11 +152,21 @@ def templates(run: int) -> tuple[Template, ...]:
         share(False, False, True),
         share(False, True),
         share(False, False, True),
+        share(*[Form.CALL] * 6, Form.PACKED, Form.CACHE),
         strict=True,
     )
     return tuple(
-        Template(way, dtype, head_dim, value_dim or head_dim, window, masked, softcap)
-        for way, dtype, head_dim, value_dim, window, masked, softcap in columns
+        Template(
+            way,
+            dtype,
+            head_dim,
+            value_dim or head_dim,
+            window,
+            masked and form is not Form.PACKED,  # which takes no mask
+            softcap,
+            form,
+        )
+        for way, dtype, head_dim, value_dim, window, masked, softcap, form in columns
     )
 
 
@@ -149,6 +184,10 @@ def random_call(run: int, number: int) -> RandomCall:
 
     batch, kv_heads, group = rng.randint(1, 3), rng.randint(1, 3), rng.choice((1, 1, 2, 3, 5, 7))
     query_length, key_length = _lengths(rng)
+    lengths: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    if template.form is Form.PACKED:
+        batch, lengths = 1, _sequences(rng)
+        query_length, key_length = map(sum, lengths)
     head_dim, value_dim = (_dim(rng, dim) for dim in (template.head_dim, template.value_dim))
     heads = kv_heads * group
     semantics = _semantics(rng, template, head_dim)
@@ -170,9 +209,15 @@ def random_call(run: int, number: int) -> RandomCall:
         _mask(rng, generator, full, template.dtype) if template.masked else None,
         _sinks(rng, normal(heads)) if rng.random() < 0.3 else None,
     )
-    poisoned = rng.random() < 0.3
+    poisoned = template.form is not Form.CACHE and rng.random() < 0.3
     if poisoned:
-        _poison(clean, stored, rng.choice((nan, inf)))
+        what = rng.choice((nan, inf))
+        if template.form is Form.PACKED:
+            whole = replace(clean, query=stored[0], key=stored[1], value=stored[2])
+            for part, other in zip(_parts(clean, lengths), _parts(whole, lengths), strict=True):
+                _poison(part, (other.query, other.key, other.value), what)
+        else:
+            _poison(clean, stored, what)
     mask_label = "none"
     if clean.attn_mask is not None:
         mask = clean.attn_mask
@@ -184,11 +229,13 @@ def random_call(run: int, number: int) -> RandomCall:
         call=replace(clean, query=stored[0], key=stored[1], value=stored[2]),
         clean=clean,
         want_lse=rng.random() < 0.7,
+        lengths=lengths,
+        ends=_ends(rng, key_length) if template.form is Form.CACHE else (),
         label=(
-            f"{template.way}, {template.dtype}, "
+            f"{template.form.name}, {template.way}, {template.dtype}, "
             f"query {tuple(stored[0].shape)} {layouts[0]}, key {tuple(stored[1].shape)} "
             f"{layouts[1]}, value {tuple(stored[2].shape)} {layouts[2]}, {semantics}, mask "
-            f"{mask_label}, sinks {clean.sinks}, poisoned {poisoned}"
+            f"{mask_label}, sinks {clean.sinks}, poisoned {poisoned}, sequences {lengths}"
         ),
     )
 
@@ -201,6 +248,40 @@ def _lengths(rng: random.Random) -> tuple[int, int]:
     return rng.choice(((length(), length()), (n := length(), n), (1, length()), few_to_many))
 
 
+def _sequences(rng: random.Random) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of 1 to 5 sequences, of which any may be without queries or keys, but not all."""
+
+    def lengths() -> tuple[int, ...]:
+        return tuple(rng.choice((0, rng.choice(_EDGES), rng.randint(1, 150))) for _ in range(count))
+
+    while True:
+        count = rng.randint(1, 5)
+        queries, keys = lengths(), lengths()
+        if sum(queries) > 0 and sum(keys) > 0:
+            return queries, keys
+
+
+def _parts(call: Call, lengths: tuple[Sequence[int], Sequence[int]]) -> list[Call]:
+    """The sequences of a packed batch, each as a call: views of the same memory."""
+    ends = [(0, *itertools.accumulate(each)) for each in lengths]
+    of_query, of_key = ([slice(*pair) for pair in itertools.pairwise(each)] for each in ends)
+    return [
+        replace(
+            call,
+            query=call.query[:, :, queries],
+            key=call.key[:, :, keys],
+            value=call.value[:, :, keys],
+        )
+        for queries, keys in zip(of_query, of_key, strict=True)
+    ]
+
+
+def _ends(rng: random.Random, length: int) -> tuple[int, ...]:
+    """Of up to 4 appends: anywhere, or where a tile or the tokens of the mean are whole."""
+    some = (rng.choice((63, 64, 255, 256, 257, rng.randint(1, length))) for _ in range(3))
+    return (*sorted({end for end in some if end < length}), length)
+
+
 def _dim(rng: random.Random, largest: int) -> int:
     """That dim, or one that is filled up to it."""
     smaller = max((dim for dim in HEAD_DIMS if dim < largest), default=0)
@@ -208,8 +289,13 @@ def _dim(rng: random.Random, largest: int) -> int:
 
 
 def _semantics(rng: random.Random, template: Template, head_dim: int) -> Semantics:
-    """Any; a window with an end to the left is what takes another kernel."""
+    """Any; a window with an end to the left is what takes another kernel. A cache has those of its
+    end, and zeros in rows that see nothing.
+    """
     mask_class = rng.choice(_WINDOWS if template.window else tuple(MaskClass))
+    of_cache = template.form is Form.CACHE
+    if of_cache:
+        mask_class = _OF_CACHE.get(mask_class, mask_class)
     right = UNBOUNDED
     if mask_class in _WINDOWS:
         right = rng.choice((UNBOUNDED, 0, 5, 70, 1000))
@@ -220,7 +306,7 @@ def _semantics(rng: random.Random, template: Template, head_dim: int) -> Semanti
         window_right=right,
         scale=rng.choice((None, None, None, usual / 2, -usual / 2, 0.0)),
         softcap=rng.choice((1e-3, 5.0, 20.0, 1e9)) if template.softcap else None,
-        dead_rows=rng.choice(tuple(DeadRows)),
+        dead_rows=DeadRows.ZERO if of_cache else rng.choice(tuple(DeadRows)),
     )
 
 
@@ -378,21 +464,63 @@ def serving(template: Template, loader: Loader | None = None) -> Iterator[None]:
         refuse=functools.partial(kernel.refuse, recipe, arch=arch),
         gate=lambda problem: OPEN,
         run=functools.partial(kernel.run, target, recipe=recipe, accumulator=accumulator),
+        run_packed=functools.partial(_run_packed, target, recipe=recipe, accumulator=accumulator),
     )
     with (
         mock.patch.object(registry, "KERNELS", [served]),
         mock.patch.object(kernel, "Call", _Registered),
+        mock.patch.dict(packed_kv._OPEN, cpu=functools.partial(_open, target)),
     ):
         yield
 
 
+def _run_packed(
+    target: kernel.Target,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    semantics: Semantics,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As ``kernel.attention_of_sequences``, on a target."""
+    lengths = Lengths.of(cu_seqlens_q, cu_seqlens_k, query, key, read=False)
+    for offsets in {id(x): x for x in (lengths.queries, lengths.keys)}.values():
+        the_host().allow(offsets, writable=False)
+    return kernel.run(target, query, key, value, semantics, lengths=lengths, **options)
+
+
+def _open(
+    target: kernel.Target, shape: PackedShape, device: torch.device, precision: str | None
+) -> CudaStore:
+    """As a cache on a GPU is opened. What it allocates is not known here: all may be touched."""
+    everywhere = replace(target, allocate=kernel.allocate)
+    return CudaStore(shape, device, precision, lambda device: contextlib.nullcontext(everywhere))
+
+
 def attend(random_call: RandomCall, loader: Loader | None = None) -> tuple[Tensor, Tensor | None]:
-    """Output and LSE, if it is wanted, of the operator.
+    """Output and LSE, if it is wanted, of the operator or of a cache.
 
     Raises:
         DriverError: a check failed.
     """
+    the_host().reset()
+    the_host().seed(random_call.number)
+    the_host().set_capability(*ARCHS[random_call.template.way.arch].capability)
+    with serving(random_call.template, loader):
+        if random_call.template.form is Form.CACHE:
+            return _attend_to_cache(random_call)
+        return _call(random_call)
+
+
+def _call(random_call: RandomCall) -> tuple[Tensor, Tensor | None]:
     call, semantics = random_call.call, random_call.call.semantics
+    offsets = [
+        torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32)
+        for each in random_call.lengths
+        if random_call.template.form is Form.PACKED
+    ]
     arguments = (
         call.query,
         call.key,
@@ -407,15 +535,47 @@ def attend(random_call: RandomCall, loader: Loader | None = None) -> tuple[Tenso
         call.sinks,
         semantics.window_left,
         semantics.window_right,
+        *offsets,
     )
-    the_host().reset()
-    the_host().seed(random_call.number)
-    the_host().set_capability(*ARCHS[random_call.template.way.arch].capability)
-    with serving(random_call.template, loader):
-        if random_call.want_lse:
-            output, lse = torch.ops.sage.attention.lse(*arguments)
-            return output, lse
-        return torch.ops.sage.attention.default(*arguments), None
+    if random_call.want_lse:
+        output, lse = torch.ops.sage.attention.lse(*arguments)
+        return output, lse
+    return torch.ops.sage.attention.default(*arguments), None
+
+
+def _attend_to_cache(random_call: RandomCall) -> tuple[Tensor, Tensor | None]:
+    call, semantics = random_call.call, random_call.call.semantics
+    batch, kv_heads, length, head_dim = call.key.shape
+    cache = sage.PackedKV(
+        batch,
+        kv_heads,
+        head_dim,
+        value_head_dim=call.value.shape[3],
+        capacity=length + random_call.number % 100,
+        dtype=call.key.dtype,
+        precision=random_call.template.way.recipe,
+    )
+    for end in random_call.ends:
+        tokens = slice(cache.length, end)
+        cache.append(call.key[:, :, tokens], call.value[:, :, tokens])
+    window = None
+    if semantics.mask_class is MaskClass.WINDOW_BOTTOM_RIGHT:
+        left, right = (
+            None if side == UNBOUNDED else side
+            for side in (semantics.window_left, semantics.window_right)
+        )
+        window = (left, right)
+    output, lse = cache.attend(
+        call.query,
+        is_causal=semantics.mask_class is MaskClass.CAUSAL_BOTTOM_RIGHT,
+        scale=semantics.scale,
+        softcap=semantics.softcap,
+        window=window,
+        sinks=call.sinks,
+        attn_mask=call.attn_mask,
+        return_lse=True,
+    )
+    return output, lse
 
 
 def assert_right(random_call: RandomCall, loader: Loader | None = None) -> None:
@@ -434,29 +594,71 @@ def assert_right(random_call: RandomCall, loader: Loader | None = None) -> None:
 
 
 def _compare(random_call: RandomCall, output: Tensor, lse: Tensor | None) -> None:
-    way, clean = random_call.template.way, random_call.clean
     kinds = {launch["symbol"].split("_")[1] for launch in the_host().launches()}
-    assert "attend" in kinds and _Registered.last is not None, "no kernel was launched"
-    softmax_blocks = _Registered.last.kernels.attend.keys // TILE_MMA.kv_block
-    expected, expected_lse = reference.attention(
-        clean.query,
-        clean.key,
-        clean.value,
-        named(way.recipe, way.accumulator, softmax_blocks),
-        clean.semantics,
-        attn_mask=clean.attn_mask,
-        sinks=clean.sinks,
-        splits=_Registered.last.splits,
-    )
-    limits = DISTANCE if output.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
-    apart, limit = distance(output, expected), limits[way.recipe[:4]]
-    assert apart <= limit, f"{apart:.2g} from the reference, at most {limit}"
-    exact, exact_lse = dense(clean)
-    check(output, exact, clean.value, way.recipe)
+    assert kinds >= _LAUNCHED[random_call.template.form], f"of kernels only {kinds}"
+    clean, recipe = random_call.clean, random_call.template.way.recipe
+    if random_call.template.form is Form.CACHE:
+        exact, exact_lse = dense(clean)
+    else:
+        parts = [clean]
+        if random_call.template.form is Form.PACKED:
+            parts = [part for part in _parts(clean, random_call.lengths) if part.query.shape[2] > 0]
+        expected, expected_lse = _joined(_reference(random_call), parts)
+        limits = DISTANCE if output.numel() > FEW_ELEMENTS else DISTANCE_OF_FEW
+        apart, limit = distance(output, expected), limits[recipe[:4]]
+        assert apart <= limit, f"{apart:.2g} from the reference, at most {limit}"
+        if lse is not None:
+            # rtol: a row that sees nothing but a large bias has an LSE of its size.
+            torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=LSE_DISTANCE)
+        exact, exact_lse = _joined(dense, parts)
+    check(output, exact, clean.value, recipe)
     if lse is not None:
-        # rtol: a row that sees nothing but a large bias has an LSE of its size.
-        torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=LSE_DISTANCE)
-        check_lse(lse, exact_lse.float(), way.recipe)
+        check_lse(lse, exact_lse.float(), recipe)
+
+
+_LAUNCHED: Final = {
+    Form.CALL: {"attend"},
+    Form.PACKED: {"statistics", "query", "key", "value", "attend"},
+    Form.CACHE: {"append", "query", "attend"},
+}
+
+
+def _reference(random_call: RandomCall) -> Callable[[Call], tuple[Tensor, Tensor]]:
+    """What kernels compute, as they did last, of a call or a sequence."""
+    way, last = random_call.template.way, _Registered.last
+    assert last is not None
+    softmax_blocks = last.kernels.attend.keys // TILE_MMA.kv_block
+    recipe = named(way.recipe, way.accumulator, softmax_blocks)
+
+    def attention(call: Call) -> tuple[Tensor, Tensor]:
+        return reference.attention(
+            call.query,
+            call.key,
+            call.value,
+            recipe,
+            call.semantics,
+            attn_mask=call.attn_mask,
+            sinks=call.sinks,
+            splits=last.splits,
+        )
+
+    return attention
+
+
+def _joined(
+    attention: Callable[[Call], tuple[Tensor, Tensor]], parts: Sequence[Call]
+) -> tuple[Tensor, Tensor]:
+    """Of sequences that are behind one another. One without keys yields zeros, and the sink."""
+    results = []
+    for part in parts:
+        if part.key.shape[2] > 0:
+            results.append(attention(part))
+            continue
+        output = part.query.new_zeros((*part.query.shape[:3], part.value.shape[3]))
+        sinks = torch.full(part.query.shape[1:2], -inf) if part.sinks is None else part.sinks
+        results.append((output, sinks[None, :, None].expand(part.query.shape[:3])))
+    outputs, lses = zip(*results, strict=True)
+    return torch.cat(outputs, 2), torch.cat(lses, 2)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:

@@ -141,6 +141,9 @@ class FoundMask:
         """As ``Mask.packed``."""
         return (0,) * 6
 
+    def boxes(self) -> None:
+        """As ``Mask.boxes``, of one that is read where it lies."""
+
 
 def launched(question: Question, arch: str, recipe: str) -> Launched:
     """Run a call as the operator does once it has chosen a kernel, without a device."""

@@ -355,7 +355,9 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     ),
     "consumers do not wait for Q": (
         replacing(
-            "arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());", ""
+            "arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity()); "
+            "int const place",
+            "int const place",
         ),
         "race between (load_shared|store_shared)|outside of the memory",  # a task that is garbage
         TEMPLATE,
@@ -493,8 +495,8 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
     ),
     "consumers look for a task in the wrong phase": (
         replacing(
-            "Memory::query_full(queries.stage()), queries.parity()",
-            "Memory::query_full(queries.stage()), queries.parity() ^ 1",
+            "Memory::query_full(queries.stage()), queries.parity()); int const place",
+            "Memory::query_full(queries.stage()), queries.parity() ^ 1); int const place",
         ),
         "race between (load_shared|store_shared)|outside of the memory",
         TEMPLATE,
@@ -522,7 +524,10 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
         TEMPLATE,
     ),
     "the ring begins again with each task": (
-        replacing("stages.turn = arch::warp_uniform(stages.turn); state", "stages.turn = 0; state"),
+        replacing(
+            "stages.turn = arch::warp_uniform(stages.turn); if constexpr",
+            "stages.turn = 0; if constexpr",
+        ),
         "race between|deadlock|all 8 arrivals|mbarrier_arrive",
         TEMPLATE,
     ),

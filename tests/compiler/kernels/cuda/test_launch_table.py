@@ -41,7 +41,7 @@ def test_one_attention(tmp_path: Path) -> None:
         assert record == ["kernel", "sm_89", spec.symbol, *map(str, geometry), digest(image)]
     (attention,) = rest[len(specs) :]
     choice = "sm_89 float16 int4_fp16 65 96 65 96 1 0 0"
-    layout = "1 0 0 0 1 4 128 128 8192 4096 20480 20608"
+    layout = "1 0 0 0 0 1 4 128 128 8192 4096 20480 20608"
     assert " ".join(attention) == f"attention {choice} 0 1 {layout}"
 
 
@@ -50,7 +50,7 @@ def test_launches_depend_on_one_another_from_sm_90_on(arch: str, tmp_path: Path)
     recipe = ARCHS[arch].recipes[0]
     records = records_of(list(variant(arch, "float16", 64, recipe).specs()), tmp_path / "pack")
     assert records[-1][0] == "attention"
-    assert records[-1][16] == str(int(ARCHS[arch].capability >= (9, 0)))
+    assert records[-1][17] == str(int(ARCHS[arch].capability >= (9, 0)))
 
 
 def test_what_lacks_a_kernel_is_left_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from torch import Tensor
@@ -11,11 +12,12 @@ from sage_compiler.kernels.cuda import kernel
 from sage_compiler.kernels.cuda.driver import DriverError
 from sage_compiler.kernels.cuda.loader import Loader
 from sage_compiler.kernels.cuda.spec import DTYPES, HEAD_DIMS
-from tests.compiler.kernels.cuda.emulation import broken, replacing
+from tests.compiler.kernels.cuda.emulation import WGMMA, Way, broken, replacing
 from tests.compiler.kernels.cuda.random_calls import (
     CALLS,
     TEMPLATES,
     WAYS,
+    Form,
     assert_right,
     random_call,
     templates,
@@ -53,15 +55,20 @@ def test_a_run_has_its_share_of_everything() -> None:
         ):
             assert len(values) == least
             assert min(values.values()) >= TEMPLATES // 8
+        assert all(sum(each.form is form for each in chosen) >= TEMPLATES // 8 for form in Form)
         for kind in ("window", "masked", "softcap"):
             assert sum(getattr(each, kind) for each in chosen) >= TEMPLATES // 4
 
 
-def assert_found(loader: Loader | None = None) -> None:
-    """One of the first calls fails, and says how it is repeated."""
+def assert_found(
+    loader: Loader | None = None, form: Form = Form.CALL, ways: Sequence[Way] = WAYS
+) -> None:
+    """One of the first calls of a form, by these kernels, fails, and says how it is repeated."""
     with pytest.raises((AssertionError, DriverError)) as found:
         for number in range(2 * TEMPLATES):
-            assert_right(random_call(RUN, number), loader)
+            template = templates(RUN)[number % TEMPLATES]
+            if template.form is form and template.way in ways:
+                assert_right(random_call(RUN, number), loader)
     assert f"cuda.random_calls {RUN} " in found.value.__notes__[-1]
 
 
@@ -78,8 +85,21 @@ def assert_found(loader: Loader | None = None) -> None:
     ],
 )
 def test_a_broken_kernel_is_found(kind: str, old: str, new: str) -> None:
+    ways = (WGMMA,) if kind in ("query", "attend_hopper/hopper_task") else WAYS
     kind, *headers = kind.split("/")
-    assert_found(broken(kind, replacing(old, new), *headers))
+    assert_found(broken(kind, replacing(old, new), *headers), ways=ways)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "old", "new"),
+    [
+        # every sequence's sums of K in the place of the first; V's scales by part of the tokens
+        (Form.PACKED, "statistics", "p.key_sums += before * kKeyDim;", ""),
+        (Form.CACHE, "append", "row < Value::At::kRows", "row < 1"),
+    ],
+)
+def test_a_broken_form_is_found(form: Form, kind: str, old: str, new: str) -> None:
+    assert_found(broken(kind, replacing(old, new)), form)
 
 
 def test_lost_strides_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

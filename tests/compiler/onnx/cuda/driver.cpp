@@ -72,6 +72,8 @@ bool fails(char const* name, int* code) {
 size_t params_bytes(std::string const& symbol) {
     auto const is = [&](char const* kind) { return symbol.rfind(kind, 0) == 0; };
     if (is("sage_quantize_")) return sizeof(sage::QuantizeParams<>);
+    bool const copies_mask = is("sage_attend_hopper_") && symbol.substr(symbol.size() - 2) != "_0";
+    if (copies_mask) return sizeof(sage::MaskedAttendParams);
     if (is("sage_attend_")) return sizeof(sage::AttendParams);
     if (is("sage_mask_rows_")) return sizeof(sage::MaskRowsParams);
     if (is("sage_mask_keys_")) return sizeof(sage::MaskKeysParams);
@@ -241,6 +243,33 @@ API int cuStreamSynchronize(void* stream) {
             std::memcpy(copy.to, copy.from, copy.bytes);
     state().copies = others;
     return result * failed;
+}
+
+// Pretends by writing what it was told.
+API int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address,
+                               uint64_t const* dims, uint64_t const* strides, unsigned const* box,
+                               unsigned const* steps, int interleave, int swizzle, int promotion,
+                               int fill) {
+    FORWARD(cuTensorMapEncodeTiled,
+            (void*, int, unsigned, void*, uint64_t const*, uint64_t const*, unsigned const*,
+             unsigned const*, int, int, int, int),
+            map, type, rank, address, dims, strides, box, steps, interleave, swizzle, promotion,
+            fill);
+    if (state().target != nullptr) return result;
+    char* to = static_cast<char*>(map);
+    auto const write = [&](void const* from, size_t bytes) {
+        memcpy(to, from, bytes);
+        to += bytes;
+    };
+    write(&address, sizeof address);
+    write(dims, rank * sizeof *dims);
+    write(strides, (rank - 1) * sizeof *strides);
+    write(box, rank * sizeof *box);
+    write(steps, rank * sizeof *steps);
+    for (int const number : {type, int(rank), interleave, swizzle, promotion, fill}) {
+        *to++ = char(number);
+    }
+    return result;
 }
 
 API int cuMemsetD8Async(unsigned long long memory, unsigned char value, size_t bytes,

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
 
 from sage_compiler.kernels import reference
+from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import UNBOUNDED, DeadRows, MaskClass
 from tests.compiler.kernels.cuda import emulation
 from tests.compiler.kernels.cuda.test_attention import make_call
 from tests.compiler.kernels.dense import Call, dense, random_mask
-from tests.compiler.onnx.cuda.native import STREAM, Device, NativeError, Prepared, TestDriver
-from tests.compiler.onnx.cuda.packs import CASES, Case
+from tests.compiler.onnx.cuda.native import (
+    STREAM,
+    Device,
+    NativeError,
+    Prepared,
+    TestDriver,
+    opened,
+)
+from tests.compiler.onnx.cuda.packs import CASES, MASKED, Case
 from tests.cutlass_templates import host as host_module
 from tests.cutlass_templates.host import Host
 from tests.tolerances import check, check_lse
@@ -85,6 +95,42 @@ def test_random_calls(case: Case, emulated: Device, host: Host) -> None:
 def test_many_random_calls(case: Case, emulated: Device, host: Host) -> None:
     for seed in range(100, 180):
         verify(emulated, host, case, seed)
+
+
+def test_tiles_of_a_mask_that_are_copied(
+    driver: TestDriver, host: Host, host_packs: Callable[[Case], Path]
+) -> None:
+    """On Hopper, by a tensor map; where the driver makes none, or there can be none, as Python."""
+    case = dataclasses.replace(MASKED, arch="sm_90a")
+    host.set_capability(*ARCHS[case.arch].capability)
+    call = make_call(70, 144, 64, torch.float16, batch=2, kv_heads=2)
+    cases: list[tuple[torch.Tensor, int, bool]] = [  # a mask, keys, whether there is a map
+        (torch.rand(2, 1, 70, 144) < 0.7, 144, True),
+        (torch.rand(2, 1, 70, 144) < 0.7, 143, False),
+        (torch.randn(70, 144), 144, True),
+        (torch.randn(2, 1, 1, 144).half(), 144, True),
+        (torch.randn(2, 70, 144).bfloat16(), 144, True),
+        (torch.rand(70, 1) < 0.7, 144, False),
+    ]
+    with opened(driver.path, host_packs(case)) as device:
+        for mask, keys, has_map in cases:
+            some = dataclasses.replace(
+                call,
+                key=call.key[:, :, :keys],
+                value=call.value[:, :, :keys],
+                attn_mask=mask[..., :keys],
+            )
+            theirs = emulation.attend(some, case.recipe, arch=case.arch)
+            for refused in (False, True) if has_map else (False,):
+                host.reset()
+                host.set_capability(*ARCHS[case.arch].capability)
+                prepared = Prepared(device, some, case.recipe)
+                driver.fail("cuTensorMapEncodeTiled" if refused else "")
+                prepared.launch(host.allow)
+                assert driver.calls("cuTensorMapEncodeTiled") == has_map
+                assert torch.equal(prepared.output, theirs.output)
+                assert theirs.lse is not None and prepared.lse is not None
+                assert torch.equal(prepared.lse, theirs.lse)
 
 
 def test_without_lse(emulated: Device, host: Host) -> None:

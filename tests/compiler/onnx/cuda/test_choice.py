@@ -13,6 +13,8 @@ import torch
 
 from sage_compiler.kernels.cuda import attending, dispatch, kernel
 from sage_compiler.kernels.cuda.arch import ARCHS
+from sage_compiler.kernels.cuda.driver import Driver
+from sage_compiler.kernels.cuda.masks import Mask
 from sage_compiler.kernels.cuda.pack import Pack
 from sage_compiler.kernels.cuda.spec import KernelSpec
 from sage_compiler.kernels.cuda.variants import Variant, standalone_specs, variant
@@ -116,11 +118,12 @@ def chosen(arch: str, problem: Problem, pack: Pack) -> Variant | None:
 
 
 class Recorder:
-    """Notes launches in place of a ``Loader``."""
+    """Notes launches in place of a ``Loader``, and encodes as a driver does."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: TestDriver) -> None:
         self.launches: list[Launch] = []
         self.driver = self
+        self.encode = Driver(str(driver.path)).encode
 
     def clear(self, address: int, size: int, device: int, stream: int) -> None:
         """A driver's call, which is not compared here."""
@@ -143,13 +146,23 @@ class Address:
         return self._address
 
 
+class Elements(Address):
+    """The elements of a mask, which are at an address, and are no data."""
+
+    def __init__(self, address: int, elements: torch.Tensor) -> None:
+        super().__init__(address)
+        self.dtype, self.shape, self.stride = elements.dtype, elements.shape, elements.stride
+        self.element_size = elements.element_size
+
+
 class FoundMask:
     """A mask whose tiles and tokens lie where C++ has them."""
+
+    packed, boxes = Mask.packed, Mask.boxes
 
     def __init__(self, problem: Problem, base: int) -> None:
         batch, _, kv_heads, query_length, key_length = problem.sizes[:5]
         assert problem.mask is not None
-        self._mask = problem.mask
         query_blocks, key_blocks = -(-query_length // 128), -(-key_length // 64)
         mask_batch, mask_heads = problem.mask[:2]
         mask_kv_heads = 1 if mask_heads == 1 else kv_heads
@@ -171,13 +184,8 @@ class FoundMask:
         self.keys = flags(at[3], mask_kv_heads, key_length, 1)
         self.counts = Address(at[4])
         self.sinks = at[5]
-
-    def packed(self) -> tuple[int, ...]:
-        strides, stride = [], 1
-        for size in reversed(self._mask):
-            strides.insert(0, 0 if size == 1 else stride)
-            stride *= size
-        return (MASK, *strides, native.KINDS[torch.bool])
+        elements = torch.empty(problem.mask, dtype=torch.bool, device="meta")
+        self.values = Elements(MASK, elements)
 
 
 def _aligned_from(base: int, *sizes: int) -> list[int]:
@@ -189,10 +197,14 @@ def _aligned_from(base: int, *sizes: int) -> list[int]:
 
 
 def python_launches(
-    arch: str, problem: Problem, kernels: Variant, monkeypatch: pytest.MonkeyPatch
+    arch: str,
+    problem: Problem,
+    kernels: Variant,
+    driver: TestDriver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> list[Launch]:
     """The two launches of ``kernel.Call``, with C++'s addresses."""
-    recorder = Recorder()
+    recorder = Recorder(driver)
     end = 0
 
     def allocate(sizes: Sequence[int], device: torch.device) -> tuple[list[int], object]:
@@ -251,7 +263,7 @@ def test_the_same_choice_and_the_same_launches(
     driver = TestDriver()
     driver.set_capability(*ARCHS[arch].capability)
     rng, entries = random.Random(arch), Pack(pack)
-    served = 0
+    served = maps = 0
     with native.opened(driver.path, pack) as device:
         for _ in range(PROBLEMS):
             problem = random_problem(rng)
@@ -265,7 +277,7 @@ def test_the_same_choice_and_the_same_launches(
             launches = driver.launches()
             preparing = 3 * (problem.mask is not None)
             preparing += problem.sinks in (torch.float16, torch.bfloat16)
-            expected = python_launches(arch, problem, kernels, monkeypatch)
+            expected = python_launches(arch, problem, kernels, driver, monkeypatch)
             assert len(launches) == preparing + 2
             overlaps = ARCHS[arch].overlaps_launches
             assert [x.dependent for x in launches] == [False] * (preparing + 1) + [overlaps]
@@ -273,9 +285,11 @@ def test_the_same_choice_and_the_same_launches(
             for ours, theirs, spec in zip(
                 launches[preparing:], expected, kernels.specs(), strict=True
             ):
-                packed = [spec.params.unpack(each.params) for each in (ours, theirs)]
+                packed = [spec.params.unpack_from(each.params) for each in (ours, theirs)]
                 assert packed[0] == pytest.approx(packed[1], rel=0, abs=0, nan_ok=True)
                 assert ours == theirs, problem
+                maps += any(ours.params[spec.params.size :])
+    assert (maps > 0) == (arch == "sm_90a")
     assert served > PROBLEMS / 4
     assert driver.held() == (0, 0, 0)
 

@@ -33,6 +33,11 @@ inline void copy_bulk(void* shared, void const* global, int bytes, uint64_t* mba
                       Site site = SAGE_CALL_SITE) {
     runtime().copy_bulk(shared, global, bytes, mbarrier, site);
 }
+inline void copy_tensor(void* shared, TensorMap const& map, int4 at, uint64_t* mbarrier,
+                        Site site = SAGE_CALL_SITE) {
+    int const coordinates[] = {at.x, at.y, at.z, at.w};
+    runtime().copy_tensor(shared, &map, coordinates, 4, mbarrier, site);
+}
 inline void fence_async(Site site = SAGE_CALL_SITE) { runtime().fence_async(site); }
 
 template <int kThreads>

@@ -9,7 +9,7 @@
 namespace sage::host {
 
 // Changes with everything in this file.
-constexpr uint64_t kAbi = 0x5341'4745'0000'0006;
+constexpr uint64_t kAbi = 0x5341'4745'0000'0007;
 
 // How an Entry begins, so that other symbols are not taken for one.
 constexpr uint64_t kEntryMark = 0x656e'7472'792d'7361;
@@ -98,6 +98,8 @@ struct Runtime {
     void (*mbarrier_arrive)(void* mbarrier, int bytes, Site);  // which are expected besides
     void (*mbarrier_wait)(void* mbarrier, int parity, Site);
     void (*copy_bulk)(void* shared, void const* global, int bytes, void* mbarrier, Site);
+    void (*copy_tensor)(void* shared, void const* map, int const* at, int dims, void* mbarrier,
+                        Site);
     void (*fence_async)(Site);
     void (*named_barrier)(int id, int threads, bool waits, Site);
     void (*set_registers)(int registers, Site);
