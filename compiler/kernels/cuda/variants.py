@@ -62,7 +62,6 @@ class Group:
         few_queries: whether it is decoding, with tiles of ``decoding_tile``.
         cache: whether keys and values are a cache, ``sage.PackedKV``; then with whole blocks of
             queries too, of prompts.
-        without: architectures that have none of it, as the reason says.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Group:
     reason: str
     few_queries: bool = False
     cache: bool = False
-    without: tuple[str, ...] = ()
 
 
 PACK: Final = (
@@ -122,9 +120,7 @@ PACK: Final = (
         masked=True,
         few_queries=True,
         reason="static caches, which is what compiled generation has: the mask hides what is not "
-        "filled yet; and padded batches. The merging kernel is that of the group above. Not by "
-        "wgmma, whose producer keeps registers in local memory there",
-        without=("sm_90a",),
+        "filled yet; and padded batches. The merging kernel is that of the group above",
     ),
     Group(
         "cache",
@@ -426,8 +422,6 @@ def packed_caches(arch: str) -> Iterator[CacheVariant]:
 
 def _members(arch: str, group: Group) -> Iterator[tuple[str, int, str]]:
     """Dtype, head_dim and recipe of each attention of a group."""
-    if arch in group.without:
-        return
     recipes = named(arch).recipes[: 1 if group.recipes is Share.FIRST else None]
     for each in itertools.product(PACKED_DTYPES, group.head_dims, recipes):
         if (arch, each[2]) not in RARE:

@@ -104,8 +104,10 @@ class AttendHopper {
     static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
     static constexpr bool kTight =
         kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads || kSequences);
-    static constexpr int kProducerRegisters = kTight ? 24 : 40;
-    static constexpr int kConsumerRegisters = kTight ? 240 : 232;
+    // Through the masks of packed heads it looks itself, row by row.
+    static constexpr int kProducerRegisters =
+        kMasked && kPackedHeads ? (kTiles == 2 ? 72 : 56) : (kTight ? 24 : 40);
+    static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
     // --- the producer: one thread
 

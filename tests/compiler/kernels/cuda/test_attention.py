@@ -530,7 +530,7 @@ def test_positions_beyond_32_bits() -> None:
 
 CAUSAL = make_call(150, 333, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
 DEAD_BLOCK = make_call(300, 130, 64, torch.float16, mask_class=MaskClass.CAUSAL_BOTTOM_RIGHT)
-PREFETCH = "if (tile + kStages - 1 < end_tile_)"  # what follows the barrier of a tile
+PREFETCH = "if (tile + kStages - 1 < end_tile_ &&"  # what follows the barrier of a tile
 MANY_BLOCKS = make_call(150, 100, 64, torch.float16, group=6)  # 12 rows of means
 
 

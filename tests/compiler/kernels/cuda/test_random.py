@@ -76,7 +76,7 @@ def assert_found(
     ("kind", "old", "new"),
     [
         ("attend", "? key : end;", "? key : end + 1;"),
-        ("attend", "if (shown == kMixed) apply_mask(x, band, half, first + column);", ""),
+        ("attend", "if (mixed) apply_mask(x, mask[band][half], band, half, tile);", ""),
         ("key", "key[t][i] - mean[i]", "key[t][i]"),
         ("value", "arch::barrier();", ""),
         # of few queries by wgmma alone: rows in the places of others, parts that overlap

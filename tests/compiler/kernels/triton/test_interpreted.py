@@ -22,7 +22,14 @@ from sage_compiler.kernels import reference
 from sage_compiler.kernels.triton import kernel
 from sage_compiler.precision import RECIPES
 from sage_compiler.semantics import DeadRows, MaskClass, Semantics
-from tests.compiler.kernels.cuda.random_calls import RandomCall, distance, random_call
+from tests.compiler.kernels.cuda.random_calls import (
+    TEMPLATES,
+    Form,
+    RandomCall,
+    distance,
+    random_call,
+    templates,
+)
 from tests.compiler.kernels.dense import Call, dense
 from tests.tolerances import check, check_lse
 
@@ -93,8 +100,10 @@ def assert_right(
 
 
 def chosen(number: int) -> RandomCall:
-    """A random call of any kind; only its recipe is always the same."""
-    return random_call(RUN, number)
+    """A random call of any kind that is one attention; only its recipe is always the same."""
+    kinds = [i for i, kind in enumerate(templates(RUN)) if kind.form is Form.CALL]
+    repeat, index = divmod(number, len(kinds))
+    return random_call(RUN, repeat * TEMPLATES + kinds[index])
 
 
 @pytest.mark.parametrize("number", range(CALLS))
