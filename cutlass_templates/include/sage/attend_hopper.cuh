@@ -90,9 +90,11 @@ class AttendHopper {
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
     static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
-                                   : kTileScales      ? 32
-                                   : kValueDim == 192 ? (kCopiesMask ? 64 : 96)
-                                   : kMasked          ? 32
+                                   : kTileScales      ? (kValueDim == 256 ? 16 : 32)
+                                   : kValueDim == 192 ? (kPackedHeads && kMasked ? 32
+                                                         : kCopiesMask           ? 64
+                                                                                 : 96)
+                                   : kMasked          ? (kPackedHeads ? 16 : 32)
                                                       : 64;
     static constexpr int kParts = kValueDim / kAtOnce;
     static_assert(kParts * kAtOnce == kValueDim);

@@ -87,6 +87,7 @@ struct WgmmaAtoms;
         using S8 = cute::SM90::GMMA::MMA_64x##n##x32_S32S8S8_SS_TN;         \
         using E4m3 = cute::SM90::GMMA::MMA_64x##n##x32_F32E4M3E4M3_RS_TN<>; \
     };
+SAGE_WGMMA_ATOMS(16)
 SAGE_WGMMA_ATOMS(32)
 SAGE_WGMMA_ATOMS(64)
 SAGE_WGMMA_ATOMS(96)
