@@ -12,8 +12,8 @@ from sage_compiler.costs import Attend, Class, Cost, Turn, costs
 from sage_compiler.errors import UsageError
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, AttendSpec
-from sage_compiler.kernels.cuda.variants import half_sums, variant, variants
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, AttendSpec
+from sage_compiler.kernels.cuda.variants import half_sums, packed_caches, variant, variants
 from sage_compiler.precision import Accumulator
 from sage_compiler.text import columns
 
@@ -51,12 +51,12 @@ def add_command(actions: options.Commands) -> None:
 def attend_specs(arch: str) -> list[Attend]:
     """The attention kernels whose cost is told, each once, in one dtype.
 
-    Those of a pack that do whole query blocks; of the recipe that ``auto`` means every head_dim,
-    with an explicit mask and without; and those of FP16 sums.
+    Those of a pack, of few queries and caches too; of the recipe that ``auto`` means every
+    head_dim, with an explicit mask and without; and those of FP16 sums.
     """
     recipes = ARCHS[arch].recipes
-    packed = [each.attend for each in variants(arch)]
-    found = [attend for attend in packed if attend.query_tile == QUERY_BLOCK]
+    found = [each.attend for each in variants(arch)]
+    found += [each.attend for each in packed_caches(arch)]
     found += [
         variant(arch, _DTYPE, head_dim, recipes[0], masked=masked).attend
         for head_dim in HEAD_DIMS
@@ -64,20 +64,22 @@ def attend_specs(arch: str) -> list[Attend]:
     ]
     found += [each.attend for recipe in recipes for each in half_sums(arch, recipe)]
 
-    def place(spec: Attend) -> tuple[bool, int, int, bool]:
+    def place(spec: Attend) -> tuple[bool, bool, bool, int, int, bool]:
         recipe = recipes.index(f"{spec.qk}_{spec.pv}")
-        return spec.masked, spec.head_dim, recipe, spec.accumulator is Accumulator.FP16
+        half = spec.accumulator is Accumulator.FP16
+        return spec.tile_scales, spec.packed_heads, spec.masked, spec.head_dim, recipe, half
 
     return sorted((spec for spec in dict.fromkeys(found) if spec.dtype == _DTYPE), key=place)
 
 
 def turns(specs: Iterable[Attend]) -> list[Turn]:
-    """Those of which the cost is told: of a kernel with a mask both, by ``mma.sync``."""
+    """Those of which the cost is told: with a mask both, of whole query blocks by ``mma.sync``."""
     return [
         Turn(spec, reads_mask)
         for spec in specs
         for reads_mask in (False, True)
-        if not reads_mask or (spec.masked and isinstance(spec, AttendSpec))
+        if not reads_mask
+        or (spec.masked and isinstance(spec, AttendSpec) and not spec.packed_heads)
     ]
 
 
@@ -153,7 +155,9 @@ def _name(row: Cost) -> str:
     spec = row.spec
     mask = ", mask read" if row.reads_mask else ", mask" if spec.masked else ""
     half = " (FP16 sums)" if spec.accumulator is Accumulator.FP16 else ""
-    return f"{spec.qk}_{spec.pv}{half} {spec.head_dim}{mask}"
+    few = ", few queries" if spec.packed_heads else ""
+    cache = ", cache" if spec.tile_scales else ""
+    return f"{spec.qk}_{spec.pv}{half} {spec.head_dim}{cache}{few}{mask}"
 
 
 def _read(path: Path) -> tuple[str, str]:

@@ -15,8 +15,8 @@ from sage_compiler.kernels.cuda import toolchain
 from sage_compiler.kernels.cuda.arch import ARCHS
 from sage_compiler.kernels.cuda.loops import CodeError, Instruction
 from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.spec import HEAD_DIMS, QUERY_BLOCK, AttendSpec, HopperAttendSpec
-from sage_compiler.kernels.cuda.variants import variant, variants
+from sage_compiler.kernels.cuda.spec import HEAD_DIMS, AttendSpec, HopperAttendSpec
+from sage_compiler.kernels.cuda.variants import packed_caches, variant, variants
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.test_loops import LISTING
 from tests.packaging.layout import ROOT
@@ -284,12 +284,8 @@ def test_a_turn_has_whole_steps() -> None:
 def test_every_default_kernel_has_a_row() -> None:
     """What a pack has and what `auto` means, at every head_dim; the loop does not see the dtype."""
     for arch, offered in ARCHS.items():
-        packed = [each.attend for each in variants(arch)]
-        wanted = {
-            replace(attend, dtype="bfloat16")
-            for attend in packed
-            if attend.query_tile == QUERY_BLOCK
-        }
+        packed = [each.attend for each in (*variants(arch), *packed_caches(arch))]
+        wanted = {replace(attend, dtype="bfloat16") for attend in packed}
         for head_dim, masked in itertools.product(HEAD_DIMS, (False, True)):
             wanted.add(attend(arch, offered.recipes[0], head_dim, masked=masked))
         found = kernels_cost.attend_specs(arch)
