@@ -238,15 +238,14 @@ def forbidden(spec: KernelSpec) -> tuple[str, ...]:
     if isinstance(spec, AttendSpec) and spec.pv is Format.FP8:
         return (*always, _HALF_PRODUCT)  # an emulation converts to half
     if isinstance(spec, HopperAttendSpec):
-        # A cache of long heads has scales of V beside the output: it has the budget alone.
-        longest = max(spec.head_dim, spec.value_head_dim)
-        may_spill = spec.tile_scales and longest > _LARGEST_WITHOUT_SPILLS
-        return (*always, _HALF_PRODUCT, *(() if may_spill else _LOCAL_MEMORY))
+        return (*always, _HALF_PRODUCT, *_LOCAL_MEMORY)
     return always
 
 
 def spill_budget(spec: KernelSpec) -> int:
     """The most bytes of registers that a thread may keep in local memory."""
+    if isinstance(spec, HopperAttendSpec):
+        return 0  # in no head_dim: its products wait for one another where registers are spilled
     if isinstance(spec, OperandSpec) and spec.head_dim > _LARGEST_WITHOUT_SPILLS:
         return _LARGE_SPILL_BUDGET
     return 0 if is_default(spec) else SPILL_BUDGET

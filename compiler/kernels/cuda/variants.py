@@ -496,6 +496,28 @@ def cache_variants(arch: str) -> Iterator[CacheVariant]:
                 yield cache_variant(arch, "bfloat16", head_dim, recipe, tile=tile)
 
 
+def wgmma_specs(arch: str, head_dims: Iterable[int]) -> Iterator[HopperAttendSpec]:
+    """Attention kernels by wgmma of every kind: of calls, caches and packed batches.
+
+    Their registers are full, and which kinds would spill some of them is not to be foreseen.
+    """
+    recipes = [recipe for recipe in named(arch).recipes if named(arch).uses_wgmma(recipe)]
+    for recipe, head_dim in itertools.product(recipes, head_dims):
+        of_call = functools.partial(variant, arch, "bfloat16", head_dim, recipe)
+        of_cache = functools.partial(cache_variant, arch, "bfloat16", head_dim, recipe)
+        found: list[Variant | CacheVariant] = []
+        for window, masked, softcap in itertools.product((False, True), repeat=3):
+            for packed_heads, split in itertools.product((False, True), repeat=2):
+                tile = QueryTile(WGMMA_ROWS, packed_heads, split)
+                for of in (of_call, of_cache):
+                    found.append(of(window=window, masked=masked, softcap=softcap, tile=tile))
+            if not masked:
+                found.append(of_call(window=window, softcap=softcap, varlen=True))
+        for each in found:
+            assert isinstance(each.attend, HopperAttendSpec)
+            yield each.attend
+
+
 def standalone_variants(arch: str) -> Iterator[Variant]:
     """What a host needs that cannot compile: every mask and softcap, and more dims."""
     for dtype in PACKED_DTYPES:
@@ -524,14 +546,27 @@ def all_specs(arch: str, *, further: bool = False) -> tuple[KernelSpec, ...]:
     packed = _specs((*variants(arch), *packed_caches(arch)))
     if not further:
         return packed
-    others = (*_specs(further_variants(arch)), *_specs(cache_variants(arch)))
+    others = (
+        *_specs(further_variants(arch)),
+        *_specs(cache_variants(arch)),
+        *wgmma_specs(arch, HEAD_DIMS),
+    )
     return tuple(spec for spec in dict.fromkeys(others) if spec not in packed)
 
 
 def checked_specs(arch: str) -> tuple[KernelSpec, ...]:
-    """The kernels of a pack and those of ``half_sums``: what ``sagec kernels check`` looks at."""
+    """What ``sagec kernels check`` looks at.
+
+    The kernels of a pack, those of ``half_sums``, and of ``wgmma_specs`` those of the longest heads
+    that have everything.
+    """
     halves = (each for recipe in named(arch).recipes for each in half_sums(arch, recipe))
-    return tuple(dict.fromkeys((*all_specs(arch), *_specs(halves))))
+    full = (
+        spec
+        for spec in wgmma_specs(arch, HEAD_DIMS[-3:])
+        if spec.window and spec.masked and spec.softcap and spec.packed_heads
+    )
+    return tuple(dict.fromkeys((*all_specs(arch), *_specs(halves), *full)))
 
 
 def _specs(variants: Iterable[Variant | CacheVariant]) -> tuple[KernelSpec, ...]:

@@ -16,7 +16,7 @@
 #include <sage/hopper_memory.cuh>
 #include <sage/hopper_task.cuh>
 #include <sage/hopper_work.cuh>
-#include <sage/mask.cuh>
+#include <sage/mask_row.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
@@ -87,29 +87,32 @@ class AttendHopper {
     static constexpr int kStep = 32;                 // bytes of a product
     static constexpr int kQueryKeySteps = (kHeadDim + kStep - 1) / kStep;
     static constexpr int kValueSteps = kKeys / kStep;
+    static constexpr int kMaskAtoms = 2;  // of a mask where it lies, at a time
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output.
-    static constexpr int kAtOnce = kValueDim <= 128   ? kValueDim
-                                   : kTileScales      ? (kValueDim == 256 ? 16 : 32)
-                                   : kValueDim == 192 ? (kPackedHeads && kMasked ? 32
-                                                         : kCopiesMask           ? 64
-                                                                                 : 96)
-                                   : kMasked          ? (kPackedHeads ? 16 : 32)
-                                                      : 64;
+    static constexpr int channels_at_once() {
+        if (kValueDim == 256) {
+            return kMasked && kPackedHeads ? 16 : kMasked || kTileScales ? 32 : 64;
+        }
+        if (kValueDim == 192) return kMasked || kTileScales ? 64 : 96;
+        return kValueDim == 128 && kMasked && kTileScales ? 64 : kValueDim;
+    }
+    static constexpr int kAtOnce = channels_at_once();
     static constexpr int kParts = kValueDim / kAtOnce;
     static_assert(kParts * kAtOnce == kValueDim);
 
-    // Of a thread. A launch gives each 168, 504 for three in different warpgroups: what the
-    // producer gives away, the consumers share. Their scores, P V, output and P take most of
-    // theirs; where anything takes more beside these, the producer has to do with the least
-    // there is.
+    // Of a thread, if all were alike; what the producer gives away, the consumers share. Their
+    // scores, P V, output and P take most of theirs: where anything takes more beside these, the
+    // producer has to do with the least there is.
+    static constexpr int kRegisters = 168;
     static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
     static constexpr bool kTight =
         kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads || kSequences);
     // Through the masks of packed heads it looks itself, row by row.
-    static constexpr int kProducerRegisters =
-        kMasked && kPackedHeads ? (kTiles == 2 ? 72 : 56) : (kTight ? 24 : 40);
-    static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+    static constexpr int kProducerRegisters = kMasked && kPackedHeads ? (kValueDim <= 128 ? 56 : 40)
+                                              : kTight                ? 24
+                                                                      : 40;
+    static constexpr int kConsumerRegisters = (3 * kRegisters - kProducerRegisters) / 2;
 
     // --- the producer: one thread
 
@@ -404,6 +407,9 @@ class AttendHopper {
 
     // output = output * decay + P V, of all parts; the first one is in flight. E4M3 tensor cores
     // keep fewer bits of an accumulator than a float has, so each tile's product has its own.
+    //
+    // Beside scales of V it is the output that is multiplied on its own, which waits for nothing.
+    // Were it P V, the compiler would put off the sums to the end, with all parts in registers.
     SAGE_DEVICE void end_product(float (&product)[kAtOnce / 2], float const (&decay)[kHalves],
                                  Stages const& place) {
         SAGE_UNROLL
@@ -413,17 +419,21 @@ class AttendHopper {
             if constexpr (kTileScales) load_scales(scales, part, place);
             arch::wgmma_wait<0>();
             arch::wgmma_hold(product);
-            if constexpr (kTileScales) scale(product, scales);
             SAGE_UNROLL
             for (int i = 0; i < kAtOnce / 2; ++i) {
-                output_[part][i] = arch::fma(output_[part][i], decay[i / 2 % 2], product[i]);
+                float& sum = output_[part][i];
+                if constexpr (kTileScales) {
+                    float const scale = i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
+                    sum = arch::fma(product[i], scale, arch::multiply(sum, decay[i / 2 % 2]));
+                } else {
+                    sum = arch::fma(sum, decay[i / 2 % 2], product[i]);
+                }
             }
         }
         arch::mbarrier_arrive_warp(Memory::value_empty(place.stage()));
     }
 
-    // The scales that V has in its tile, for the thread's two channels of every eight; and P V by
-    // them.
+    // The scales that V has in its tile, for the thread's two channels of every eight.
     SAGE_DEVICE static void load_scales(float2 (&scales)[kAtOnce / 8], int part,
                                         Stages const& place) {
         float const* const of_part =
@@ -432,13 +442,6 @@ class AttendHopper {
         for (int atom = 0; atom < kAtOnce / 8; ++atom) {
             scales[atom] = arch::load_shared(
                 reinterpret_cast<float2 const*>(of_part + atom * 8 + first_column()));
-        }
-    }
-    SAGE_DEVICE static void scale(float (&product)[kAtOnce / 2],
-                                  float2 const (&scales)[kAtOnce / 8]) {
-        SAGE_UNROLL
-        for (int i = 0; i < kAtOnce / 2; ++i) {
-            product[i] *= i % 2 == 0 ? scales[i / 4].x : scales[i / 4].y;
         }
     }
 
@@ -572,28 +575,42 @@ class AttendHopper {
                                 Masks& masks) const {
         uint8_t const shown = task_->shown_of(tile);
         if (shown == kShowsAll) return;
+        if (shown == kHidesAll) return hide_tile(scores, i);
         if constexpr (kCopiesMask) {
-            if (shown == kMixed && p_.mask_rows != 0) return apply_copied_mask(scores, i, masks);
+            if (p_.mask_rows != 0) return apply_copied_mask(scores, i, masks);
         }
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
-            Split const head(this->head(half), p_.heads);
-            int64_t const of_row = head.outer * p_.mask.batch_stride +
-                                   head.inner * p_.mask.head_stride +
-                                   query(half) * p_.mask.query_stride;
             SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; ++atom) {
-                SAGE_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    uint32_t& word = scores[at(i, half, atom, j)];
-                    int const key = tile * kKeyBlock + first_column() + atom * 8 + j;
-                    if (shown == kHidesAll) word = arch::bits(-infinity());
-                    if (shown == kHidesAll || !exists(half) || key >= p_.key_length) continue;
-                    float const added = bias(p_.mask, of_row + key * p_.mask.key_stride);
-                    float const x = arch::from_bits(word);
-                    word = arch::bits(added == -infinity() ? added : x + added);
-                }
+            for (int atom = 0; atom < kKeyAtoms; atom += kMaskAtoms) {
+                apply_mask_row(scores, i, half, atom, tile);
             }
+        }
+    }
+
+    SAGE_DEVICE static void hide_tile(uint32_t (&scores)[kKeys / 2], int i) {
+        SAGE_UNROLL
+        for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
+            scores[word] = arch::bits(-infinity());
+        }
+    }
+
+    // The mask where it lies, for a row half and kMaskAtoms atoms.
+    SAGE_DEVICE void apply_mask_row(uint32_t (&scores)[kKeys / 2], int i, int half, int first_atom,
+                                    int tile) const {
+        MaskRow<kMaskAtoms> row;
+        row.load(p_.mask, task_->rows().mask_row(0, half),
+                 tile * kKeyBlock + first_atom * 8 + first_column(), p_.key_length,
+                 has_pairs(p_.mask));
+        float x[kMaskAtoms][2];
+        SAGE_UNROLL
+        for (int k = 0; k < kMaskAtoms * 2; ++k) {
+            x[k / 2][k % 2] = arch::from_bits(scores[at(i, half, first_atom + k / 2, k % 2)]);
+        }
+        row.apply(x, p_.mask.kind);
+        SAGE_UNROLL
+        for (int k = 0; k < kMaskAtoms * 2; ++k) {
+            scores[at(i, half, first_atom + k / 2, k % 2)] = arch::bits(x[k / 2][k % 2]);
         }
     }
 

@@ -186,7 +186,9 @@ class PackedRows {
     SAGE_DEVICE uint8_t shown(int key_tile) const {
         int const members = p_.tiles.head_stride == 0 ? 1 : static_cast<int>(p_.group);
         uint32_t found = 0;  // a bit for each kind
+        SAGE_ROLLED
         for (int member = 0; member < members; ++member) {
+            SAGE_ROLLED
             for (int block = first_block_; block <= last_block_; ++block) {
                 found |= 1u << arch::load_global(shown_ + member * p_.tiles.head_stride +
                                                  block * p_.tiles.token_stride + key_tile);

@@ -119,12 +119,16 @@ def test_products_of_warpgroups_may_neither_be_serialized_nor_spill() -> None:
     )
 
 
-def test_a_cache_of_long_heads_by_wgmma_has_the_budget_alone() -> None:
+def test_no_head_dim_may_spill_beside_products_of_warpgroups() -> None:
     (opcodes,) = (code for spec, code in CODE if spec is WGMMA)
-    for head_dim in (128, 192):
-        spec = cache_variant("sm_90a", "float16", head_dim, "int8_fp8").attend
-        found = problems(spec, opcodes + Counter({"LDL.64": 2}), LEAN)
-        assert bool(found) == (head_dim == 128)
+    few = QueryTile(packed_heads=True)
+    for head_dim in (128, 192, 256):
+        spec = cache_variant(
+            "sm_90a", "float16", head_dim, "int8_fp8", masked=True, softcap=True, tile=few
+        ).attend
+        assert problems(spec, opcodes, LEAN) == ()
+        assert problems(spec, opcodes + Counter({"LDL.64": 2}), LEAN)
+        assert problems(spec, opcodes, replace(LEAN, spill_stores=4))
 
 
 WAITING: list[tuple[KernelSpec | None, tuple[str, ...]]] = [

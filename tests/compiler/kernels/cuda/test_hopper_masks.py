@@ -369,6 +369,31 @@ def test_a_fault_of_a_type_is_found(
     assert_found(masked_call(kind), broken(TEMPLATE, change, COPIED), race, multiprocessors=1)
 
 
+@pytest.mark.parametrize(
+    ("change", "found_by"),
+    [
+        (replacing("has_pairs(p_.mask));", "true);"), "aligned|outside of the memory"),
+        (replacing("+ first_atom * 8 + first_column()", "+ first_column()"), None),
+        (replacing("mask_row(0, half)", "mask_row(0, 0)"), None),
+        (replacing("first_column(), p_.key_length,", "first_column(), 704,"), "outside of the mem"),
+        (replacing("word < (i + 1) * kKeyAtoms * 4; ++word) { scores[word] = arch::bits(-inf",
+                   "word < (i + 1) * kKeyAtoms * 4; word += 2) { scores[word] = arch::bits(-inf"),
+         None),
+    ],
+    ids=["pairs", "keys", "rows", "beyond", "hidden"],
+)  # fmt: skip
+def test_a_fault_of_a_mask_where_it_lies_is_found(
+    change: Callable[[str], str], found_by: str | None
+) -> None:
+    """Rows at odd elements; a step of a tile that is hidden and one that is not."""
+    mask = some_mask(torch.float16, 2, 2, 60, 655, seed=2)
+    assert Mask.of(mask, None, 2, 2, 1, 60, 655).boxes() is None
+    call = make_call(60, 655, 64, torch.float16, batch=2, kv_heads=2)
+    call = dataclasses.replace(call, attn_mask=mask)
+    assert_close_to_reference(call)
+    assert_found(call, broken(TEMPLATE, change), found_by)
+
+
 def test_rows_that_are_taken_for_one_are_found() -> None:
     change = replacing("apart_(mask_rows == 1 ? 0 : 8)", "apart_(8)")
     call = make_call(200, 336, 64, torch.float16)

@@ -736,7 +736,8 @@ def test_a_scale_of_the_wrong_values_is_noticed(kind: str, old: str, new: str) -
         ("append", "kValueDim, false, kPanels>", "kValueDim, false>"),
         ("attend_hopper", ": scales[i / 4].y", ": scales[i / 4].x"),
         ("attend_hopper", "of_part + atom * 8 + first_column()", "of_part + first_column()"),
-        ("attend_hopper", "if constexpr (kTileScales) scale(product, scales);", ""),
+        ("attend_hopper", "arch::fma(product[i], scale,", "arch::fma(product[i], 1.0f,"),
+        ("attend_hopper", "arch::multiply(sum, decay[i / 2 % 2])", "sum"),
         ("attend_hopper/hopper_task", "<int>(p_.head_tiles)", "<int>(p_.key_blocks)"),
         ("attend_hopper/hopper_memory", "stage * kValueScaleBytes", "0"),
         ("attend_hopper/hopper_memory", "ValueOfTile::kBytes + kValueScaleBytes;",
@@ -748,6 +749,16 @@ def test_what_is_broken_of_wgmma_is_noticed(where: str, old: str, new: str) -> N
     with broken_kernel(kind, replacing(old, new), *headers, arch=HOPPER):
         test_who_sees_one_key_gets_its_value("int8_fp8", BF16)
         test_tokens_of_a_cache_with_room()
+        test_maxima_that_rise()
+
+
+@both_kernels
+def test_maxima_that_rise() -> None:
+    """The later the tile, the larger its scores: what came before decays, in each."""
+    call = make_call(5, 400, kv_heads=2, head_dim=64, dtype=BF16)
+    rising = (call.key.float() * torch.linspace(0.1, 3.0, 400)[:, None]).to(BF16)
+    call = dataclasses.replace(call, key=rising)
+    check(filled(call).attend(call.query), dense(call)[0], call.value, "int8_fp8")
 
 
 @both_kernels
