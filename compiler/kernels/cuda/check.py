@@ -18,11 +18,14 @@ from sage_compiler.kernels.cuda import ptx
 from sage_compiler.kernels.cuda.arch import PORTABLE, named
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.dispatch import default_recipe
+from sage_compiler.kernels.cuda.loops import parse
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
+from sage_compiler.kernels.cuda.roles import SET_REGISTERS, roles
 from sage_compiler.kernels.cuda.sass import Disassembler, before, count, occurrences
 from sage_compiler.kernels.cuda.spec import (
+    WARPGROUP,
     AppendSpec,
     AttendSpec,
     DeltaSpec,
@@ -64,7 +67,6 @@ _HALF_PRODUCT: Final = "HMMA"
 _WGMMA_PRODUCTS: Final = ("IGMMA", "QGMMA")
 _BULK_COPY: Final = "UBLKCP"
 _TENSOR_COPY: Final = "UTMALDG"
-_SET_REGISTERS: Final = "USETMAXREG"
 _LOCAL_MEMORY: Final = ("LDL", "STL")
 # Of launches that depend on one another: griddepcontrol.wait and .launch_dependents.
 _AWAIT_PREREQUISITES: Final = "ACQBULK"
@@ -183,6 +185,26 @@ def problems_of_order(spec: KernelSpec, listing: str) -> Iterator[str]:
             yield f"{opcode} {times} times before {_AWAIT_PREREQUISITES}"
 
 
+def problems_of_roles(spec: KernelSpec, listing: str, resources: Resources) -> Iterator[str]:
+    """What is wrong with the registers of warpgroups that differ, one sentence each.
+
+    They get what the others give back, and would wait forever for more; and nobody sees to it that
+    code uses no others.
+    """
+    if SET_REGISTERS not in required(spec):
+        return
+    found = tuple(roles(parse(listing)))
+    for role in found:
+        if role.used > role.registers:
+            yield f"code uses {role.used} registers where setmaxnreg leaves {role.registers}"
+    left = max((role.registers for role in found if not role.takes), default=0)
+    taken = max((role.registers for role in found if role.takes), default=0)
+    warpgroups = spec.threads // WARPGROUP
+    asked, launched = left + (warpgroups - 1) * taken, warpgroups * resources.registers
+    if not (left and taken) or asked > launched:
+        yield f"setmaxnreg asks for {asked} registers in all; a launch gives {launched}"
+
+
 def problems_of_ptx(spec: KernelSpec, text: str) -> Iterator[str]:
     """What is wrong with the text of a kernel in PTX besides ``problems``, one sentence each."""
     least = PORTABLE.name.replace("compute_", "sm_")
@@ -215,7 +237,7 @@ def _computing(spec: KernelSpec) -> tuple[str, ...]:
     """The products of an attention kernel, and what brings their operands."""
     if isinstance(spec, HopperAttendSpec):
         of_mask = (_TENSOR_COPY,) if spec.mask_places else ()
-        return (*_WGMMA_PRODUCTS, _BULK_COPY, *of_mask, _SET_REGISTERS)
+        return (*_WGMMA_PRODUCTS, _BULK_COPY, *of_mask, SET_REGISTERS)
     if isinstance(spec, QuantizeSpec):
         return (_STREAMING_STORE,)
     if not isinstance(spec, AttendSpec):
@@ -306,13 +328,19 @@ def _examine(compiler: Compiler, disassembler: Disassembler, spec: KernelSpec) -
     opcodes = count(listing) if text is None else ptx.count(text)
     counts = {name: occurrences(opcodes, name) for name in _SHOWN}
     found = problems(spec, opcodes, binary.resources, binary.warnings)
-    order = problems_of_order(spec, listing) if text is None else problems_of_ptx(spec, text)
+    if text is None:
+        found += (
+            *problems_of_order(spec, listing),
+            *problems_of_roles(spec, listing, binary.resources),
+        )
+    else:
+        found += tuple(problems_of_ptx(spec, text))
     return Row(
         arch=spec.arch,
         symbol=spec.symbol,
         resources=binary.resources,
         shared_bytes=spec.shared_bytes + binary.resources.static_shared,
         opcodes={name: times for name, times in counts.items() if times},
-        problems=(*found, *order),
+        problems=found,
         warnings=binary.warnings,
     )

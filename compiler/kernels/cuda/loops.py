@@ -123,7 +123,7 @@ def steady_path(
         CodeError: the products are in no loop, or it has two entries, or work in a loop inside,
             or no way through it has the marks.
     """
-    graph = _Graph(instructions)
+    graph = Graph(instructions)
     products = {at for at, each in enumerate(instructions) if is_product(each)}
     if not products:
         raise CodeError("the kernel has no tensor products")
@@ -186,7 +186,7 @@ class _Way:
         return (self.work, -self.steps) > (other.work, -other.steps)
 
 
-def _main_loop(graph: _Graph, products: set[int]) -> tuple[set[int], int]:
+def _main_loop(graph: Graph, products: set[int]) -> tuple[set[int], int]:
     """The instructions of the innermost loop with the most products, and its first one."""
     places = set(range(len(graph.after)))
     found: tuple[set[int], int] | None = None
@@ -202,7 +202,7 @@ def _main_loop(graph: _Graph, products: set[int]) -> tuple[set[int], int]:
     return found
 
 
-def _open_loops(graph: _Graph, body: set[int], entry: int, work: set[int]) -> None:
+def _open_loops(graph: Graph, body: set[int], entry: int, work: set[int]) -> None:
     """Take the ways back out of the loops within a loop, so that each is gone through once."""
     for loop in graph.loops(body - {entry}):
         if loop & work:
@@ -219,7 +219,7 @@ def is_product(instruction: Instruction) -> bool:
     return re.fullmatch("[A-Z]G?MMA", instruction.name) is not None
 
 
-class _Graph:
+class Graph:
     """Which instruction may follow which, by their positions."""
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
@@ -252,6 +252,12 @@ class _Graph:
             if len(loop) > 1 or start in self.after[start]:
                 found.append(set(loop))
         return found
+
+    def reached(self, start: int) -> set[int]:
+        """What an instruction leads to, itself included."""
+        seen = set[int]()
+        self._walk(start, self.after, set(range(len(self.after))), seen, [])
+        return seen
 
     def entry(self, loop: set[int]) -> int:
         """Where a loop is entered.

@@ -124,7 +124,7 @@ _FLOAT_BYTES: Final = 4
 _CACHE_LINE: Final = 128
 _LONGEST_SHARED_QUERY: Final = 128
 _BANK_PADDING: Final = 4  # floats between rows, against bank conflicts
-_WARPGROUP: Final = 128  # threads
+WARPGROUP: Final = 128  # threads
 _KEY_SCALES: Final = 16  # bytes, of a tile
 _MBARRIER_BYTES: Final = 8
 _SLICE_CHANNELS: Final = 32
@@ -620,7 +620,7 @@ class HopperAttendSpec(OperandSpec):
 
     @property
     def threads(self) -> int:
-        return 3 * _WARPGROUP  # the producer's, and two of 64 queries each
+        return 3 * WARPGROUP  # the producer's, and two of 64 queries each
 
     @property
     def shared_bytes(self) -> int:
