@@ -101,17 +101,13 @@ class AttendHopper {
     static constexpr int kParts = kValueDim / kAtOnce;
     static_assert(kParts * kAtOnce == kValueDim);
 
-    // Of a thread, if all were alike; what the producer gives away, the consumers share. Their
-    // scores, P V, output and P take most of theirs: where anything takes more beside these, the
-    // producer has to do with the least there is.
+    // Of a thread, if all were alike. The producer gives away all that it can do without, and the
+    // consumers share it; it looks through masks itself, of packed heads row by row.
     static constexpr int kRegisters = 168;
-    static constexpr int kArrays = kKeys / 2 + kAtOnce / 2 + kValueDim / 2 + kKeys / 8;
-    static constexpr bool kTight =
-        kArrays > 176 && (kMasked || kSoftcap || kWindow || kPackedHeads || kSequences);
-    // Through the masks of packed heads it looks itself, row by row.
-    static constexpr int kProducerRegisters = kMasked && kPackedHeads ? (kValueDim <= 128 ? 56 : 40)
-                                              : kTight                ? 24
-                                                                      : 40;
+    static constexpr int kProducerRegisters = !kMasked       ? 24
+                                              : kPackedHeads ? (kValueDim <= 128 ? 56 : 40)
+                                              : kTiles == 2  ? 40
+                                                             : 24;
     static constexpr int kConsumerRegisters = (3 * kRegisters - kProducerRegisters) / 2;
 
     // --- the producer: one thread
