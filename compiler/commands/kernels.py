@@ -32,7 +32,8 @@ instructions it must and must not have; of PTX, at its text. Fails where one is 
     sagec kernels check --arch sm_89
 
 With --further, not those of a pack but one of each kind that is compiled on first use: windows,
-softcap, float32, head_dims, rotations, packed batches, few queries, caches."""
+softcap, float32, head_dims, rotations, packed batches, few queries, caches; by wgmma every kind of
+attention kernel."""
 _BUILD: Final = """\
 Compile every variant for some architectures into a kernel pack, which is found through the
 environment variable SAGE_KERNEL_PACK; then nothing is compiled where the model runs.
@@ -72,7 +73,9 @@ def add_command(commands: options.Commands) -> None:
     which = checking.add_mutually_exclusive_group()
     _add_standalone(which)
     which.add_argument(
-        "--further", action="store_true", help="those that no pack has, one of each kind"
+        "--further",
+        action="store_true",
+        help="those that no pack has, one of each kind; by wgmma every kind",
     )
     options.add_json(checking)
 

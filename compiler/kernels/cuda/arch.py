@@ -263,7 +263,7 @@ _RINGS: Final = (
         stages=4,
         mask_places=4,
         reason="products of 128 keys read Q half as often as of 64, and scores, P, P V and output "
-        "take 208 registers, of 240; beside the addresses of a mask they would spill up to 196 "
+        "take 208 registers, of 240; with a mask they would spill up to 252 "
         "bytes, so there a step is 64 keys; four stages take 145 KiB at most, but 64 with a mask, "
         "which leaves room for four tiles of it",
     ),
@@ -274,7 +274,7 @@ _RINGS: Final = (
         stages=4,
         mask_places=1,
         reason="the output takes up to 128 registers, so scores are of 64 keys, and P V is made of "
-        "32 to 96 channels at a time; four stages take 128 KiB at most and Q 64, which leaves room "
+        "16 to 96 channels at a time; four stages take 128 KiB at most and Q 64, which leaves room "
         "for one tile of a mask: it is read as soon as there are scores, and then the next comes",
     ),
 )

@@ -18,7 +18,7 @@ from sage_compiler.kernels.cuda import ptx
 from sage_compiler.kernels.cuda.arch import PORTABLE, named
 from sage_compiler.kernels.cuda.binary import Resources
 from sage_compiler.kernels.cuda.dispatch import default_recipe
-from sage_compiler.kernels.cuda.loops import parse
+from sage_compiler.kernels.cuda.loops import CodeError, parse
 from sage_compiler.kernels.cuda.parallel import each
 from sage_compiler.kernels.cuda.preparation import PreparationSpec
 from sage_compiler.kernels.cuda.render import render
@@ -188,20 +188,30 @@ def problems_of_order(spec: KernelSpec, listing: str) -> Iterator[str]:
 def problems_of_roles(spec: KernelSpec, listing: str, resources: Resources) -> Iterator[str]:
     """What is wrong with the registers of warpgroups that differ, one sentence each.
 
-    They get what the others give back, and would wait forever for more; and nobody sees to it that
-    code uses no others.
+    Who asks for more than the others gave back waits forever, and nothing in the hardware keeps
+    code from naming registers beyond its share.
     """
     if SET_REGISTERS not in required(spec):
         return
-    found = tuple(roles(parse(listing)))
+    try:
+        found = tuple(roles(parse(listing)))
+    except CodeError as error:
+        yield str(error)
+        return
     for role in found:
         if role.used > role.registers:
             yield f"code uses {role.used} registers where setmaxnreg leaves {role.registers}"
-    left = max((role.registers for role in found if not role.takes), default=0)
-    taken = max((role.registers for role in found if role.takes), default=0)
-    warpgroups = spec.threads // WARPGROUP
-    asked, launched = left + (warpgroups - 1) * taken, warpgroups * resources.registers
-    if not (left and taken) or asked > launched:
+    left = {role.registers for role in found if not role.takes}
+    taken = {role.registers for role in found if role.takes}
+    if len(left) != 1 or len(taken) != 1:
+        yield (
+            f"setmaxnreg leaves warpgroups {sorted(left)} registers and gives {sorted(taken)}; "
+            "one number each is needed"
+        )
+        return
+    warpgroups = spec.threads // WARPGROUP  # the producer's and those of consumers
+    asked, launched = left.pop() + (warpgroups - 1) * taken.pop(), warpgroups * resources.registers
+    if asked > launched:
         yield f"setmaxnreg asks for {asked} registers in all; a launch gives {launched}"
 
 

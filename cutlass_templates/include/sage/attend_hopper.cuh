@@ -87,9 +87,11 @@ class AttendHopper {
     static constexpr int kStep = 32;                 // bytes of a product
     static constexpr int kQueryKeySteps = (kHeadDim + kStep - 1) / kStep;
     static constexpr int kValueSteps = kKeys / kStep;
-    static constexpr int kMaskAtoms = 2;  // of a mask where it lies, at a time
+    // Of a mask where it lies, at a time: with more, registers would be spilled.
+    static constexpr int kMaskAtoms = 2;
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
-    // Channels of P V at a time: what of it is in flight takes registers beside the output.
+    // Channels of P V at a time: what of it is in flight takes registers beside the output. It is
+    // the most with which nothing is spilled, found by compiling every kind.
     static constexpr int channels_at_once() {
         if (kValueDim == 256) {
             return kMasked && kPackedHeads ? 16 : kMasked || kTileScales ? 32 : 64;
@@ -101,8 +103,9 @@ class AttendHopper {
     static constexpr int kParts = kValueDim / kAtOnce;
     static_assert(kParts * kAtOnce == kValueDim);
 
-    // Of a thread, if all were alike. The producer gives away all that it can do without, and the
-    // consumers share it; it looks through masks itself, of packed heads row by row.
+    // Of a thread at launch: 65536 for 384 of them, in eights. The producer gives away all that it
+    // can do without, and the consumers share it; it looks through masks itself, of packed heads
+    // row by row.
     static constexpr int kRegisters = 168;
     static constexpr int kProducerRegisters = !kMasked       ? 24
                                               : kPackedHeads ? (kValueDim <= 128 ? 56 : 40)

@@ -7,7 +7,7 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
-#include <sage/mask.cuh>
+#include <sage/mask_row.cuh>
 #include <sage/order.cuh>
 #include <sage/params.cuh>
 
@@ -16,10 +16,6 @@ namespace sage {
 class CopiedMask {
     static constexpr int kPanelKeyBytes = 128;
     static constexpr int kPanelBytes = kQueryBlock * kPanelKeyBytes;
-
-    static constexpr int element_bytes(MaskKind kind) {
-        return kind == MaskKind::kBool ? 1 : kind == MaskKind::kFloat ? 4 : 2;
-    }
 
  public:
     // Begins to copy a tile of keys, of `head`, which is b * H + h, from a query on, to a place
@@ -65,8 +61,11 @@ class CopiedMask {
                 return in_log2(arch::load_shared(reinterpret_cast<float2 const*>(from)));
             } else {
                 uint32_t const packed = arch::load_shared(reinterpret_cast<uint32_t const*>(from));
-                return in_log2(kKind == MaskKind::kHalf ? arch::unpack_half(packed)
-                                                        : arch::unpack_bfloat16(packed));
+                if constexpr (kKind == MaskKind::kBfloat16) {
+                    return in_log2(arch::unpack_bfloat16(packed));
+                }
+                float2 const natural = arch::unpack_half(packed);  // no overflow
+                return make_float2(natural.x * kLog2E, natural.y * kLog2E);
             }
         }
 

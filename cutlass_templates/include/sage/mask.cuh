@@ -37,9 +37,4 @@ SAGE_DEVICE float in_log2(float natural) {
     return overflows ? with_sign(kLargest, natural) : scaled;
 }
 
-// What an element of a mask adds to a score, in units of log 2.
-SAGE_DEVICE float bias(Mask const& mask, int64_t index) {
-    return in_log2(natural_bias(mask, index));
-}
-
 }  // namespace sage

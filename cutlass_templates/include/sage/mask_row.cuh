@@ -6,9 +6,13 @@
 
 namespace sage {
 
+SAGE_DEVICE constexpr int element_bytes(MaskKind kind) {
+    return kind == MaskKind::kBool ? 1 : kind == MaskKind::kFloat ? 4 : 2;
+}
+
 // Whether two neighbours that begin at an even key can be loaded together, in every row.
 SAGE_DEVICE bool has_pairs(Mask const& mask) {
-    int const bytes = mask.kind == MaskKind::kBool ? 1 : mask.kind == MaskKind::kFloat ? 4 : 2;
+    int const bytes = element_bytes(mask.kind);
     bool const even = reinterpret_cast<uintptr_t>(mask.data) % (2 * bytes) == 0 &&
                       (mask.batch_stride | mask.head_stride | mask.query_stride) % 2 == 0;
     return mask.key_stride == 1 && even;
@@ -33,15 +37,7 @@ class MaskRow {
                     return load_pairs<float, float2>(mask, row + first);
             }
         }
-        switch (mask.kind) {
-            case MaskKind::kBool:
-                return load_singly<uint8_t>(mask, row, first, key_length);
-            case MaskKind::kHalf:
-            case MaskKind::kBfloat16:
-                return load_singly<uint16_t>(mask, row, first, key_length);
-            default:
-                return load_singly<uint32_t>(mask, row, first, key_length);
-        }
+        load_singly(mask, row, first, key_length);
     }
 
     // Hides what a bool mask hides, and adds a float one, to scores in units of log 2.
@@ -54,15 +50,13 @@ class MaskRow {
                     float2 const natural = arch::unpack_half(pair[0]);
                     return make_float2(natural.x * kLog2E, natural.y * kLog2E);
                 });
-            case MaskKind::kBfloat16:
-                return add(x, [](uint32_t const* pair) {
-                    float2 const natural = arch::unpack_bfloat16(pair[0]);
-                    return make_float2(in_log2(natural.x), in_log2(natural.y));
-                });
             default:
-                return add(x, [](uint32_t const* pair) {
-                    return make_float2(in_log2(arch::from_bits(pair[0])),
-                                       in_log2(arch::from_bits(pair[1])));
+                return add(x, [kind](uint32_t const* pair) {
+                    float2 const natural =
+                        kind == MaskKind::kBfloat16
+                            ? arch::unpack_bfloat16(pair[0])
+                            : make_float2(arch::from_bits(pair[0]), arch::from_bits(pair[1]));
+                    return make_float2(in_log2(natural.x), in_log2(natural.y));
                 });
         }
     }
@@ -85,24 +79,37 @@ class MaskRow {
         words[1] = arch::bits(pair.y);
     }
 
-    template <class Word>
+    // Types differ in the loads alone, so that there is little code of each.
     SAGE_DEVICE void load_singly(Mask const& mask, int64_t row, int first, int64_t key_length) {
-        Word const* const data = static_cast<Word const*>(mask.data) + row;
+        int const bytes = element_bytes(mask.kind);
         SAGE_UNROLL
         for (int atom = 0; atom < kAtoms; ++atom) {
+            int64_t const key = first + atom * 8;
+            bool const exist[2] = {key < key_length, key + 1 < key_length};
+            char const* const low =
+                static_cast<char const*>(mask.data) + (row + key * mask.key_stride) * bytes;
+            char const* const high = low + mask.key_stride * bytes;
             uint32_t found[2] = {0, 0};
-            SAGE_UNROLL
-            for (int i = 0; i < 2; ++i) {
-                int64_t const key = first + atom * 8 + i;
-                if (key < key_length) found[i] = arch::load_global(data + key * mask.key_stride);
+            switch (bytes) {
+                case 1:
+                    load_two<uint8_t>(found, exist, low, high);
+                    break;
+                case 2:
+                    load_two<uint16_t>(found, exist, low, high);
+                    break;
+                default:
+                    load_two<uint32_t>(found, exist, low, high);
             }
-            if constexpr (sizeof(Word) < 4) {
-                words_[atom][0] = found[0] | found[1] << 8 * sizeof(Word);
-            } else {
-                words_[atom][0] = found[0];
-                words_[atom][1] = found[1];
-            }
+            words_[atom][0] = bytes == 4 ? found[0] : found[0] | found[1] << 8 * bytes;
+            words_[atom][1] = found[1];
         }
+    }
+
+    template <class Word>
+    SAGE_DEVICE static void load_two(uint32_t (&found)[2], bool const (&exist)[2], char const* low,
+                                     char const* high) {
+        if (exist[0]) found[0] = arch::load_global(reinterpret_cast<Word const*>(low));
+        if (exist[1]) found[1] = arch::load_global(reinterpret_cast<Word const*>(high));
     }
 
     SAGE_DEVICE void hide(float (*x)[2]) const {

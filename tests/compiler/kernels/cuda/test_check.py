@@ -22,7 +22,9 @@ from sage_compiler.kernels.cuda.check import (
 )
 from sage_compiler.kernels.cuda.sass import Disassembler
 from sage_compiler.kernels.cuda.spec import (
+    HEAD_DIMS,
     AttendSpec,
+    HopperAttendSpec,
     KernelSpec,
     KeySpec,
     QuerySpec,
@@ -30,7 +32,13 @@ from sage_compiler.kernels.cuda.spec import (
     StatisticsSpec,
     ValueSpec,
 )
-from sage_compiler.kernels.cuda.variants import all_specs, cache_variant, variant
+from sage_compiler.kernels.cuda.variants import (
+    all_specs,
+    cache_variant,
+    checked_specs,
+    variant,
+    wgmma_specs,
+)
 from sage_compiler.precision import Accumulator, Format
 from tests.compiler.kernels.cuda.toy import TOY, FakeCompiler, listed
 
@@ -129,6 +137,21 @@ def test_no_head_dim_may_spill_beside_products_of_warpgroups() -> None:
         assert problems(spec, opcodes, LEAN) == ()
         assert problems(spec, opcodes + Counter({"LDL.64": 2}), LEAN)
         assert problems(spec, opcodes, replace(LEAN, spill_stores=4))
+
+
+def test_every_kind_by_wgmma_is_looked_at() -> None:
+    """Those that have everything in every check, the others with ``--further``."""
+    kinds = list(wgmma_specs("sm_90a", HEAD_DIMS))
+    assert len(set(kinds)) == len(kinds) == 408
+    packed, further = set(all_specs("sm_90a")), set(all_specs("sm_90a", further=True))
+    assert set(kinds) <= packed | further
+    always = {
+        spec for spec in set(checked_specs("sm_90a")) - packed if isinstance(spec, HopperAttendSpec)
+    }
+    assert len(always) == 12 and always <= set(kinds)
+    assert {spec.head_dim for spec in always} == {128, 192, 256}
+    assert all(spec.window and spec.masked and spec.softcap for spec in always)
+    assert not list(wgmma_specs("sm_89", HEAD_DIMS))
 
 
 WAITING: list[tuple[KernelSpec | None, tuple[str, ...]]] = [

@@ -358,7 +358,7 @@ def test_nothing_is_found_where_there_is_no_fault() -> None:
         (
             "bfloat16 is taken for half",
             torch.bfloat16,
-            replacing("kKind == MaskKind::kHalf ?", "kKind != MaskKind::kFloat ?"),
+            replacing("if constexpr (kKind == MaskKind::kBfloat16)", "if constexpr (false)"),
         ),
     ],
 )

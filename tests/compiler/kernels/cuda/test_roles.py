@@ -5,12 +5,14 @@ import pytest
 from sage_compiler.errors import KernelUnavailableError
 from sage_compiler.kernels.cuda import toolchain
 from sage_compiler.kernels.cuda.binary import Resources
-from sage_compiler.kernels.cuda.check import problems_of_roles
+from sage_compiler.kernels.cuda.check import check, problems, problems_of_roles
 from sage_compiler.kernels.cuda.loops import parse
 from sage_compiler.kernels.cuda.render import render
 from sage_compiler.kernels.cuda.roles import Role, roles
-from sage_compiler.kernels.cuda.sass import Disassembler
-from sage_compiler.kernels.cuda.variants import variant
+from sage_compiler.kernels.cuda.sass import Disassembler, count
+from sage_compiler.kernels.cuda.spec import QueryTile
+from sage_compiler.kernels.cuda.variants import cache_variant, variant
+from tests.compiler.kernels.cuda.toy import FakeCompiler
 
 LAUNCHED = Resources(registers=168, spill_stores=0, spill_loads=0, stack=0, static_shared=0)
 WGMMA = variant("sm_90a", "bfloat16", 64, "int8_fp8").attend
@@ -43,14 +45,11 @@ def listing(code: str = "NOP") -> str:
     ("code", "used"),
     [
         ("FADD R5, R97, R6", 98),
-        ("FADD R5, RZ, UR97", 32),  # uniform registers are others
+        ("LDG.E.64 R90, desc[UR28][R100.64]", 101),
+        ("FADD R5, RZ, UR97", 31),  # uniform registers are others
         ("IGMMA.64x64x32.S8.S8 R200, gdesc[UR12], RZ, !UPT", 232),
         ("QGMMA.64x128x32.F32.E4M3.E4M3 R100, R24, gdesc[UR12], R100, gsb0", 164),
         ("QGMMA.64x16x32.F32.E4M3.E4M3 R24, R228, gdesc[UR12], RZ, !UPT", 232),
-        ("LDG.E.64 R90, desc[UR28][R100.64]", 102),
-        ("LDS.128 R96, [R7]", 100),
-        ("STS.128 [R7], R96", 100),
-        ("IMAD.WIDE.U32 R98, R4, R99, R2", 100),
     ],
 )
 def test_what_code_uses(code: str, used: int) -> None:
@@ -72,7 +71,14 @@ def test_what_fits_is_right() -> None:
         ("R22,", "R40,", "code uses 41 registers where setmaxnreg leaves 40"),
         ("0xe8", "0xf0", "asks for 520 registers in all; a launch gives 504"),
         ("0x28", "0x38", "asks for 520 registers in all; a launch gives 504"),
-        ("DEALLOC.CTAPOOL", "TRY_ALLOC.CTAPOOL UP0,", "asks for 464 registers in all"),
+        ("DEALLOC.CTAPOOL", "TRY_ALLOC.CTAPOOL UP0,", "leaves warpgroups [] registers"),
+        (
+            "USETMAXREG.DEALLOC.CTAPOOL 0x28",
+            "NOP",
+            "leaves warpgroups [] registers and gives [232]",
+        ),
+        ("CTAPOOL 0x28", "CTAPOOL UR4", "DEALLOC.CTAPOOL UR4 names no number of registers"),
+        ("`(.L_x_3)", "`(.L_x_4)", "names no place in this kernel"),
     ],
 )
 def test_what_does_not_fit_is_found(old: str, new: str, found: str) -> None:
@@ -80,17 +86,36 @@ def test_what_does_not_fit_is_found(old: str, new: str, found: str) -> None:
     assert found in problem
 
 
-def test_a_real_kernel() -> None:
-    """It uses nearly all, and what there is: an allotment that is a step smaller is too small."""
+FULL = cache_variant(
+    "sm_90a",
+    "bfloat16",
+    256,
+    "int8_fp8",
+    window=True,
+    masked=True,
+    softcap=True,
+    tile=QueryTile(packed_heads=True, split=True),
+).attend
+
+
+def test_a_kernel_that_has_everything() -> None:
+    """What its consumers have is needed: with a step less there would be too little."""
     try:
         compiler, disassembler = toolchain.find("nvrtc"), Disassembler.find()
     except KernelUnavailableError as error:
         pytest.skip(str(error))
-    binary = compiler.compile(render(WGMMA), "sm_90a")
+    binary = compiler.compile(render(FULL), "sm_90a")
     code = disassembler.listing(binary.image)
-    assert list(problems_of_roles(WGMMA, code, binary.resources)) == []
-    taking, giving = sorted(roles(parse(code)), key=lambda role: not role.takes)
-    assert taking.takes and not giving.takes
-    assert 3 * 168 == 2 * taking.registers + giving.registers
-    smaller = code.replace(hex(taking.registers), hex(taking.used - 1))
-    assert len(list(problems_of_roles(WGMMA, smaller, binary.resources))) == 1
+    assert problems(FULL, count(code), binary.resources, binary.warnings) == ()
+    assert list(problems_of_roles(FULL, code, binary.resources)) == []
+    assert "CTAPOOL UP0, 0xe8" in code and "CTAPOOL 0x28" in code
+    smaller = code.replace("CTAPOOL UP0, 0xe8", "CTAPOOL UP0, 0xe0")
+    (problem,) = problems_of_roles(FULL, smaller, binary.resources)
+    assert "where setmaxnreg leaves 224" in problem
+
+
+def test_a_check_looks_at_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = listing().replace("0xe8", "0xf0")
+    monkeypatch.setattr(Disassembler, "listing", lambda self, image: code)
+    (row,) = check([WGMMA], FakeCompiler(), Disassembler(()), jobs=1)
+    assert any("asks for 520 registers" in problem for problem in row.problems)
