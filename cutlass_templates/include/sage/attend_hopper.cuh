@@ -12,11 +12,12 @@
 #pragma once
 
 #include <sage/arch/hopper.cuh>
-#include <sage/copied_mask.cuh>
+#include <sage/hopper_mask.cuh>
 #include <sage/hopper_memory.cuh>
+#include <sage/hopper_producer.cuh>
+#include <sage/hopper_scores.cuh>
 #include <sage/hopper_task.cuh>
 #include <sage/hopper_work.cuh>
-#include <sage/mask_row.cuh>
 #include <sage/numeric.cuh>
 #include <sage/params.cuh>
 #include <sage/row_end.cuh>
@@ -50,6 +51,7 @@ class AttendHopper {
     using Work = cute::conditional_t<kSequences, WorkOfSequences<Narrow>, WorkOfCall<Task, OfTask>>;
     using Memory =
         HopperMemory<kHeadDim, kValueDim, kTileScales, kTiles, kStages, kMaskPlaces, Work::kWords>;
+    using Producer = HopperProducer<Work, Task, Memory>;
     using Rows = typename Task::Rows;
     using Deal = HopperDeal;
 
@@ -67,9 +69,9 @@ class AttendHopper {
         if (thread >= kConsumers) {
             arch::registers_decrease<kProducerRegisters>();
             arch::await_prerequisites();
-            if (thread == kConsumers) produce(p);
+            if (thread == kConsumers) Producer::produce(p);
             if constexpr (kCopiesMask) {
-                if (thread == kConsumers + 32) produce_masks(p);
+                if (thread == kConsumers + 32) Producer::produce_masks(p);
             }
         } else {
             arch::registers_increase<kConsumerRegisters>();
@@ -79,16 +81,15 @@ class AttendHopper {
     }
 
  private:
-    using Stages = RingPlace<kStages>;
-    using Queries = RingPlace<Memory::kQueries>;
-    using Masks = RingPlace<kCopiesMask ? kMaskPlaces : 1>;
+    using Stages = typename Memory::Stages;
+    using Queries = typename Memory::Queries;
+    using Masks = typename Memory::Masks;
+    using Scores = HopperScores<kTiles>;
+    using Words = typename Scores::Words;
     static constexpr int kKeys = kTiles * kKeyBlock;
-    static constexpr int kKeyAtoms = kKeyBlock / 8;  // of a tile
-    static constexpr int kStep = 32;                 // bytes of a product
+    static constexpr int kStep = 32;  // bytes of a product
     static constexpr int kQueryKeySteps = (kHeadDim + kStep - 1) / kStep;
     static constexpr int kValueSteps = kKeys / kStep;
-    // Of a mask where it lies, at a time: with more, registers would be spilled.
-    static constexpr int kMaskAtoms = 2;
     static_assert(kHeadDim % 32 == 0 && kValueDim % 32 == 0);
     // Channels of P V at a time: what of it is in flight takes registers beside the output. It is
     // the most with which nothing is spilled, found by compiling every kind.
@@ -112,120 +113,6 @@ class AttendHopper {
                                               : kTiles == 2  ? 40
                                                              : 24;
     static constexpr int kConsumerRegisters = (3 * kRegisters - kProducerRegisters) / 2;
-
-    // --- the producer: one thread
-
-    // It is ahead of the consumers by what the rings hold, so also in their next task.
-    SAGE_DEVICE static void produce(Params const& launch) {
-        Stages stages;
-        Queries queries;
-        int position = Deal::first();
-        for (; position != Deal::kNone; position = Deal::next(Work::call(launch))) {
-            wait_for_place(queries);
-            int* const words = Memory::task_words(queries.stage());
-            int const index = arch::warp_uniform(Work::find(launch, position, words));
-            if (index < 0) continue;
-            arch::store_shared(Memory::task(queries.stage()), index);
-            stages.turn = arch::warp_uniform(stages.turn);
-            Work const work(launch, words);
-            Task const task(work.params(), index);
-            if (task.is_step(task.first_step())) {
-                copy_query(work.params(), task, queries.stage());
-            } else {
-                arch::mbarrier_arrive(Memory::query_full(queries.stage()));
-            }
-            queries.advance();
-            copy_steps(work.params(), task, stages);
-        }
-        wait_for_place(queries);
-        arch::store_shared(Memory::task(queries.stage()), Deal::kNone);
-        arch::mbarrier_arrive(Memory::query_full(queries.stage()));
-    }
-
-    // Until consumers do not look any more for a task where they will for the next.
-    SAGE_DEVICE static void wait_for_place(Queries const& place) {
-        arch::mbarrier_wait(Memory::query_empty(place.stage()), place.parity() ^ 1);
-    }
-
-    SAGE_DEVICE static void copy_query(AttendParams const& p, Task const& task, int place) {
-        constexpr int kBytes = Memory::Query::kBytes;
-        arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes);
-        arch::copy_bulk(Memory::query(place),
-                        static_cast<char const*>(p.query_codes) + task.rows().tile() * kBytes,
-                        kBytes, Memory::query_full(place));
-    }
-
-    SAGE_DEVICE static void copy_steps(AttendParams const& p, Task const& task, Stages& place) {
-        SAGE_ROLLED
-        for (int tile = task.first_step(); task.is_step(tile); tile = task.step_after(tile)) {
-            arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity() ^ 1);
-            arch::mbarrier_arrive_expect(Memory::key_full(place.stage()), Memory::kKeyBytes);
-            SAGE_ROLLED
-            for (int i = 0; i < kTiles; ++i) copy_key(packed(p, task, tile + i), place.stage(), i);
-            arch::mbarrier_wait(Memory::value_empty(place.stage()), place.parity() ^ 1);
-            arch::mbarrier_arrive_expect(Memory::value_full(place.stage()), Memory::kValueBytes);
-            SAGE_ROLLED
-            for (int i = 0; i < kTiles; ++i) {
-                arch::copy_bulk(Memory::value(place.stage(), i),
-                                packed(p, task, tile + i) + Memory::kPackedValue,
-                                Memory::ValueOfTile::kBytes, Memory::value_full(place.stage()));
-            }
-            if constexpr (kTileScales) {
-                arch::copy_bulk(Memory::value_scales(place.stage()),
-                                packed(p, task, tile) + Memory::kPackedValueScales,
-                                Memory::kValueScaleBytes, Memory::value_full(place.stage()));
-            }
-            place.advance();
-        }
-    }
-
-    SAGE_DEVICE static char const* packed(AttendParams const& p, Task const& task, int tile) {
-        return static_cast<char const*>(p.key_value_tiles) +
-               int64_t{task.copied(tile)} * Memory::kPackedBytes;
-    }
-
-    SAGE_DEVICE static void copy_key(char const* packed, int stage, int index) {
-        using OfTile = typename Memory::KeyOfTile;
-        // So that the panels of the stage's tiles are what those of each are, behind one another.
-        static_assert(kTiles == 1 || OfTile::kCount == 1);
-        arch::copy_bulk(Memory::key(stage) + index * OfTile::kBytes, packed, OfTile::kBytes,
-                        Memory::key_full(stage));
-        arch::copy_bulk(Memory::scales(stage, index), packed + Memory::kPackedScales,
-                        Memory::kScaleBytes, Memory::key_full(stage));
-    }
-
-    // --- the producer of masks: a thread of another warp, so that neither waits for the other's
-    // places, and each has registers for itself
-
-    // Like a consumer, it is told the tasks.
-    SAGE_DEVICE static void produce_masks(Params const& p) {
-        Queries queries;
-        Masks masks;
-        for (;; queries.advance()) {
-            arch::mbarrier_wait(Memory::query_full(queries.stage()), queries.parity());
-            int const index = arch::load_shared(Memory::task(queries.stage()));
-            if (index == Deal::kNone) break;
-            arch::mbarrier_arrive(Memory::query_empty(queries.stage()));
-            if (p.mask_rows != 0) copy_masks(p, Task(p, index), masks);
-        }
-    }
-
-    // The tiles of which elements are wanted.
-    SAGE_DEVICE static void copy_masks(Params const& p, Task const& task, Masks& place) {
-        SAGE_ROLLED
-        for (int step = task.first_step(); task.is_step(step); step = task.step_after(step)) {
-            SAGE_ROLLED
-            for (int tile = step; tile < step + kTiles; ++tile) {
-                if (task.shown_of(tile) != kMixed) continue;
-                arch::mbarrier_wait(Memory::mask_empty(place.stage()), place.parity() ^ 1);
-                CopiedMask::copy(p, task.rows().head(0, 0), task.rows().first_query(), tile,
-                                 Memory::mask(place.stage()), Memory::mask_full(place.stage()));
-                place.advance();
-            }
-        }
-    }
-
-    // --- the consumers
 
     OfTask const& p_;
     Task const* task_;
@@ -298,15 +185,14 @@ class AttendHopper {
     SAGE_DEVICE int64_t index_of(int half) const {
         return head(half) * p_.query_length + query(half);
     }
-    // The first column, of every eight, that it holds.
-    SAGE_DEVICE static int first_column() { return (arch::thread_index() & 3) * 2; }
+    SAGE_DEVICE static int first_column() { return Scores::first_column(); }
 
     // Q is at `query`, K and V of the first step at `place`, and what of the mask is copied first
     // at `masks`, which become those of the next task.
     SAGE_DEVICE void attend(int query, Stages& place, Masks& masks) {
         int tile = task_->first_step();
         if (task_->is_step(tile)) {
-            uint32_t scores[kKeys / 2];
+            Words scores;
             float product[kAtOnce / 2];
             float key_scales[kTiles];
 
@@ -359,8 +245,8 @@ class AttendHopper {
     }
 
     // Begins Q K^T of a stage, when K is there and it is the warpgroup's turn.
-    SAGE_DEVICE void begin_scores(uint32_t (&scores)[kKeys / 2], float (&key_scales)[kTiles],
-                                  int query_place, Stages const& place) const {
+    SAGE_DEVICE void begin_scores(Words& scores, float (&key_scales)[kTiles], int query_place,
+                                  Stages const& place) const {
         arch::mbarrier_wait(Memory::key_full(place.stage()), place.parity());
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
@@ -446,14 +332,9 @@ class AttendHopper {
 
     static constexpr float kLargeScore = 4096.0f;  // its last bit is worth 2^-11
 
-    // Element i of row half `half` and of 8 keys `atom` of a tile.
-    SAGE_DEVICE static constexpr int at(int tile, int half, int atom, int i) {
-        return (tile * kKeyAtoms + atom) * 4 + half * 2 + i;
-    }
-
     // Scores of the keys from `tile` on, as bits of floats in the place of integers, which are
     // still to be multiplied by `remaining`.
-    SAGE_DEVICE void scale(uint32_t (&scores)[kKeys / 2], float (&remaining)[Rows::kScales][kTiles],
+    SAGE_DEVICE void scale(Words& scores, float (&remaining)[Rows::kScales][kTiles],
                            float const (&key_scales)[kTiles], int tile, Masks& masks) {
         // Some of the warpgroup's queries do not see some of these keys, or there are none.
         int const first = tile * kKeyBlock;
@@ -470,7 +351,8 @@ class AttendHopper {
                 remaining[of][i] = kScaled ? 1.0f : scale[of] == 0.0f ? kSmallestScale : scale[of];
             }
             SAGE_UNROLL
-            for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
+            for (int word = i * Scores::kTileAtoms * 4; word < (i + 1) * Scores::kTileAtoms * 4;
+                 ++word) {
                 float x = arch::from_int(scores[word]);
                 if constexpr (kScaled) x *= scale[Rows::scale_of(0, word / 2 % 2)];
                 if constexpr (kSoftcap) x = capped(x + row_term_[word / 2 % 2]);
@@ -478,15 +360,16 @@ class AttendHopper {
             }
         }
         if constexpr (kMasked) {
+            HopperMask<OfTask, Task, Memory> const mask(p_, *task_);
             SAGE_UNROLL
-            for (int i = 0; i < kTiles; ++i) apply_mask(scores, i, tile + i, masks);
+            for (int i = 0; i < kTiles; ++i) mask.apply(scores, i, tile + i, masks);
         }
         if (masked) hide(scores, first);
     }
 
     // P of a row half, as bits of floats in the place of the scores, and by what its sums so far
     // decay.
-    SAGE_DEVICE void softmax(uint32_t (&scores)[kKeys / 2], int half,
+    SAGE_DEVICE void softmax(Words& scores, int half,
                              float const (&remaining)[Rows::kScales][kTiles]) {
         float const(&of_row)[kTiles] = remaining[Rows::scale_of(0, half)];
         float highest = -infinity();
@@ -494,9 +377,9 @@ class AttendHopper {
         for (int i = 0; i < kTiles; ++i) {
             float of_tile = -infinity();
             SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; ++atom) {
-                float const low = arch::from_bits(scores[at(i, half, atom, 0)]);
-                float const high = arch::from_bits(scores[at(i, half, atom, 1)]);
+            for (int atom = 0; atom < Scores::kTileAtoms; ++atom) {
+                float const low = arch::from_bits(scores[Scores::at(i, half, atom, 0)]);
+                float const high = arch::from_bits(scores[Scores::at(i, half, atom, 1)]);
                 of_tile = arch::maximum(of_tile, arch::maximum(low, high));
             }
             highest = arch::maximum(highest, arch::multiply(of_tile, of_row[i]));
@@ -520,10 +403,10 @@ class AttendHopper {
         for (int i = 0; i < kTiles; ++i) {
             float const factor = large ? 1.0f : of_row[i];
             SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+            for (int atom = 0; atom < Scores::kTileAtoms; ++atom) {
                 SAGE_UNROLL
                 for (int j = 0; j < 2; ++j) {
-                    uint32_t& word = scores[at(i, half, atom, j)];
+                    uint32_t& word = scores[Scores::at(i, half, atom, j)];
                     float const x = arch::exp2(arch::fma(arch::from_bits(word), factor, shift));
                     total += x;
                     word = arch::bits(x);
@@ -533,15 +416,15 @@ class AttendHopper {
         total_[half] = arch::fma(total_[half], decay_[half], total);
     }
 
-    SAGE_DEVICE static void subtract(uint32_t (&scores)[kKeys / 2], int half,
-                                     float const (&remaining)[kTiles], float origin) {
+    SAGE_DEVICE static void subtract(Words& scores, int half, float const (&remaining)[kTiles],
+                                     float origin) {
         SAGE_UNROLL
         for (int i = 0; i < kTiles; ++i) {
             SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; ++atom) {
+            for (int atom = 0; atom < Scores::kTileAtoms; ++atom) {
                 SAGE_UNROLL
                 for (int j = 0; j < 2; ++j) {
-                    uint32_t& word = scores[at(i, half, atom, j)];
+                    uint32_t& word = scores[Scores::at(i, half, atom, j)];
                     float const x = arch::from_bits(word);
                     word = arch::bits(arch::multiply(x, remaining[i]) - origin);
                 }
@@ -550,7 +433,7 @@ class AttendHopper {
     }
 
     // Hides the keys from `first` on that a row does not see.
-    SAGE_DEVICE void hide(uint32_t (&scores)[kKeys / 2], int first) const {
+    SAGE_DEVICE void hide(Words& scores, int first) const {
         SAGE_UNROLL
         for (int half = 0; half < kHalves; ++half) {
             int const begin = task_->first_key(query(half)) - first - first_column();
@@ -561,96 +444,8 @@ class AttendHopper {
                 for (int i = 0; i < 2; ++i) {
                     int const key = atom * 8 + i;
                     if (key < begin || key >= end) {
-                        scores[at(0, half, atom, i)] = arch::bits(-infinity());
+                        scores[Scores::at(0, half, atom, i)] = arch::bits(-infinity());
                     }
-                }
-            }
-        }
-    }
-
-    // Hides what a bool mask hides of a tile, the step's i-th, and adds a float one, to scores in
-    // units of log 2.
-    SAGE_DEVICE void apply_mask(uint32_t (&scores)[kKeys / 2], int i, int tile,
-                                Masks& masks) const {
-        uint8_t const shown = task_->shown_of(tile);
-        if (shown == kShowsAll) return;
-        if (shown == kHidesAll) return hide_tile(scores, i);
-        if constexpr (kCopiesMask) {
-            if (p_.mask_rows != 0) return apply_copied_mask(scores, i, masks);
-        }
-        SAGE_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-            SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; atom += kMaskAtoms) {
-                apply_mask_row(scores, i, half, atom, tile);
-            }
-        }
-    }
-
-    SAGE_DEVICE static void hide_tile(uint32_t (&scores)[kKeys / 2], int i) {
-        SAGE_UNROLL
-        for (int word = i * kKeyAtoms * 4; word < (i + 1) * kKeyAtoms * 4; ++word) {
-            scores[word] = arch::bits(-infinity());
-        }
-    }
-
-    // The mask where it lies, for a row half and kMaskAtoms atoms.
-    SAGE_DEVICE void apply_mask_row(uint32_t (&scores)[kKeys / 2], int i, int half, int first_atom,
-                                    int tile) const {
-        MaskRow<kMaskAtoms> row;
-        row.load(p_.mask, task_->rows().mask_row(0, half),
-                 tile * kKeyBlock + first_atom * 8 + first_column(), p_.key_length,
-                 has_pairs(p_.mask));
-        float x[kMaskAtoms][2];
-        SAGE_UNROLL
-        for (int k = 0; k < kMaskAtoms * 2; ++k) {
-            x[k / 2][k % 2] = arch::from_bits(scores[at(i, half, first_atom + k / 2, k % 2)]);
-        }
-        row.apply(x, p_.mask.kind);
-        SAGE_UNROLL
-        for (int k = 0; k < kMaskAtoms * 2; ++k) {
-            scores[at(i, half, first_atom + k / 2, k % 2)] = arch::bits(x[k / 2][k % 2]);
-        }
-    }
-
-    // The same from shared memory. Beyond the last query and key there are zeros, whatever they
-    // mean: such keys are hidden, and such rows are nobody's.
-    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i, Masks& place) const {
-        arch::mbarrier_wait(Memory::mask_full(place.stage()), place.parity());
-        char const* const tile = Memory::mask(place.stage());
-        switch (p_.mask.kind) {
-            case MaskKind::kBool:
-                apply_copied_mask<MaskKind::kBool>(scores, i, tile);
-                break;
-            case MaskKind::kHalf:
-                apply_copied_mask<MaskKind::kHalf>(scores, i, tile);
-                break;
-            case MaskKind::kBfloat16:
-                apply_copied_mask<MaskKind::kBfloat16>(scores, i, tile);
-                break;
-            case MaskKind::kFloat:
-                apply_copied_mask<MaskKind::kFloat>(scores, i, tile);
-                break;
-        }
-        arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));
-        place.advance();
-    }
-
-    template <MaskKind kKind>
-    SAGE_DEVICE void apply_copied_mask(uint32_t (&scores)[kKeys / 2], int i,
-                                       char const* tile) const {
-        CopiedMask::Rows<kKind> const rows(tile, first_row_of_thread<16>(), p_.mask_rows);
-        SAGE_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-            SAGE_UNROLL
-            for (int atom = 0; atom < kKeyAtoms; ++atom) {
-                float2 const added = rows.pair(half, atom * 8 + first_column());
-                SAGE_UNROLL
-                for (int j = 0; j < 2; ++j) {
-                    uint32_t& word = scores[at(i, half, atom, j)];
-                    float const x = arch::from_bits(word);
-                    float const of_key = j == 0 ? added.x : added.y;
-                    word = arch::bits(of_key == -infinity() ? of_key : x + of_key);
                 }
             }
         }
@@ -669,17 +464,17 @@ class AttendHopper {
 
     // The accumulators' columns as the operand's: register r of a step has row half r % 2, and of
     // the step's 32 tokens the first 16 for r < 2, in the order of value.cuh.
-    SAGE_DEVICE void pack(uint32_t const (&scores)[kKeys / 2], int half) {
+    SAGE_DEVICE void pack(Words const& scores, int half) {
         SAGE_UNROLL
         for (int step = 0; step < kValueSteps; ++step) {
             SAGE_UNROLL
             for (int r = half; r < 4; r += kHalves) {
                 int const atom = 4 * step + r / 2 * 2;
                 weights_[step][r] =
-                    arch::pack_e4m3(arch::from_bits(scores[at(0, half, atom, 0)]),
-                                    arch::from_bits(scores[at(0, half, atom, 1)]),
-                                    arch::from_bits(scores[at(0, half, atom + 1, 0)]),
-                                    arch::from_bits(scores[at(0, half, atom + 1, 1)]));
+                    arch::pack_e4m3(arch::from_bits(scores[Scores::at(0, half, atom, 0)]),
+                                    arch::from_bits(scores[Scores::at(0, half, atom, 1)]),
+                                    arch::from_bits(scores[Scores::at(0, half, atom + 1, 0)]),
+                                    arch::from_bits(scores[Scores::at(0, half, atom + 1, 1)]));
             }
         }
     }

@@ -7,6 +7,19 @@
 
 namespace sage {
 
+// A place in a ring: how many turns came before. Of its mbarriers, `parity` is that of the phase
+// that is then complete.
+template <int kPlaces>
+struct RingPlace {
+    static_assert((kPlaces & (kPlaces - 1)) == 0, "places are found by masking");
+    unsigned turn = 0;
+
+    SAGE_DEVICE int stage() const { return static_cast<int>(turn % kPlaces); }
+    SAGE_DEVICE int parity() const { return static_cast<int>(turn / kPlaces % 2); }
+    SAGE_DEVICE RingPlace before() const { return {turn - 1}; }
+    SAGE_DEVICE void advance() { ++turn; }
+};
+
 // The shared memory of a block: a ring of tasks with their Q, one of stages, one of kMaskPlaces
 // tiles of a mask, scales of K, with kTileScales those of V, and mbarriers.
 // kTaskWords are told of a task besides its index.
@@ -14,6 +27,11 @@ template <int kHeadDim, int kValueDim, bool kTileScales, int kTiles, int kStages
           int kTaskWords>
 struct HopperMemory {
     static constexpr int kQueries = 2;  // Q of the next task comes while this one is worked on
+    static constexpr int kStepTiles = kTiles;
+    static constexpr bool kCopiesMask = kMaskPlaces > 0;  // to where it can be read from
+    using Queries = RingPlace<kQueries>;
+    using Stages = RingPlace<kStages>;
+    using Masks = RingPlace<kCopiesMask ? kMaskPlaces : 1>;
     static constexpr int kKeys = kTiles * kKeyBlock;
     static constexpr int kRowBytes = padded_dim(kHeadDim);
     using Query = Panels<kQueryBlock, kRowBytes>;
@@ -93,7 +111,7 @@ struct HopperMemory {
         for (int place = 0; place < kQueries; ++place) {
             arch::mbarrier_init(query_full(place), 1);
             // The task is also read by whoever copies a mask.
-            arch::mbarrier_init(query_empty(place), consumer_warps + (kMaskPlaces > 0));
+            arch::mbarrier_init(query_empty(place), consumer_warps + kCopiesMask);
         }
         SAGE_UNROLL
         for (int stage = 0; stage < kStages; ++stage) {
@@ -114,19 +132,6 @@ struct HopperMemory {
     SAGE_DEVICE static uint64_t* mbarrier(int index) {
         return reinterpret_cast<uint64_t*>(arch::shared_memory() + kMbarriers) + index;
     }
-};
-
-// A place in a ring: how many turns came before. Of its mbarriers, `parity` is that of the phase
-// that is then complete.
-template <int kPlaces>
-struct RingPlace {
-    static_assert((kPlaces & (kPlaces - 1)) == 0, "places are found by masking");
-    unsigned turn = 0;
-
-    SAGE_DEVICE int stage() const { return static_cast<int>(turn % kPlaces); }
-    SAGE_DEVICE int parity() const { return static_cast<int>(turn / kPlaces % 2); }
-    SAGE_DEVICE RingPlace before() const { return {turn - 1}; }
-    SAGE_DEVICE void advance() { ++turn; }
 };
 
 }  // namespace sage

@@ -312,7 +312,8 @@ def test_a_head_dim_has_the_tiles_that_were_proved() -> None:
 
 # Each is a change of the kernel, what finds it (a check of the executor, or None where the numbers
 # are wrong), and the header that is changed.
-TEMPLATE, TASK, MEMORY = "attend_hopper", "hopper_task", "hopper_memory"
+TEMPLATE, PRODUCER = "attend_hopper", "hopper_producer"
+TASK, MEMORY = "hopper_task", "hopper_memory"
 DEAL = "hopper_deal"
 FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     "a stage is never given back": (
@@ -330,14 +331,14 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "arch::mbarrier_wait(Memory::key_empty(place.stage()), place.parity());",
         ),
         "deadlock",
-        TEMPLATE,
+        PRODUCER,
     ),
     "the producer does not wait": (
         replacing(
             "arch::mbarrier_wait(Memory::value_empty(place.stage()), place.parity() ^ 1);", ""
         ),
         "race between copy_bulk|all 1 arrivals|mbarrier_arrive",
-        TEMPLATE,
+        PRODUCER,
     ),
     "consumers do not wait for K": (
         replacing("arch::mbarrier_wait(Memory::key_full(place.stage()), place.parity());", ""),
@@ -440,7 +441,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
         TEMPLATE,
     ),
     "too many registers": (
-        replacing("kConsumerRegisters>();", "kConsumerRegisters + 24>();"),
+        replacing("kConsumerRegisters>();", "kConsumerRegisters + 8>();"),
         "setmaxnreg asks for",
         TEMPLATE,
     ),
@@ -463,7 +464,7 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
             "arch::mbarrier_wait(Memory::query_empty(place.stage()), place.parity() ^ 1);", ""
         ),
         "race between (store_shared|copy_bulk)|mbarrier_arrive",
-        TEMPLATE,
+        PRODUCER,
     ),
     "Q is given back before it was read": (
         replacing(
@@ -507,7 +508,7 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
             "arch::mbarrier_arrive_expect(Memory::query_full(place), kBytes - 16);",
         ),
         "bytes",
-        TEMPLATE,
+        PRODUCER,
     ),
     "nobody says that there is no task": (
         replacing(
@@ -516,12 +517,12 @@ FAULTS_BETWEEN_TASKS: dict[str, tuple[Callable[[str], str], str | None, str]] = 
             "",
         ),
         "deadlock",
-        TEMPLATE,
+        PRODUCER,
     ),
     "a task without steps is not announced": (
         replacing("} else { arch::mbarrier_arrive(Memory::query_full(queries.stage())); }", "}"),
         "deadlock",
-        TEMPLATE,
+        PRODUCER,
     ),
     "the ring begins again with each task": (
         replacing(

@@ -200,13 +200,14 @@ def test_a_driver_without_maps() -> None:
     assert older.encode(tensor) is None
 
 
-TEMPLATE, COPIED = "attend_hopper", "copied_mask"
+TEMPLATE, PRODUCER = "attend_hopper", "hopper_producer"
+MASK, COPIED = "hopper_mask", "copied_mask"
 # As in test_hopper.py: a change, what finds it or None where the numbers are wrong, the header.
 FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     "consumers do not wait for the mask": (
         replacing("arch::mbarrier_wait(Memory::mask_full(place.stage()), place.parity());", ""),
         "race between (load_shared|copy_tensor)",
-        TEMPLATE,
+        MASK,
     ),
     "consumers wait for the wrong phase": (
         replacing(
@@ -214,12 +215,12 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "arch::mbarrier_wait(Memory::mask_full(place.stage()), place.parity() ^ 1);",
         ),
         "race between (load_shared|copy_tensor)|deadlock",
-        TEMPLATE,
+        MASK,
     ),
     "a place is never given back": (
         replacing("arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));", ""),
         "deadlock",
-        TEMPLATE,
+        MASK,
     ),
     "a place is given back before it is read": (
         lambda header: replacing(
@@ -228,14 +229,14 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));",
         )(replacing("arch::mbarrier_arrive_warp(Memory::mask_empty(place.stage()));", "")(header)),
         "race between (load_shared|copy_tensor)",
-        TEMPLATE,
+        MASK,
     ),
     "whoever copies does not wait for a place": (
         replacing(
             "arch::mbarrier_wait(Memory::mask_empty(place.stage()), place.parity() ^ 1);", ""
         ),
         "race between copy_tensor|all 1 arrivals",
-        TEMPLATE,
+        PRODUCER,
     ),
     "whoever copies waits for the wrong phase": (
         replacing(
@@ -243,7 +244,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "arch::mbarrier_wait(Memory::mask_empty(place.stage()), place.parity());",
         ),
         "deadlock",
-        TEMPLATE,
+        PRODUCER,
     ),
     "fewer bytes are expected than come": (
         replacing("* kKeyBlock * bytes);", "* kKeyBlock * bytes - 16);"),
@@ -294,7 +295,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
     "tiles are copied that nobody reads": (
         replacing("if (task.shown_of(tile) != kMixed) continue;", ""),
         "deadlock|race between",
-        TEMPLATE,
+        PRODUCER,
     ),
     "the ring begins again with each task": (
         replacing(
@@ -310,7 +311,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "if (p.mask_rows",
         ),
         "deadlock",
-        TEMPLATE,
+        PRODUCER,
     ),
     "whoever copies does not wait for a task": (
         replacing(
@@ -319,7 +320,7 @@ FAULTS: dict[str, tuple[Callable[[str], str], str | None, str]] = {
             "int const index = arch::load_shared(Memory::task(queries.stage()));",
         ),
         "race between (load_shared|store_shared)|outside of the memory",
-        TEMPLATE,
+        PRODUCER,
     ),
 }
 
@@ -373,11 +374,11 @@ def test_a_fault_of_a_type_is_found(
     ("change", "found_by"),
     [
         (replacing("has_pairs(p_.mask));", "true);"), "aligned|outside of the memory"),
-        (replacing("+ first_atom * 8 + first_column()", "+ first_column()"), None),
+        (replacing("+ first_atom * 8 + Scores", "+ Scores"), None),
         (replacing("mask_row(0, half)", "mask_row(0, 0)"), None),
-        (replacing("first_column(), p_.key_length,", "first_column(), 704,"), "outside of the mem"),
-        (replacing("word < (i + 1) * kKeyAtoms * 4; ++word) { scores[word] = arch::bits(-inf",
-                   "word < (i + 1) * kKeyAtoms * 4; word += 2) { scores[word] = arch::bits(-inf"),
+        (replacing("p_.key_length, has_pairs", "704, has_pairs"), "outside of the mem"),
+        (replacing("word < (i + 1) * Scores::kTileAtoms * 4; ++word)",
+                   "word < (i + 1) * Scores::kTileAtoms * 4; word += 2)"),
          None),
     ],
     ids=["pairs", "keys", "rows", "beyond", "hidden"],
@@ -391,7 +392,7 @@ def test_a_fault_of_a_mask_where_it_lies_is_found(
     call = make_call(60, 655, 64, torch.float16, batch=2, kv_heads=2)
     call = dataclasses.replace(call, attn_mask=mask)
     assert_close_to_reference(call)
-    assert_found(call, broken(TEMPLATE, change), found_by)
+    assert_found(call, broken(TEMPLATE, change, MASK), found_by)
 
 
 def test_rows_that_are_taken_for_one_are_found() -> None:

@@ -630,13 +630,13 @@ def test_what_is_broken_is_noticed(name: str, old: str, new: str) -> None:
             "race between (store|load)_shared",
         ),
         (
-            "attend_hopper",
+            "hopper_producer",
             "wait_for_place(queries); int* const words",
             "int* const words",
             "race between (store|load)_shared",
         ),
         # a task with nothing to do
-        ("attend_hopper", "if (index < 0) continue;", "if (index < 0) break;", None),
+        ("hopper_producer", "if (index < 0) continue;", "if (index < 0) break;", None),
         # the order, and the same task again
         ("hopper_deal", "blocks + arch::take_ticket", "blocks + 1 + arch::take_ticket", None),
         (
