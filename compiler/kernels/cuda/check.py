@@ -50,7 +50,7 @@ SPILL_BUDGET: Final = 64
 _LARGEST_WITHOUT_SPILLS: Final = 128  # head_dim
 # Above it the output alone takes most registers. What there is today, at 256 in FP8 with a window,
 # a mask and a softcap: no more than that, until a GPU can say what it costs.
-_LARGE_SPILL_BUDGET: Final = 704
+_LARGE_SPILL_BUDGET: Final = 512
 
 _TRAP: Final = "BPT.TRAP"  # CuTe's "this architecture has no such instruction"
 _CALL: Final = "CALL"  # of an emulation, or of a division's slow path
